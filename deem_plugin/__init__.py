@@ -1,0 +1,36 @@
+"""
+Diffusion eyes for any Hugging Face vision-language model (DEEM, https://arxiv.org/abs/2405.15232).
+
+The names below are loaded on first use: `import deem_plugin` imports neither torch nor transformers.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+# Public name -> module that defines it.
+_PUBLIC = {
+    "Conditioner": "deem_plugin.feedback.conditioner",
+    "DeemImageProcessor": "deem_plugin.vision",
+    "DeemVisionConfig": "deem_plugin.vision",
+    "DeemVisionTower": "deem_plugin.vision",
+    "DiffusionFeedback": "deem_plugin.feedback.diffusion_feedback",
+    "DiffusionFeedbackCallback": "deem_plugin.feedback.callback",
+    "FeedbackConfig": "deem_plugin.feedback.config",
+    "PerceiverResampler": "deem_plugin.vision",
+    "build_vision_tower": "deem_plugin.vision",
+    "load_generator": "deem_plugin.feedback.generator",
+    "mount_tower": "deem_plugin.vision",
+}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'deem_plugin' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__():
+    return [*globals(), *__all__]

@@ -1,0 +1,29 @@
+"""What the diffusion model answers: the feedback that trains a vision tower."""
+
+from .callback import DiffusionFeedbackCallback
+from .checkpoint import load_conditioner, save_conditioner
+from .conditioner import Conditioner
+from .config import FeedbackConfig
+from .denoisers import DENOISERS, Denoiser, PixArtDenoiser, UNetDenoiser
+from .diffusion_feedback import DiffusionFeedback
+from .generator import Generator, load_generator
+from .latents import PixelCodec, VaeCodec
+from .timesteps import TIMESTEP_SAMPLERS
+
+__all__ = [
+    "DENOISERS",
+    "TIMESTEP_SAMPLERS",
+    "Conditioner",
+    "Denoiser",
+    "DiffusionFeedback",
+    "DiffusionFeedbackCallback",
+    "FeedbackConfig",
+    "Generator",
+    "PixArtDenoiser",
+    "PixelCodec",
+    "UNetDenoiser",
+    "VaeCodec",
+    "load_conditioner",
+    "load_generator",
+    "save_conditioner",
+]

@@ -1,0 +1,98 @@
+"""Settings of the diffusion feedback, as a recipe or a script writes them."""
+
+from dataclasses import dataclass, field
+
+WEIGHT_SCHEDULES = ("constant", "linear")
+TIMESTEP_SAMPLINGS = ("shrink", "uniform", "logit_normal", "stratified")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass
+class FeedbackConfig:
+    """
+    Settings of the diffusion feedback (DEEM, https://arxiv.org/abs/2405.15232, Eq. 5).
+
+    The defaults are those of the paper and of its code: weight 5 (Table 11), timesteps in [200, 799] (the code's
+    `(t - 500) * 0.6 + 500`, which the paper does not mention), 77 queries.
+
+    Args:
+        denoiser (`str`):
+            Folder or hub id of the frozen generator in diffusers' layout (`model_index.json`, `unet` or
+            `transformer`, `scheduler`, `vae`). Without a `vae` it is taken for a pixel-space generator.
+        weight (`float`, *optional*, defaults to `5.0`):
+            Factor on the feedback loss (lambda of the paper). `0` computes nothing.
+        weight_schedule (`str`, *optional*, defaults to `"constant"`):
+            `"constant"`, or `"linear"`: from near 0 to `weight` over `warmup_steps` optimizer steps.
+        warmup_steps (`int`, *optional*, defaults to `0`):
+            Length of the linear ramp, in optimizer steps.
+        every (`int`, *optional*, defaults to `1`):
+            Computes the feedback at every `every`-th optimizer step only. The weight is not scaled up for it.
+        timestep_sampling (`str`, *optional*, defaults to `"shrink"`):
+            One of `shrink`, `uniform`, `logit_normal`, `stratified` (see `deem_plugin.feedback.timesteps`).
+        num_queries (`int`, *optional*, defaults to `77`):
+            Context tokens that the conditioner makes of the visual tokens. A tower that resamples already (the DEEM
+            preset) gives its own queries and ignores this.
+        resampler_dim (`int`, *optional*, defaults to `768`):
+            Width of the conditioner's resampler.
+        resampler_layers (`int`, *optional*, defaults to `2`):
+            Layers of the conditioner's resampler.
+        resampler_heads (`int`, *optional*, defaults to `12`):
+            Attention heads of the conditioner's resampler.
+        dtype (`str`, *optional*, defaults to `"float32"`):
+            Precision in which the frozen denoiser is held: `float32`, `bfloat16` or `float16`.
+        in_eval (`bool`, *optional*, defaults to `False`):
+            Whether evaluation computes and logs `eval_feedback_loss` too.
+        image_mean (`list[float]`, *optional*), image_std (`list[float]`, *optional*):
+            The normalisation of `pixel_values`. By default the processor's own.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the conditioner's initial weights and of the noise; no global generator is touched.
+    """
+
+    denoiser: str | None = field(default=None, metadata={"help": "Folder or hub id of the frozen generator."})
+    weight: float = field(default=5.0, metadata={"help": "Factor on the feedback loss. 0 computes nothing."})
+    weight_schedule: str = field(default="constant", metadata={"help": f"One of {', '.join(WEIGHT_SCHEDULES)}."})
+    warmup_steps: int = field(default=0, metadata={"help": "Length of the linear ramp, in optimizer steps."})
+    every: int = field(default=1, metadata={"help": "Compute the feedback at every k-th optimizer step only."})
+    timestep_sampling: str = field(default="shrink", metadata={"help": f"One of {', '.join(TIMESTEP_SAMPLINGS)}."})
+    num_queries: int = field(default=77, metadata={"help": "Context tokens made of the visual tokens."})
+    resampler_dim: int = field(default=768, metadata={"help": "Width of the conditioner's resampler."})
+    resampler_layers: int = field(default=2, metadata={"help": "Layers of the conditioner's resampler."})
+    resampler_heads: int = field(default=12, metadata={"help": "Attention heads of the conditioner's resampler."})
+    dtype: str = field(default="float32", metadata={"help": f"Precision of the denoiser: {', '.join(DTYPES)}."})
+    in_eval: bool = field(default=False, metadata={"help": "Compute and log `eval_feedback_loss` in evaluation."})
+    image_mean: list[float] | None = field(default=None, metadata={"help": "Mean of `pixel_values` (RGB)."})
+    image_std: list[float] | None = field(default=None, metadata={"help": "Standard deviation of `pixel_values`."})
+    seed: int = field(default=0, metadata={"help": "Seed of the conditioner's weights and of the noise."})
+
+    def __post_init__(self):
+        if self.weight < 0:
+            raise ValueError(f"`weight` must be zero or positive, got {self.weight}.")
+        if self.every < 1:
+            raise ValueError(f"`every` must be at least 1, got {self.every}.")
+        for name, choices in (
+            ("weight_schedule", WEIGHT_SCHEDULES),
+            ("timestep_sampling", TIMESTEP_SAMPLINGS),
+            ("dtype", DTYPES),
+        ):
+            if (given := getattr(self, name)) not in choices:
+                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {given!r}.")
+        if self.weight_schedule == "linear" and self.warmup_steps < 1:
+            raise ValueError(
+                f"`weight_schedule: linear` needs `warmup_steps` of at least 1, got {self.warmup_steps}. "
+                f"Set the ramp's length in optimizer steps, or use `weight_schedule: constant`."
+            )
+        if self.resampler_dim % self.resampler_heads:
+            raise ValueError(
+                f"`resampler_dim` ({self.resampler_dim}) must be a multiple of `resampler_heads` "
+                f"({self.resampler_heads})."
+            )
+        if (self.image_mean is None) != (self.image_std is None):
+            raise ValueError("Give both `image_mean` and `image_std`, or neither (then the processor's are used).")
+
+    def weight_at(self, step: int) -> float:
+        """Returns the factor on the feedback loss at optimizer step `step` (from 0); 0 when the step is left out."""
+        if step % self.every:
+            return 0.0
+        if self.weight_schedule == "linear":
+            return self.weight * min(1.0, (step + 1) / self.warmup_steps)
+        return self.weight

@@ -1,0 +1,74 @@
+"""Pictures to latents and back: through a frozen VAE, or as they are for a generator that works on pixels."""
+
+import torch
+
+
+class VaeCodec:
+    """
+    A frozen `AutoencoderKL` between pictures in [-1, 1] and scaled latents.
+
+    Like the denoiser it is no `nn.Module`, so that no checkpoint and no optimizer ever sees it.
+
+    Args:
+        vae (`AutoencoderKL`): Frozen and put in eval mode here.
+    """
+
+    def __init__(self, vae):
+        self.vae = vae.requires_grad_(False).eval()
+        # Some VAEs (SD3's, FLUX's) also shift; SD's do not.
+        self.shift = vae.config.shift_factor or 0.0
+        self.scale = vae.config.scaling_factor
+
+    @property
+    def downscale(self) -> int:
+        """Pixels a latent cell spans along each side: 8 for Stable Diffusion."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def to(self, device):
+        """Moves the VAE to `device` and returns the codec."""
+        self.vae.to(device)
+        return self
+
+    @torch.no_grad()
+    def encode(self, pictures, *, noise=None, generator=None):
+        """
+        Encodes pictures to latents, drawn from the posterior as the official code does.
+
+        Args:
+            pictures (`torch.Tensor`): Shape `(batch, 3, height, width)`, in [-1, 1]. Never changed in place.
+            noise (`torch.Tensor`, *optional*): The standard normal draw, shape of the latents.
+            generator (`torch.Generator`, *optional*): Source of the draw where `noise` is not given.
+
+        Returns:
+            `torch.Tensor`: `(mean + std * noise - shift) * scale`, float32, shape `(batch, channels, h, w)`.
+        """
+        with torch.autocast(pictures.device.type, enabled=False):
+            posterior = self.vae.encode(pictures.to(self.vae.dtype)).latent_dist
+        mean, std = posterior.mean.float(), posterior.std.float()
+        if noise is None:
+            noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+        return (mean + std * noise - self.shift) * self.scale
+
+    @torch.no_grad()
+    def decode(self, latents):
+        """Decodes latents `(batch, channels, h, w)` to pictures `(batch, 3, height, width)`, clamped to [-1, 1]."""
+        pictures = self.vae.decode((latents / self.scale + self.shift).to(self.vae.dtype)).sample
+        return pictures.float().clamp(-1, 1)
+
+
+class PixelCodec:
+    """The codec of a generator that has no VAE: its latents are the pictures themselves, in [-1, 1]."""
+
+    downscale = 1
+
+    def to(self, device):
+        """Returns the codec; it holds nothing to move."""
+        return self
+
+    def encode(self, pictures, *, noise=None, generator=None):
+        """Returns the pictures in float32. Nothing is drawn."""
+        return pictures.float()
+
+    def decode(self, latents):
+        """Returns the latents clamped to [-1, 1]."""
+        return latents.float().clamp(-1, 1)
