@@ -1,0 +1,89 @@
+"""What a generator paints from a tower's tokens alone: the plainest view of what the tower has kept."""
+
+from pathlib import Path
+
+import torch
+
+from .checkpoint import load_conditioner
+from .generator import load_generator
+from .objectives import unnormalize
+from .views import TokenReading
+
+
+@torch.no_grad()
+def reconstruct(generator, context, *, steps=50, rng=None):
+    """
+    Paints pictures from context alone, from pure noise, by DDIM (https://arxiv.org/abs/2010.02502).
+
+    Args:
+        generator (`Generator`): The frozen generator.
+        context (`torch.Tensor`): The conditioner's output, shape `(batch, tokens, context_dim)`.
+        steps (`int`, *optional*, defaults to `50`): Denoising steps.
+        rng (`torch.Generator`, *optional*): Source of the first noise, on the context's device.
+
+    Returns:
+        `torch.Tensor`: Pictures in [0, 1], shape `(batch, 3, size, size)`.
+    """
+    from diffusers import DDIMScheduler
+
+    denoiser = generator.denoiser
+    scheduler = DDIMScheduler.from_config(denoiser.scheduler.config, clip_sample=False)
+    scheduler.set_timesteps(steps, device=context.device)
+    shape = (len(context), denoiser.channels, denoiser.sample_size, denoiser.sample_size)
+    latents = torch.randn(shape, generator=rng, device=context.device)
+    for timestep in scheduler.timesteps:
+        prediction = denoiser(latents, timestep.expand(len(context)), context).float()
+        latents = scheduler.step(prediction, timestep, latents).prev_sample
+    return generator.codec.decode(latents) / 2 + 0.5
+
+
+@torch.no_grad()
+def picture_context(model, conditioner, pixel_values):
+    """
+    Returns the context that a VLM's tower and a conditioner make of pictures.
+
+    Args:
+        model (`PreTrainedModel`): The VLM.
+        conditioner (`Conditioner`): As trained beside it.
+        pixel_values (`torch.Tensor`): Shape `(batch, 3, height, width)`, normalised by the VLM's processor.
+
+    Returns:
+        `torch.Tensor`: Shape `(batch, queries, context_dim)`.
+    """
+    from ..vision.hosts import find_tower
+
+    reading = TokenReading.of(model.config)
+    tower = find_tower(model)
+    output = tower(pixel_values.to(tower.dtype), output_hidden_states=bool(reading.layers))
+    return conditioner(reading.select(output))
+
+
+def reconstruct_files(checkpoint, image_files, out, denoiser=None, steps=50):
+    """
+    Writes one PNG with two rows: the pictures as the tower saw them, and what the generator paints of its tokens.
+
+    Args:
+        checkpoint (`str` or `Path`): A VLM trained with feedback: model, processor and `feedback.safetensors`.
+        image_files (`list[Path]`): Pictures to show.
+        out (`str` or `Path`): The PNG.
+        denoiser (`str`, *optional*): The generator; by default the one that the run was trained with.
+        steps (`int`, *optional*, defaults to `50`): Denoising steps.
+    """
+    from PIL import Image
+    from torchvision.utils import save_image
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    import deem_plugin.vision  # noqa: F401  (registers the tower with the Auto classes)
+
+    conditioner, settings = load_conditioner(checkpoint)
+    generator = load_generator(denoiser or settings["denoiser"], settings["dtype"])
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint).eval()
+    image_processor = AutoProcessor.from_pretrained(checkpoint).image_processor
+    images = [Image.open(file).convert("RGB") for file in image_files]
+    pixel_values = image_processor(images, return_tensors="pt")["pixel_values"]
+
+    context = picture_context(model, conditioner, pixel_values)
+    painted = reconstruct(generator, context, steps=steps, rng=torch.Generator().manual_seed(0))
+    seen = generator.resize(unnormalize(pixel_values, image_processor.image_mean, image_processor.image_std))
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    save_image(torch.cat([seen, painted]), out, nrow=len(images), padding=1, pad_value=1.0)
