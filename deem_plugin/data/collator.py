@@ -1,0 +1,210 @@
+"""Collators: conversations with images, or images alone, to padded batches."""
+
+import bisect
+import logging
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from deem_plugin.data.chat import IMAGE_MARK, render_chat, to_parts
+from deem_plugin.data.images import load_image
+
+logger = logging.getLogger(__name__)
+
+IGNORE_INDEX = -100  # label of a token that is not learned: what torch's cross entropy skips
+Span = tuple[int, int]  # first character and the one after the last
+
+
+class ConversationCollator:
+    """
+    Makes a batch of conversations, learning the assistant's answers and nothing else.
+
+    Each conversation is rendered by the chat template (`render_chat`, as in evaluation) and tokenised whole, so that
+    every token is the one that the model meets in use; character offsets tell which tokens belong to an answer. An
+    answer's labels reach up to and including its end-of-turn token. A template that writes none would teach the model
+    never to stop; the end-of-sequence token is added to such answers.
+
+    Args:
+        processor (`ProcessorMixin`): Processor of the VLM, with a fast tokenizer.
+        max_length (`int`, *optional*):
+            Longest conversation in tokens; the end of a longer one is cut off. An image is never cut.
+    """
+
+    def __init__(self, processor, max_length: int | None = None):
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.max_length = max_length
+        if self.tokenizer.pad_token_id is None:
+            raise ValueError(
+                f"The tokenizer {type(self.tokenizer).__name__} has no padding token. Set "
+                f"`tokenizer.pad_token = tokenizer.eos_token`."
+            )
+        self._specials = sorted(self.tokenizer.all_special_tokens, key=len, reverse=True)
+        # Questions repeat (all of a yes/no set's do), and rendering a Jinja template costs more than tokenising.
+        self._render_cached = lru_cache(maxsize=8192)(self._render)
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """
+        Collates examples with `messages` (contents with `<image>` marks) and `images` (paths, bytes or pictures).
+
+        Returns:
+            `dict`: `input_ids`, `attention_mask` and `labels` of shape `(batch, tokens)`, padded on the right, and
+            what the processor makes of the images (`pixel_values`, ...), concatenated over the batch.
+
+        Raises:
+            ValueError: If images and marks do not agree, an image is unreadable, the template renders an answer
+                differently once it is history, or `max_length` leaves no answer or would cut an image.
+        """
+        images = []
+        for example in examples:
+            marks = sum(message["content"].count(IMAGE_MARK) for message in example["messages"])
+            if marks != len(example.get("images") or []):
+                raise ValueError(
+                    f"A conversation has {marks} {IMAGE_MARK} mark(s) but {len(example.get('images') or [])} "
+                    f"image(s): {example['messages'][0]['content'][:80]!r}. Expected as many marks as images."
+                )
+            images += [load_image(image) for image in example.get("images") or []]
+        rendered = [self._render_cached(_freeze(example["messages"])) for example in examples]
+        encoded = self._encode([text for text, _ in rendered], images)
+
+        replacements = encoded.pop("text_replacement_offsets", None) or [[]] * len(examples)
+        offsets = encoded.pop("offset_mapping")
+        labels = [
+            _label(ids, offset, spans, replaced)
+            for ids, offset, (_, spans), replaced in zip(
+                encoded["input_ids"], offsets, rendered, replacements, strict=True
+            )
+        ]
+        lengths = [self._kept(o, r) for o, r in zip(offsets, replacements, strict=True)]
+        if all(set(row[:n]) == {IGNORE_INDEX} for row, n in zip(labels, lengths, strict=True)):
+            # The mean over no tokens is NaN, and one such step destroys the weights.
+            raise ValueError(
+                f"No answer of the batch is left within `data.max_length` = {self.max_length} tokens. Raise it, or "
+                f"take conversations with such long questions out of the data."
+            )
+        return self._pad({**encoded, "labels": labels}, lengths)
+
+    def _encode(self, texts: list[str], images: list) -> dict[str, Any]:
+        """Tokenises texts and processes images in one call; token lists stay unpadded."""
+        # A template that writes the BOS token itself must not get a second one from the tokenizer.
+        bos = self.tokenizer.bos_token
+        encoded = self.processor(
+            text=texts,
+            images=images or None,
+            text_kwargs={
+                "add_special_tokens": not (bos and texts[0].startswith(bos)),
+                "padding": False,
+                "return_offsets_mapping": True,
+            },
+            images_kwargs={"return_tensors": "pt"},
+            return_text_replacement_offsets=True,
+        )
+        encoded = dict(encoded)
+        missing = {"offset_mapping", "text_replacement_offsets"} - set(encoded) if images else set()
+        if "offset_mapping" not in encoded or missing:
+            raise ValueError(
+                f"{type(self.processor).__name__} does not tell where its tokens lie in the text, so the answers "
+                f"cannot be found in it. Use a processor with a fast tokenizer and the common `ProcessorMixin` call."
+            )
+        return encoded
+
+    def _render(self, frozen: tuple[tuple[str, str], ...]) -> tuple[str, list[Span]]:
+        """Renders a conversation; returns its text and the characters of its answers with their end of turn."""
+        messages = [{"role": role, "content": to_parts(content)} for role, content in frozen]
+        full = render_chat(self.processor, messages)
+        text, spans, done = "", [], 0
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = render_chat(self.processor, messages[:index], add_generation_prompt=True)
+            after = full if index + 1 == len(messages) else render_chat(self.processor, messages[: index + 1])
+            if not (full.startswith(before) and full.startswith(after) and len(after) > len(before)):
+                raise ValueError(
+                    f"The chat template of {type(self.processor).__name__} renders a turn differently when another "
+                    f"one follows, so the answers cannot be found in the text. Set `model.chat_template` to a "
+                    f"template that writes turns one after the other."
+                )
+            answer, rest = self._split_at_end_of_turn(full[len(before) : len(after)], frozen[index][1])
+            text += full[done : len(before)]
+            spans.append((len(text), len(text) + len(answer)))
+            text += answer + rest
+            done = len(after)
+        return text + full[done:], spans
+
+    def _split_at_end_of_turn(self, segment: str, content: str) -> tuple[str, str]:
+        """Splits what the template writes for an answer behind its end-of-turn token, adding one if it has none."""
+        content = content.strip()
+        end = max(segment.rfind(content), 0) + len(content)
+        ends = [segment.find(token, end) + len(token) for token in self._specials if token in segment[end:]]
+        if ends:
+            cut = min(ends)
+            return segment[:cut], segment[cut:]
+        return segment[:end] + (self.tokenizer.eos_token or ""), segment[end:]
+
+    def _kept(self, offsets: list[Span], replaced: list[dict]) -> int:
+        """Returns how many tokens of a conversation are kept under `max_length`."""
+        if self.max_length is None or len(offsets) <= self.max_length:
+            return len(offsets)
+        cut = offsets[self.max_length][0]
+        if replaced and replaced[-1]["new_span"][1] > cut:
+            needed = sum(end <= replaced[-1]["new_span"][1] for _, end in offsets)
+            raise ValueError(
+                f"`data.max_length` = {self.max_length} tokens would cut an image out of a conversation: its "
+                f"{len(replaced)} image(s) and the text before them take {needed} tokens. Set `data.max_length` "
+                f"above that, or use fewer or smaller images."
+            )
+        return self.max_length
+
+    def _pad(self, encoded: dict[str, Any], lengths: list[int]) -> dict[str, torch.Tensor]:
+        """Cuts token lists to `lengths`, pads them on the right and makes them tensors; other fields stay."""
+        fill = {"input_ids": self.tokenizer.pad_token_id, "labels": IGNORE_INDEX}
+        longest = max(lengths)
+        batch = {}
+        for name, value in encoded.items():
+            if isinstance(value, list):
+                rows = zip(value, lengths, strict=True)
+                value = torch.tensor([list(row[:n]) + [fill.get(name, 0)] * (longest - n) for row, n in rows])
+            batch[name] = value
+        return batch
+
+
+class ImageCollator:
+    """
+    Makes a batch of images alone, for the training of an encoder without text.
+
+    Args:
+        image_processor (`BaseImageProcessor`): Image processor of the encoder.
+    """
+
+    def __init__(self, image_processor):
+        self.image_processor = image_processor
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Collates examples with `image` (path, bytes or picture) to `pixel_values` `(batch, 3, height, width)`."""
+        images = [load_image(example["image"]) for example in examples]
+        return dict(self.image_processor(images, return_tensors="pt"))
+
+
+def _freeze(messages: list[dict[str, str]]) -> tuple[tuple[str, str], ...]:
+    """Returns messages in a form that can be a key."""
+    return tuple((message["role"], message["content"]) for message in messages)
+
+
+def _label(ids: list[int], offsets: list[Span], spans: list[Span], replaced: list[dict]) -> list[int]:
+    """Returns the labels of one conversation: its ids within the answers, `IGNORE_INDEX` elsewhere and on images."""
+    labels = [IGNORE_INDEX] * len(ids)
+    # `spans` count characters of the text as rendered, `offsets` those of the text with its image tokens expanded.
+    ends = [item["span"][1] for item in replaced]
+    gained = [0] + [item["new_span"][1] - item["span"][1] for item in replaced]
+    image_spans = [item["new_span"] for item in replaced]
+    starts = [start for start, _ in offsets]
+    for span in spans:
+        first, last = (place + gained[bisect.bisect_right(ends, place)] for place in span)
+        for index in range(bisect.bisect_left(starts, first), len(ids)):
+            start, end = offsets[index]
+            if start >= last:
+                break
+            if start < end and not any(a <= start < b for a, b in image_spans):
+                labels[index] = ids[index]
+    return labels
