@@ -1,0 +1,213 @@
+"""DeemVisionConfig: everything that defines a vision tower and is saved with it."""
+
+import math
+from dataclasses import fields
+
+from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, CLIPVisionCfg
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+# The image tower of open_clip's `convnext_base_w_320`, the encoder of the paper.
+CONVNEXT_BASE_W_320 = {
+    "timm_model_name": "convnext_base",
+    "timm_drop_path": 0.1,
+    "image_size": 320,
+}
+
+# Hugging Face vision models that can be wrapped, with the number of tokens before the patches.
+HF_ENCODER_TYPES = (
+    "clip_vision_model",
+    "siglip_vision_model",
+    "siglip2_vision_model",
+    "dinov2",
+    "dinov2_with_registers",
+)
+
+_OPEN_CLIP_KEYS = {field.name for field in fields(CLIPVisionCfg)} | {"quick_gelu", "timm_kwargs"}
+_CONVNEXT_STAGES = 4
+
+
+class DeemVisionConfig(PreTrainedConfig):
+    """
+    Configuration of a [`DeemVisionTower`]: one encoder, and what follows it.
+
+    The encoder is either a Hugging Face vision model (`encoder_config`) or a model of open_clip
+    (`open_clip_config`); with neither it is the ConvNeXt of the paper. The fields of the last group are derived from
+    the encoder, because the models that hold the tower read them here; they need not be given.
+
+    Args:
+        encoder_config (`dict` or `PreTrainedConfig`, *optional*):
+            A CLIP, SigLIP, SigLIP2 or DINOv2 vision config.
+        open_clip_config (`dict`, *optional*):
+            The `vision_cfg` of an open_clip model, so that a checkpoint needs no registry to be built again. Two more
+            keys are understood: `quick_gelu` (bool) and `timm_kwargs` (dict), which goes to `timm.create_model`.
+        embed_dim (`int`, *optional*, defaults to 1024):
+            Width that the linear adapters give to the ConvNeXt's features. ViTs have no adapter and keep their width.
+        token_stage (`int`, *optional*, defaults to 2):
+            ConvNeXt stage (0 to 3) that becomes the token sequence. Stage 2 has stride 16, as in DEEM.
+        multiscale (`bool`, *optional*, defaults to `False`):
+            Whether the other ConvNeXt stages get adapters too and are returned as maps.
+        class_token (`bool`, *optional*, defaults to `True`):
+            Whether the output starts with a class token: the encoder's own, or the mean of its patches (of the queries
+            behind a resampler). Language models that crop the first token then never lose a patch.
+        num_queries (`int`, *optional*, defaults to 0):
+            Number of queries of the resampler; 0 means no resampler. DEEM has 77.
+        resampler_hidden_size (`int`, *optional*, defaults to 768): Width of the queries.
+        resampler_num_layers (`int`, *optional*, defaults to 12): Number of resampler layers.
+        resampler_num_heads (`int`, *optional*, defaults to 12): Number of attention heads.
+        resampler_intermediate_size (`int`, *optional*): Width of the feed-forward; four times the width by default.
+        cross_attention_frequency (`int`, *optional*, defaults to 2): Every how many layers the queries read the image.
+        resampler_dropout (`float`, *optional*, defaults to 0.0): Dropout in [0, 1). The official training has 0.1.
+        image_mean, image_std (`list[float]`, *optional*): Normalisation of `pixel_values`, OpenAI CLIP's by default.
+        initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of new linear weights.
+        image_size (`int`, *optional*):
+            Side of the square input in pixels. Hugging Face encoders interpolate their position embeddings when it
+            differs from their own; for open_clip it is set in `open_clip_config`.
+        hidden_size, patch_size, num_hidden_layers, num_attention_heads, intermediate_size, num_channels (`int`):
+            Derived. `patch_size` is the stride of the token grid in pixels.
+    """
+
+    model_type = "deem_vision"
+    base_config_key = "vision_config"
+    sub_configs_defaults = {
+        "encoder_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model", optional=True)
+    }
+
+    encoder_config: dict | PreTrainedConfig | None = None
+    open_clip_config: dict | None = None
+    embed_dim: int = 1024
+    token_stage: int = 2
+    multiscale: bool = False
+    class_token: bool = True
+    num_queries: int = 0
+    resampler_hidden_size: int = 768
+    resampler_num_layers: int = 12
+    resampler_num_heads: int = 12
+    resampler_intermediate_size: int | None = None
+    cross_attention_frequency: int = 2
+    resampler_dropout: float = 0.0
+    image_mean: list[float] | tuple[float, ...] = OPENAI_DATASET_MEAN
+    image_std: list[float] | tuple[float, ...] = OPENAI_DATASET_STD
+    initializer_range: float = 0.02
+
+    image_size: int | None = None
+    hidden_size: int | None = None
+    patch_size: int | None = None
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+    intermediate_size: int | None = None
+    num_channels: int = 3
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.encoder_config is None and self.open_clip_config is None:
+            self.open_clip_config = dict(CONVNEXT_BASE_W_320)
+        if self.encoder_config is not None and self.open_clip_config is not None:
+            raise ValueError(
+                "A tower has one encoder, got both `encoder_config` and `open_clip_config`. Leave one of them out."
+            )
+        derived = self._describe_hf_encoder() if self.encoder_config is not None else self._describe_open_clip()
+        if self.num_queries:
+            derived["hidden_size"] = self.resampler_hidden_size
+        for name, value in derived.items():
+            given = getattr(self, name)
+            if given is not None and given != value:
+                raise ValueError(
+                    f"`{name}` follows from the encoder and is {value}, got {given}. Leave `{name}` out, or change the "
+                    f"encoder's own configuration."
+                )
+            setattr(self, name, value)
+
+    def _describe_hf_encoder(self) -> dict:
+        encoder = self.encoder_config
+        if encoder.model_type not in HF_ENCODER_TYPES:
+            raise ValueError(
+                f"Cannot use a model of type '{encoder.model_type}' as encoder. Supported: "
+                f"{', '.join(HF_ENCODER_TYPES)}. Of a CLIP or SigLIP model, pass the `vision_config`."
+            )
+        if self.image_size is None:
+            if encoder.model_type == "siglip2_vision_model":
+                self.image_size = math.isqrt(encoder.num_patches) * encoder.patch_size
+            else:
+                self.image_size = encoder.image_size
+        if encoder.model_type.startswith("dinov2"):
+            intermediate_size = int(encoder.hidden_size * encoder.mlp_ratio)
+        else:
+            intermediate_size = encoder.intermediate_size
+        return {
+            "hidden_size": encoder.hidden_size,
+            "patch_size": encoder.patch_size,
+            "num_hidden_layers": encoder.num_hidden_layers,
+            "num_attention_heads": encoder.num_attention_heads,
+            "intermediate_size": intermediate_size,
+        }
+
+    def _describe_open_clip(self) -> dict:
+        cfg = self.open_clip_config
+        if unknown := sorted(set(cfg) - _OPEN_CLIP_KEYS):
+            raise ValueError(
+                f"Unknown keys in `open_clip_config`: {', '.join(unknown)}. Known: {', '.join(sorted(_OPEN_CLIP_KEYS))}."
+            )
+        image_size = cfg.get("image_size", CLIPVisionCfg.image_size)
+        if not isinstance(image_size, int):
+            raise ValueError(f"The tower reads square images, got `image_size`={image_size}. Give one integer.")
+        if self.is_convnext:
+            return {"image_size": image_size} | self._describe_convnext(image_size)
+        if cfg.get("timm_model_name") or not isinstance(cfg.get("layers", 12), int) or cfg.get("attentional_pool"):
+            raise ValueError(
+                f"Of open_clip, ConvNeXts and plain vision transformers can be the encoder, got {cfg}. For SigLIP "
+                f"models give the id of the Hugging Face checkpoint instead."
+            )
+        width = cfg.get("width", CLIPVisionCfg.width)
+        return {
+            "image_size": image_size,
+            "hidden_size": width,
+            "patch_size": cfg.get("patch_size", CLIPVisionCfg.patch_size),
+            "num_hidden_layers": cfg.get("layers", CLIPVisionCfg.layers),
+            "num_attention_heads": width // cfg.get("head_width", CLIPVisionCfg.head_width),
+            "intermediate_size": int(width * cfg.get("mlp_ratio", CLIPVisionCfg.mlp_ratio)),
+        }
+
+    def _describe_convnext(self, image_size: int) -> dict:
+        if not 0 <= self.token_stage < _CONVNEXT_STAGES:
+            raise ValueError(f"`token_stage` must be 0, 1, 2 or 3, got {self.token_stage}.")
+        stem_stride = self.open_clip_config.get("timm_kwargs", {}).get("patch_size", 4)
+        total_stride = stem_stride * 2 ** (_CONVNEXT_STAGES - 1)
+        if image_size % total_stride:
+            raise ValueError(
+                f"A ConvNeXt needs an image size that is a multiple of its total stride {total_stride}, got {image_size}. "
+                f"Choose for example {max(round(image_size / total_stride), 1) * total_stride}."
+            )
+        return {
+            "hidden_size": self.embed_dim,
+            "patch_size": stem_stride * 2**self.token_stage,
+            "num_hidden_layers": _CONVNEXT_STAGES,
+            "num_attention_heads": max(self.embed_dim // 64, 1),
+            "intermediate_size": 4 * self.embed_dim,
+        }
+
+    @property
+    def is_convnext(self) -> bool:
+        """Whether the encoder is one of open_clip's ConvNeXts."""
+        return self.open_clip_config is not None and str(self.open_clip_config.get("timm_model_name", "")).startswith(
+            "convnext"
+        )
+
+    @property
+    def encoder_dim(self) -> int:
+        """Width of the encoder's tokens; differs from `hidden_size` behind a resampler."""
+        if self.is_convnext:
+            return self.embed_dim
+        if self.encoder_config is not None:
+            return self.encoder_config.hidden_size
+        return self.open_clip_config.get("width", CLIPVisionCfg.width)
+
+    @property
+    def grid_size(self) -> int:
+        """Number of patches along each side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Length of the output sequence, class token included."""
+        return (self.num_queries or self.grid_size**2) + int(self.class_token)

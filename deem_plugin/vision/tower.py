@@ -1,0 +1,311 @@
+"""DeemVisionTower: the encoder and, where there is one, the resampler; what a language model sees as its eyes."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import LayerScale, VisionTransformer
+from timm.models.convnext import ConvNeXtBlock
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import can_return_tuple
+
+from .configuration import DeemVisionConfig
+from .encoders import EncoderOutput, OpenClipEncoder, Tokens, build_encoder
+from .resampler import PerceiverResampler
+
+# Side of the grid on which the position embedding is defined before it is resized (official code).
+POSITION_GRID = 16
+
+
+@dataclass
+class DeemVisionOutput(BaseModelOutputWithPooling):
+    """
+    Output of the tower.
+
+    Args:
+        last_hidden_state (`torch.Tensor`): Tokens `(batch, tokens, hidden_size)`, class token first if there is one.
+        pooler_output (`torch.Tensor`): One vector an image, `(batch, hidden_size)`.
+        hidden_states (`tuple[torch.Tensor, ...]`, *optional*): The same sequence layer by layer, when asked for.
+        maps (`dict[str, torch.Tensor]`, *optional*): The encoder's maps `(batch, encoder_dim, height, width)`, named
+            `stride{pixels}`.
+    """
+
+    maps: dict[str, torch.Tensor] | None = None
+
+
+def sincos_position_embedding(dim: int, height: int, width: int, device=None) -> torch.Tensor:
+    """
+    Makes the 2-D sine-cosine position embedding of DEEM: a 16 x 16 grid, resized bicubically.
+
+    Args:
+        dim (`int`): Width, a multiple of four.
+        height, width (`int`): Grid to make it for.
+
+    Returns:
+        `torch.Tensor`: Shape `(height * width, dim)`, float32.
+    """
+    frequencies = 10000 ** -(torch.arange(dim // 4, device=device, dtype=torch.float64) / (dim // 4))
+    angles = torch.arange(POSITION_GRID, device=device, dtype=torch.float64)[:, None] * frequencies
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1).float()  # (16, dim / 2)
+    columns = axis[None, :].expand(POSITION_GRID, -1, -1)
+    rows = axis[:, None].expand(-1, POSITION_GRID, -1)
+    grid = torch.cat([rows, columns], dim=2).permute(2, 0, 1)[None]
+    if (height, width) != (POSITION_GRID, POSITION_GRID):
+        grid = F.interpolate(grid, size=(height, width), mode="bicubic", align_corners=False)
+    return grid[0].flatten(1).T
+
+
+def region_to_patches(region_masks: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """
+    Marks the patches that a region touches.
+
+    A patch belongs to the region when any part of it does, so that no region is too small to be seen.
+
+    Args:
+        region_masks (`torch.Tensor`): Shape `(batch, 1, mask_height, mask_width)`, nonzero inside the region.
+        height, width (`int`): The grid of patches.
+
+    Returns:
+        `torch.Tensor`: Shape `(batch, height * width, 1)`, ones and zeros.
+    """
+    inside = (region_masks != 0).float()
+    if empty := int((inside.flatten(1).sum(1) == 0).sum()):
+        raise ValueError(
+            f"{empty} of {len(inside)} region masks are empty, so there is nothing to look at. Drop these samples, or "
+            f"pass a mask of ones to look at the whole image."
+        )
+    touched = F.adaptive_avg_pool2d(inside, (height, width)) > 0
+    return touched.to(region_masks.dtype if region_masks.is_floating_point() else torch.float32).flatten(1)[..., None]
+
+
+class DeemVisionTower(PreTrainedModel):
+    """
+    Vision tower of DEEM (https://arxiv.org/abs/2405.15232, Sec. 2.1), which any VLM with a configurable tower can hold.
+
+    Without a resampler it returns the encoder's tokens. With one, patches get a position embedding, are masked by the
+    region if there is one, and are read by a fixed number of queries.
+
+    Args:
+        config (`DeemVisionConfig`): What to build. The weights are new; see [`build_vision_tower`] for pretrained ones.
+    """
+
+    config_class = DeemVisionConfig
+    base_model_prefix = "vision_tower"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ResamplerLayer", "ConvNeXtStage", "ResidualAttentionBlock"]
+    # These speak for a nested Hugging Face encoder; the other parts call `scaled_dot_product_attention` in any case.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: DeemVisionConfig):
+        super().__init__(config)
+        self.encoder = build_encoder(config)
+        self.resampler = None
+        if config.num_queries:
+            width = config.encoder_dim
+            self.position_proj = nn.Linear(width, width)
+            self.position_norm = nn.LayerNorm(width, eps=1e-6)
+            self.input_norm = nn.LayerNorm(width, eps=1e-6)
+            self.resampler = PerceiverResampler(
+                width,
+                hidden_dim=config.resampler_hidden_size,
+                num_queries=config.num_queries,
+                num_layers=config.resampler_num_layers,
+                num_heads=config.resampler_num_heads,
+                intermediate_dim=config.resampler_intermediate_size,
+                cross_attention_frequency=config.cross_attention_frequency,
+                dropout=config.resampler_dropout,
+            )
+        self.post_init()
+
+    def _init_weights(self, module):
+        # What no rule of the base class covers: parameters that hang directly on a module.
+        super()._init_weights(module)
+        if isinstance(module, PerceiverResampler):
+            init.normal_(module.queries, std=self.config.initializer_range)
+        elif isinstance(module, ConvNeXtBlock) and module.gamma is not None:
+            init.constant_(
+                module.gamma, self.config.open_clip_config.get("timm_kwargs", {}).get("ls_init_value", 1e-6)
+            )
+        elif isinstance(module, LayerScale):
+            init.constant_(module.gamma, self.config.open_clip_config["ls_init_value"])
+        elif isinstance(module, VisionTransformer):
+            scale = self.config.encoder_dim**-0.5
+            init.normal_(module.class_embedding, std=scale)
+            init.normal_(module.positional_embedding, std=scale)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Returns the module that turns pixels into patches, so that its output can be made to require gradients."""
+        if isinstance(self.encoder, OpenClipEncoder):
+            return self.encoder.trunk.stem if self.config.is_convnext else self.encoder.trunk.conv1
+        return self.encoder.model.get_input_embeddings()
+
+    @property
+    def patch_size(self) -> int:
+        """Stride of the token grid in pixels; some VLMs read it from the tower itself."""
+        return self.config.patch_size
+
+    @property
+    def _num_layers(self) -> int:
+        """Number of hidden states: one behind a resampler and for ConvNeXts, whose stages differ in resolution."""
+        if self.resampler is not None or self.config.is_convnext:
+            return 1
+        return self.config.num_hidden_layers + 1
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        region_masks: torch.Tensor | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        **kwargs,
+    ) -> DeemVisionOutput:
+        """
+        Args:
+            pixel_values (`torch.Tensor`):
+                Normalised images `(batch, 3, image_size, image_size)`.
+            region_masks (`torch.Tensor`, *optional*):
+                Shape `(batch, 1, height, width)` at any resolution, nonzero in the region to look at. Patches outside
+                become zero; the class token still sees the whole image.
+            output_hidden_states (`bool`, `int` or `list[int]`, *optional*):
+                Whether to return `hidden_states`. VLMs pass the index, or indices, of the layers that they will read.
+            kwargs:
+                What VLMs pass to towers in general, such as `output_attentions`; not used.
+
+        Returns:
+            `DeemVisionOutput`: Tokens, pooled vector and maps.
+
+        Raises:
+            `ValueError`: For a layer that the tower does not have, and for empty region masks.
+        """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        _check_layers(output_hidden_states, self._num_layers)
+
+        encoded = self.encoder(pixel_values)
+        mask = None
+        if region_masks is not None:
+            grid = [side // self.config.patch_size for side in pixel_values.shape[-2:]]
+            mask = region_to_patches(region_masks, *grid).to(encoded.tokens.patches.dtype)
+
+        if self.resampler is not None:
+            last_hidden_state = self._sequence(Tokens(None, self._resample(encoded, mask)))
+            hidden_states = (last_hidden_state,)
+            pooled = last_hidden_state[:, 0] if self.config.class_token else last_hidden_state.mean(dim=1)
+        else:
+            last_hidden_state = self._sequence(encoded.tokens, mask)
+            pooled = encoded.pooled
+            hidden_states = None
+            if output_hidden_states is not False:
+                hidden_states = tuple(self._sequence(tokens, mask) for tokens in encoded.layers)
+
+        return DeemVisionOutput(
+            last_hidden_state=last_hidden_state,
+            pooler_output=pooled,
+            hidden_states=None if output_hidden_states is False else hidden_states,
+            maps=encoded.maps,
+        )
+
+    def _sequence(self, tokens: Tokens, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Joins class token and patches as the config asks, patches outside the region set to zero."""
+        class_token, patches = tokens
+        if mask is not None:
+            patches = patches * mask
+        if not self.config.class_token:
+            return patches
+        if class_token is None:
+            inside = patches.shape[1] if mask is None else mask.sum(dim=1, keepdim=True)
+            class_token = patches.sum(dim=1, keepdim=True) / inside
+        return torch.cat([class_token, patches], dim=1)
+
+    def _resample(self, encoded: EncoderOutput, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Reads the encoder's tokens with the resampler, giving `(batch, num_queries, hidden_size)`."""
+        return self.resampler(self.resampler_inputs(encoded, mask))
+
+    def resampler_inputs(self, encoded: EncoderOutput, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Prepares the encoder's tokens for the resampler: projection, position embedding, region, norm.
+
+        Args:
+            encoded (`EncoderOutput`): What the encoder returned.
+            mask (`torch.Tensor`, *optional*): Ones at the patches of the region, `(batch, patches, 1)`.
+
+        Returns:
+            `torch.Tensor`: Shape `(batch, tokens, encoder_dim)`, class token first where the encoder has one.
+        """
+        class_token, patches = encoded.tokens
+        side = math.isqrt(patches.shape[1])
+        positions = sincos_position_embedding(patches.shape[2], side, side, device=patches.device)
+        patches = self.position_norm(self.position_proj(patches)) + positions.to(patches.dtype)
+        if mask is not None:
+            patches = patches * mask
+        if class_token is not None:
+            patches = torch.cat([self.position_norm(self.position_proj(class_token)), patches], dim=1)
+        return self.input_norm(patches)
+
+    def freeze_unused(self, feature_layer: int | list[int] = -1, feature_select_strategy: str = "full") -> list[str]:
+        """
+        Freezes the parameters that get no gradient when a VLM reads the given layers.
+
+        Left trainable, they make DistributedDataParallel wait for gradients that never come (or, with gradient
+        checkpointing, silently skip the reduction). They are found by asking autograd, on one image.
+
+        Args:
+            feature_layer (`int` or `list[int]`, *optional*, defaults to -1):
+                The VLM's `vision_feature_layer`.
+            feature_select_strategy (`str`, *optional*, defaults to `"full"`):
+                `"default"` where the VLM crops the class token, else `"full"`.
+
+        Returns:
+            `list[str]`: Names of the parameters that were frozen.
+        """
+        if feature_select_strategy not in ("default", "full"):
+            raise ValueError(
+                f"`feature_select_strategy` must be 'default' or 'full', got {feature_select_strategy!r}."
+            )
+        layers = [feature_layer] if isinstance(feature_layer, int) else feature_layer
+        _check_layers(layers, self._num_layers)
+        trainable = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        was_training = self.training
+        self.eval()  # no stochastic depth: every parameter that can be used is used
+        with torch.enable_grad():
+            size = self.config.image_size
+            encoded = self.encoder(torch.zeros(1, 3, size, size, dtype=self.dtype, device=self.device))
+            if self.resampler is not None:
+                read = [self._resample(encoded)]
+            else:
+                tokens = [encoded.layers[layer] for layer in layers]
+                crop = feature_select_strategy == "default" and self.config.class_token
+                read = [state.patches if crop else self._sequence(state) for state in tokens]
+            total = sum(state.float().sum() for state in read)
+            gradients = torch.autograd.grad(total, list(trainable.values()), allow_unused=True)
+        self.train(was_training)
+        unused = [name for name, gradient in zip(trainable, gradients, strict=True) if gradient is None]
+        for name in unused:
+            trainable[name].requires_grad_(False)
+        return unused
+
+
+def _check_layers(output_hidden_states: bool | int | list[int], num_layers: int):
+    if isinstance(output_hidden_states, bool):
+        return
+    layers = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
+    for layer in layers:
+        if not -num_layers <= layer < num_layers:
+            if num_layers == 1:
+                raise ValueError(
+                    f"This tower has one output, but layer {layer} was asked for. Set `vision_feature_layer=-1` in the "
+                    f"configuration of the vision-language model."
+                )
+            raise ValueError(
+                f"This tower has layers {-num_layers} to {num_layers - 1}, but layer {layer} was asked for. Set "
+                f"`vision_feature_layer` of the vision-language model to one of them."
+            )
