@@ -1,0 +1,265 @@
+"""lmms-eval's model `deem`: any vision-language model of transformers, with ours among them, in real batches."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from PIL import Image
+from tqdm import tqdm
+
+from deem_plugin.data.chat import render_chat
+from deem_plugin.evaluation.loading import load_vlm
+from deem_plugin.evaluation.yes_no import settle_answer
+
+MODEL_ARGS = ("pretrained", "batch_size", "device", "dtype", "raw_answers")
+
+# For tasks that give no limit, as in lmms-eval's own models.
+_MAX_NEW_TOKENS = 1024
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
+
+
+class _Deem(lmms):
+    """
+    What the chat and the simple class share.
+
+    Args:
+        pretrained (`str`): Checkpoint folder, hub id, or folder of a peft adapter.
+        batch_size (`int` or `str`): Prompts answered at once. lmms-eval hands it over as text.
+        device (`str`, *optional*): Device of this process; by default the one that accelerate gives it.
+        dtype (`str`): `auto` (the checkpoint's), `float32`, `bfloat16` or `float16`.
+        raw_answers (`bool`): Whether answers to yes-or-no questions stay as generated, see `yes_no.settle_answer`.
+
+    Raises:
+        ValueError: If an argument is unknown, missing or has a value that it cannot have.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        batch_size: int | str = 1,
+        device: str | None = None,
+        dtype: str = "auto",
+        raw_answers: bool = False,
+        **unknown: Any,
+    ):
+        super().__init__()
+        if unknown:
+            raise ValueError(f"Unknown model arguments {sorted(unknown)}; choose from {', '.join(MODEL_ARGS)}.")
+        if pretrained is None:
+            raise ValueError("The model `deem` needs a checkpoint: `--model_args pretrained=FOLDER_OR_HUB_ID`.")
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise ValueError(f"batch_size is {batch_size!r}; the model `deem` needs a whole number from 1 up.")
+        if not isinstance(raw_answers, bool):
+            raise ValueError(f"raw_answers is {raw_answers!r}; choose true or false.")
+        state = PartialState()
+        self._rank, self._world_size = state.process_index, state.num_processes
+        self.device = torch.device(device) if device is not None else state.device
+        self.batch_size = int(batch_size)
+        self.raw_answers = raw_answers
+        self.model, self.processor = load_vlm(str(pretrained), dtype, self.device)
+        self.tokenizer = self.processor.tokenizer
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+
+    def _messages(self, request: Instance) -> list[dict]:
+        """Returns lmms-eval's chat messages of a request, the images in them as PIL images."""
+        raise NotImplementedError
+
+    def _generation_kwargs(self, request: Instance) -> dict:
+        raise NotImplementedError
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Answers the requests, in their order."""
+        answers: list[str] = [""] * len(requests)
+        with self._progress(len(requests), "Answering") as progress:
+            for batch in self._batches(requests, lambda request: repr(self._generation_kwargs(request))):
+                kwargs = self._generation_kwargs(requests[batch[0]])
+                chats = [_split_media(self._messages(requests[index])) for index in batch]
+                # Processors take either images for every prompt or none at all.
+                for with_images in (True, False):
+                    part = [place for place, (_, images) in enumerate(chats) if bool(images) == with_images]
+                    for place, answer in zip(
+                        part, self._generate([chats[place] for place in part], kwargs), strict=True
+                    ):
+                        if not self.raw_answers:
+                            answer = settle_answer(_last_text(chats[place][0]), answer)
+                        answers[batch[place]] = answer
+                progress.update(len(batch))
+        return answers
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Refuses: lmms-eval offers log-likelihoods to simple models only."""
+        raise NotImplementedError("Log-likelihood tasks need the simple class: run lmms-eval with `--force_simple`.")
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        """Refuses: a round that depends on earlier answers cannot be batched as these are."""
+        raise NotImplementedError(
+            "The model `deem` does not run tasks of several rounds (generate_until_multi_round)."
+        )
+
+    def _progress(self, total: int, description: str) -> tqdm:
+        return tqdm(total=total, desc=description, disable=self.rank != 0)
+
+    def _batches(self, requests: list[Instance], kind) -> Iterator[list[int]]:
+        """Yields indices of requests of one kind, long prompts first: little padding, and memory runs out at once."""
+        order = sorted(range(len(requests)), key=lambda index: (kind(requests[index]), -len(requests[index].args[0])))
+        start = 0
+        while start < len(order):
+            stop = start + 1
+            while (
+                stop < len(order)
+                and stop - start < self.batch_size
+                and kind(requests[order[stop]]) == kind(requests[order[start]])
+            ):
+                stop += 1
+            yield order[start:stop]
+            start = stop
+
+    def _encode(self, texts: list[str], images: list[list[Image.Image]], padding_side: str):
+        """Tokenizes prompts and preprocesses their images; floats come in the model's dtype."""
+        bos = self.tokenizer.bos_token
+        inputs = self.processor(
+            text=texts,
+            images=images if any(images) else None,
+            padding=True,
+            padding_side=padding_side,
+            return_tensors="pt",
+            # Chat templates write the bos token themselves; the tokenizer must not write a second.
+            add_special_tokens=not (bos and texts[0].startswith(bos)),
+        )
+        return inputs.to(self.device, self.model.dtype)
+
+    @torch.inference_mode()
+    def _generate(self, chats: list[tuple[list[dict], list[Image.Image]]], kwargs: dict) -> list[str]:
+        """Generates answers to chats that all have images or that all have none."""
+        if not chats:
+            return []
+        kwargs = dict(kwargs)
+        until = kwargs.pop("until", None) or []
+        texts = [render_chat(self.processor, messages, add_generation_prompt=True) for messages, _ in chats]
+        inputs = self._encode(texts, [images for _, images in chats], padding_side="left")
+        output = self.model.generate(**inputs, generation_config=self._generation_config(kwargs))
+        new_tokens = output[:, inputs["input_ids"].shape[1] :]
+        answers = self.processor.batch_decode(new_tokens, skip_special_tokens=True)
+        return [_cut(answer, [until] if isinstance(until, str) else until) for answer in answers]
+
+    def _generation_config(self, kwargs: dict):
+        """Returns the model's generation config with a task's settings; those of other models' tasks are left out."""
+        config = copy.deepcopy(self.model.generation_config)
+        known = config.to_dict()
+        settings = {"max_new_tokens": _MAX_NEW_TOKENS, **{key: kwargs[key] for key in kwargs if key in known}}
+        settings.setdefault("do_sample", bool(settings.get("temperature")))
+        if not settings["do_sample"]:
+            settings.update(dict.fromkeys(_SAMPLING))
+        config.update(**settings)
+        config.max_length = None
+        config.pad_token_id = self.tokenizer.pad_token_id
+        if config.eos_token_id is None:
+            config.eos_token_id = self.tokenizer.eos_token_id
+        return config
+
+
+class DeemChat(_Deem):
+    """The class that lmms-eval takes by default: tasks hand over chat messages."""
+
+    is_simple = False
+
+    def _messages(self, request: Instance) -> list[dict]:
+        _, doc_to_messages, _, doc_id, task, split = request.args
+        return doc_to_messages(self.task_dict[task][split][doc_id])
+
+    def _generation_kwargs(self, request: Instance) -> dict:
+        return request.args[2]
+
+
+class DeemSimple(_Deem):
+    """The class for `--force_simple`: tasks hand over a text and its images; also scores log-likelihoods."""
+
+    is_simple = True
+
+    def _messages(self, request: Instance) -> list[dict]:
+        context, _, doc_to_visual, doc_id, task, split = request.args
+        images = doc_to_visual(self.task_dict[task][split][doc_id]) or []
+        parts = [{"type": "image", "url": image} for image in images]
+        return [{"role": "user", "content": [*parts, {"type": "text", "text": context}]}]
+
+    def _generation_kwargs(self, request: Instance) -> dict:
+        return request.args[1]
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """
+        Returns for each target the *negative* log-probability, summed over its tokens, and whether greedy decoding
+        would give it. lmms-eval takes the choice with the smallest value.
+        """
+        scores: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        with self._progress(len(requests), "Scoring") as progress:
+            for batch in self._batches(requests, lambda request: ""):
+                chats = [_split_media(self._messages(requests[index])) for index in batch]
+                targets = [self._target(requests[index]) for index in batch]
+                for with_images in (True, False):
+                    part = [place for place, (_, images) in enumerate(chats) if bool(images) == with_images]
+                    results = self._score([chats[place] for place in part], [targets[place] for place in part])
+                    for place, result in zip(part, results, strict=True):
+                        scores[batch[place]] = result
+                progress.update(len(batch))
+        return scores
+
+    def _target(self, request: Instance) -> str:
+        _, target, _, doc_id, task, split = request.args
+        return target if isinstance(target, str) else target(self.task_dict[task][split][doc_id])
+
+    @torch.inference_mode()
+    def _score(self, chats: list, targets: list[str]) -> list[tuple[float, bool]]:
+        """Scores targets after chats that all have images or that all have none."""
+        if not chats:
+            return []
+        prompts = [render_chat(self.processor, messages, add_generation_prompt=True) for messages, _ in chats]
+        full = [prompt + target for prompt, target in zip(prompts, targets, strict=True)]
+        # Padding goes to the right, where causal attention hides it whatever kind of positions the model has.
+        inputs = self._encode(full, [images for _, images in chats], padding_side="right")
+        log_probs = self.model(**inputs).logits.float().log_softmax(-1)  # (batch, tokens, vocabulary)
+        results = []
+        for row, (prompt, text) in enumerate(zip(prompts, full, strict=True)):
+            stop = int(inputs["attention_mask"][row].sum())
+            start = stop - (len(self.tokenizer(text)["input_ids"]) - len(self.tokenizer(prompt)["input_ids"]))
+            tokens = inputs["input_ids"][row, start:stop]
+            predicted = log_probs[row, start - 1 : stop - 1]  # (target tokens, vocabulary)
+            chosen = predicted.gather(-1, tokens[:, None])
+            results.append((-chosen.sum().item(), bool((predicted.argmax(-1) == tokens).all())))
+        return results
+
+
+def _split_media(messages: list[dict]) -> tuple[list[dict], list[Image.Image]]:
+    """Splits lmms-eval's messages into messages with a mark for each image, as `render_chat` takes, and the images."""
+    images, plain = [], []
+    for message in messages:
+        content = message["content"]
+        parts = []
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            if part["type"] == "text":
+                parts.append({"type": "text", "text": part["text"]})
+            elif part["type"] == "image":
+                image = part["url"]
+                images.append((image if isinstance(image, Image.Image) else Image.open(image)).convert("RGB"))
+                parts.append({"type": "image"})
+            else:
+                raise ValueError(f"A task hands over {part['type']!r}; the model `deem` takes text and images only.")
+        plain.append({"role": message["role"], "content": parts})
+    return plain, images
+
+
+def _last_text(messages: list[dict]) -> str:
+    return "\n".join(part["text"] for part in messages[-1]["content"] if part["type"] == "text")
+
+
+def _cut(answer: str, until: list[str]) -> str:
+    """Returns the answer up to the first of the stop strings; white space before it begins is no stop."""
+    answer = answer.strip()
+    for stop in until:
+        if stop:
+            answer = answer.split(stop, 1)[0]
+    return answer.strip()

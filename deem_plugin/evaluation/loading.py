@@ -1,0 +1,87 @@
+"""Loads a vision-language model to be evaluated: a Hugging Face checkpoint, or a peft adapter on one."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_vlm(pretrained: str, dtype: str = "auto", device: str | torch.device = "cpu"):
+    """
+    Loads a model and its processor, ready for inference.
+
+    Args:
+        pretrained (`str`): Folder or hub id of a checkpoint, or folder of a peft adapter (with `adapter_config.json`).
+        dtype (`str`): A key of `DTYPES`; "auto" keeps the checkpoint's own.
+        device (`str` or `torch.device`): Where the model goes.
+
+    Returns:
+        `tuple`: The model in eval mode, and its processor.
+
+    Raises:
+        ValueError: If the checkpoint is missing, has no processor, or lacks weights that would then be random.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}.")
+    import deem_plugin.vision  # noqa: F401  # registers our tower with the Auto classes
+
+    _check_path(pretrained)
+    is_adapter = (Path(pretrained) / "adapter_config.json").is_file()
+    base = _base_of_adapter(pretrained) if is_adapter else pretrained
+    model, report = AutoModelForImageTextToText.from_pretrained(base, dtype=DTYPES[dtype], output_loading_info=True)
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{base} lacks {len(missing)} weights of {type(model).__name__}, among them {', '.join(missing[:3])}. They "
+            f"would be random, so its scores would mean nothing. Save the whole model with `save_pretrained`."
+        )
+    if is_adapter:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, pretrained)
+    return model.to(device).eval(), _load_processor(pretrained, base)
+
+
+def _check_path(pretrained: str) -> None:
+    """Raises for a local folder that is missing or holds no model, before it is taken for a hub id."""
+    path = Path(pretrained).expanduser()
+    if path.is_dir():
+        if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+            inside = sorted(child.name for child in path.iterdir() if (child / "config.json").is_file())
+            raise ValueError(
+                f"{pretrained} holds neither config.json nor adapter_config.json, so it is no checkpoint. "
+                + (f"Checkpoints in it: {', '.join(inside)}." if inside else "Give the folder that training wrote.")
+            )
+    elif path.is_absolute() or pretrained.startswith((".", "~")) or pretrained.count("/") > 1:
+        raise ValueError(f"No such checkpoint folder: {pretrained}. Give the folder that training wrote, or a hub id.")
+
+
+def _base_of_adapter(pretrained: str) -> str:
+    from peft import PeftConfig
+
+    base = PeftConfig.from_pretrained(pretrained).base_model_name_or_path
+    if not base:
+        raise ValueError(
+            f"The adapter {pretrained} does not say on which model it was trained: set `base_model_name_or_path` in its "
+            f"adapter_config.json."
+        )
+    _check_path(base)
+    return base
+
+
+def _load_processor(*places: str):
+    """Returns the first processor with a tokenizer and an image processor among the places."""
+    problem = "there is only a tokenizer or only an image processor"
+    for place in places:
+        try:
+            processor = AutoProcessor.from_pretrained(place)
+        except (OSError, ValueError) as error:
+            problem = str(error).splitlines()[0]
+            continue
+        if hasattr(processor, "tokenizer") and hasattr(processor, "image_processor"):
+            return processor
+    raise ValueError(
+        f"No processor found in {' or '.join(dict.fromkeys(places))} ({problem}). Save it beside the model with "
+        f"`processor.save_pretrained(folder)`."
+    )

@@ -1,0 +1,54 @@
+"""RobustVQA: is this class the main object of a picture that fools CLIP? (DEEM, https://arxiv.org/abs/2405.15232)."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from deem_plugin.evaluation import questions
+
+# The three sets that the pictures are from: ImageNet-A, ImageNet-R and ImageNet-V2.
+SPLITS = ("a", "r", "v2")
+COLUMNS = ("question_id", "image_id", "image", "caption", "answer", "source")
+METRICS = ("accuracy", "pair_acc", "precision", "recall", "f1", "yes_ratio", "unknown_rate")
+# As the authors ask it, misspelling included: another wording gives another benchmark.
+PROMPT = "Is {caption} the main object in this image? Please anwser yes or no"
+
+
+def write_robustvqa(rows: Iterable[dict[str, Any]], path: str | Path) -> Path:
+    """
+    Writes one split as `robustvqa_<split>.parquet`; the rows are those of `questions.write_questions`.
+
+    Args:
+        rows (`Iterable[dict]`):
+            `question_id`, `image_id`, `image`, `caption` (class name in the question), `answer`, `source` (where the
+            image is from, such as its path in ImageNet-A).
+        path (`str` or `Path`): File to write.
+
+    Raises:
+        QuestionDataError: If a row is not as described or the file cannot be written.
+    """
+    return questions.write_questions(rows, path, COLUMNS)
+
+
+def robustvqa_file(split: str) -> str:
+    """
+    Finds the file of a split in `$DEEM_ROBUSTVQA`, else `$DEEM_HOME/robustvqa`, else the user's cache folder.
+
+    Raises:
+        ValueError: If there is no such split.
+        QuestionDataError: If the file is missing, unreadable, or lacks columns.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"RobustVQA has no split {split!r}; choose one of {', '.join(SPLITS)}.")
+    remedy = "RobustVQA data is not shipped: build it with `deem robustvqa build --out DIR`."
+    return questions.find_questions("DEEM_ROBUSTVQA", "robustvqa", f"robustvqa_{split}.parquet", COLUMNS, remedy)
+
+
+def doc_to_text(doc: dict, lmms_eval_specific_kwargs: dict | None = None) -> str:
+    """Returns the question as published."""
+    return PROMPT.format(caption=doc["caption"])
+
+
+def process_results(doc: dict, results: list[str]) -> dict[str, dict]:
+    """Returns the metric rows of one answer."""
+    return questions.score(doc, results, "robustvqa", METRICS)

@@ -1,0 +1,20 @@
+"""What the RobustVQA task files refer to; lmms-eval runs this file anew for each reference."""
+
+from deem_plugin.evaluation.questions import (  # noqa: F401
+    accuracy,
+    doc_to_visual,
+    f1,
+    pair_accuracy,
+    precision,
+    recall,
+    unknown_rate,
+    yes_ratio,
+)
+from deem_plugin.evaluation.robustvqa import doc_to_text, process_results, robustvqa_file  # noqa: F401
+
+
+def __getattr__(name: str) -> str:
+    """Finds the file of a split, `DATA_a` for one, only when its task is run: YAML cannot read the environment."""
+    if name.startswith("DATA_"):
+        return robustvqa_file(name.removeprefix("DATA_"))
+    raise AttributeError(f"{__name__} has no attribute {name!r}")
