@@ -42,8 +42,8 @@ def tower_weights(state_dict: dict) -> dict:
     """
     State dict of a multi-scale `DeemVisionTower` from the official visual tokenizer (fixture F2).
 
-    What is not part of the tower is left out: the two heads `proj_i` and `proj_t`, and the generator (`encoder.*`). The
-    position embedding is computed, not stored.
+    What is not part of the tower is left out: the two heads `proj_i` and `proj_t`, and the generator (`encoder.*`).
+    The position embedding is computed, not stored.
     """
     weights = {f"resampler.{k}": v for k, v in resampler_weights(state_dict, "perceiver_resampler.").items()}
     for name, value in state_dict.items():

@@ -1,4 +1,4 @@
-"""What the language model sees: vision tower, encoders, resampler, image processing, and the models that can hold it."""
+"""What the language model sees: vision tower, encoders, resampler, images, and the models that hold it."""
 
 from transformers import AutoConfig, AutoModel
 

@@ -113,8 +113,8 @@ class DeemVisionConfig(PreTrainedConfig):
             given = getattr(self, name)
             if given is not None and given != value:
                 raise ValueError(
-                    f"`{name}` follows from the encoder and is {value}, got {given}. Leave `{name}` out, or change the "
-                    f"encoder's own configuration."
+                    f"`{name}` follows from the encoder and is {value}, got {given}. Leave `{name}` out, or change "
+                    f"the encoder's own configuration."
                 )
             setattr(self, name, value)
 
@@ -146,7 +146,8 @@ class DeemVisionConfig(PreTrainedConfig):
         cfg = self.open_clip_config
         if unknown := sorted(set(cfg) - _OPEN_CLIP_KEYS):
             raise ValueError(
-                f"Unknown keys in `open_clip_config`: {', '.join(unknown)}. Known: {', '.join(sorted(_OPEN_CLIP_KEYS))}."
+                f"Unknown keys in `open_clip_config`: {', '.join(unknown)}. "
+                f"Known: {', '.join(sorted(_OPEN_CLIP_KEYS))}."
             )
         image_size = cfg.get("image_size", CLIPVisionCfg.image_size)
         if not isinstance(image_size, int):
@@ -175,8 +176,8 @@ class DeemVisionConfig(PreTrainedConfig):
         total_stride = stem_stride * 2 ** (_CONVNEXT_STAGES - 1)
         if image_size % total_stride:
             raise ValueError(
-                f"A ConvNeXt needs an image size that is a multiple of its total stride {total_stride}, got {image_size}. "
-                f"Choose for example {max(round(image_size / total_stride), 1) * total_stride}."
+                f"A ConvNeXt needs an image size that is a multiple of its total stride {total_stride}, "
+                f"got {image_size}. Choose for example {max(round(image_size / total_stride), 1) * total_stride}."
             )
         return {
             "hidden_size": self.embed_dim,

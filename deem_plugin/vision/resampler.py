@@ -99,7 +99,7 @@ class PerceiverResampler(nn.Module):
     Reads any number of tokens with a fixed number of learned queries.
 
     This is the BLIP-2 Q-Former (https://arxiv.org/abs/2301.12597, Sec. 3.1) without text, with queries and keys
-    normalised per head, as DEEM uses it between encoder and language model (https://arxiv.org/abs/2405.15232, Sec. 2.1).
+    normalised per head, as DEEM has it behind the encoder (https://arxiv.org/abs/2405.15232, Sec. 2.1).
     The defaults are the paper's shape.
 
     Args:

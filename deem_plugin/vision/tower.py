@@ -84,13 +84,13 @@ def region_to_patches(region_masks: torch.Tensor, height: int, width: int) -> to
 
 class DeemVisionTower(PreTrainedModel):
     """
-    Vision tower of DEEM (https://arxiv.org/abs/2405.15232, Sec. 2.1), which any VLM with a configurable tower can hold.
+    Vision tower of DEEM (https://arxiv.org/abs/2405.15232, Sec. 2.1), for any VLM whose tower can be exchanged.
 
     Without a resampler it returns the encoder's tokens. With one, patches get a position embedding, are masked by the
     region if there is one, and are read by a fixed number of queries.
 
     Args:
-        config (`DeemVisionConfig`): What to build. The weights are new; see [`build_vision_tower`] for pretrained ones.
+        config (`DeemVisionConfig`): What to build. The weights are new; [`build_vision_tower`] loads pretrained ones.
     """
 
     config_class = DeemVisionConfig
@@ -302,8 +302,8 @@ def _check_layers(output_hidden_states: bool | int | list[int], num_layers: int)
         if not -num_layers <= layer < num_layers:
             if num_layers == 1:
                 raise ValueError(
-                    f"This tower has one output, but layer {layer} was asked for. Set `vision_feature_layer=-1` in the "
-                    f"configuration of the vision-language model."
+                    f"This tower has one output, but layer {layer} was asked for. Set `vision_feature_layer=-1` in "
+                    f"the configuration of the vision-language model."
                 )
             raise ValueError(
                 f"This tower has layers {-num_layers} to {num_layers - 1}, but layer {layer} was asked for. Set "

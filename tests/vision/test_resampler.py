@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from deem_plugin.vision.resampler import PerceiverResampler
-from parity_weights import resampler_weights
+from tests.parity_weights import resampler_weights
 
 
 def tiny_resampler(**options):

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from parity_weights import parity_tower_config, tower_weights
 from safetensors.torch import load_file
 from torch.nn.functional import interpolate
 
 from deem_plugin.vision.configuration import DeemVisionConfig
 from deem_plugin.vision.tower import DeemVisionTower, sincos_position_embedding
+from tests.parity_weights import parity_tower_config, tower_weights
 
 
 def relative_error(value, expected):
