@@ -33,8 +33,8 @@ def load_vlm(pretrained: str, dtype: str = "auto", device: str | torch.device = 
     model, report = AutoModelForImageTextToText.from_pretrained(base, dtype=DTYPES[dtype], output_loading_info=True)
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
-            f"{base} lacks {len(missing)} weights of {type(model).__name__}, among them {', '.join(missing[:3])}. They "
-            f"would be random, so its scores would mean nothing. Save the whole model with `save_pretrained`."
+            f"{base} lacks {len(missing)} weights of {type(model).__name__}, among them {', '.join(missing[:3])}. "
+            f"They would be random, so its scores would mean nothing. Save the whole model with `save_pretrained`."
         )
     if is_adapter:
         from peft import PeftModel
@@ -63,8 +63,8 @@ def _base_of_adapter(pretrained: str) -> str:
     base = PeftConfig.from_pretrained(pretrained).base_model_name_or_path
     if not base:
         raise ValueError(
-            f"The adapter {pretrained} does not say on which model it was trained: set `base_model_name_or_path` in its "
-            f"adapter_config.json."
+            f"The adapter {pretrained} does not say on which model it was trained: set `base_model_name_or_path` in "
+            f"its adapter_config.json."
         )
     _check_path(base)
     return base

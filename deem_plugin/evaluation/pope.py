@@ -1,0 +1,278 @@
+"""
+Puts POPE into the datasets cache, from where lmms-eval's own tasks read it without a network.
+
+The tasks `pope`, `pope_adv`, `pope_pop` and `pope_random` load `lmms-lab-encoder/POPE` by name. Without a network,
+`datasets` looks for that name in its cache of Arrow files, so an import writes what a download would have left there.
+POPE: https://arxiv.org/abs/2305.10355.
+"""
+
+import io
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+from tqdm import tqdm
+
+from deem_plugin.evaluation.questions import QuestionDataError
+
+CATEGORIES = ("adversarial", "popular", "random")
+COLUMNS = ("id", "question_id", "question", "answer", "image_source", "image", "category")
+
+_CACHE_FOLDER = "lmms-lab-encoder___pope"
+# Configurations must not share the last part of their path: `datasets` would call a nameless `load_dataset` ambiguous.
+_HASHES = {"Full": "deem-local-full", "default": "deem-local-default"}
+_ROWS_A_CHUNK = 64
+
+
+def import_pope(
+    source: str | Path | Iterable[str | Path],
+    image_dir: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+) -> dict[str, int]:
+    """
+    Imports POPE for offline use by lmms-eval; an earlier import is replaced.
+
+    The Arrow files hold each question with its image, as a download would: about 2.8 GB for all 9,000 questions.
+
+    Args:
+        source (`str`, `Path` or several):
+            Folder with the official `coco_pope_{random,popular,adversarial}.json`, or parquet files (or a folder of
+            them) with the columns of the hub's data set.
+        image_dir (`str` or `Path`, *optional*): Folder of the COCO val2014 images that the JSON files name.
+        cache_dir (`str` or `Path`, *optional*):
+            Cache to write to; by default the one that lmms-eval reads, `$LMMS_EVAL_DATASETS_CACHE` or else that of
+            `datasets`.
+
+    Returns:
+        `dict[str, int]`: How many questions of each category were imported.
+
+    Raises:
+        QuestionDataError: If files are missing or malformed, images are missing or unreadable, or the cache cannot be
+            written. The cache is then as it was.
+    """
+    rows, total = _open(source, image_dir)
+    cache = _cache_dir(cache_dir)
+    # Beside the folder that `datasets` searches, and on the same disk, so that the result moves in by renaming.
+    staging = cache / f".{_CACHE_FOLDER}.{os.getpid()}.partial"
+    try:
+        staging.mkdir(parents=True)
+        counts = _write(tqdm(rows, total=total, desc="Importing POPE"), staging)
+        # `datasets` takes the newest configuration where a task names none, and `pope` means "default".
+        for config, name in _HASHES.items():
+            final = cache / _CACHE_FOLDER / config / "0.0.0" / name
+            shutil.rmtree(final, ignore_errors=True)
+            final.parent.mkdir(parents=True, exist_ok=True)
+            (staging / config).rename(final)
+            os.utime(final)
+    except OSError as error:
+        raise QuestionDataError(
+            f"Cannot write the datasets cache {cache}: {error}. Choose another with `cache_dir` and set "
+            f"LMMS_EVAL_DATASETS_CACHE to it for the evaluation, too."
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return counts
+
+
+def _cache_dir(given: str | Path | None) -> Path:
+    import datasets
+
+    chosen = given or os.environ.get("LMMS_EVAL_DATASETS_CACHE", "").strip() or datasets.config.HF_DATASETS_CACHE
+    return Path(os.path.expandvars(chosen)).expanduser()
+
+
+def _open(source: str | Path | Iterable[str | Path], image_dir: str | Path | None) -> tuple[Iterator[dict], int]:
+    """Returns the rows of `source` and how many there are; images are checked before the first row comes."""
+    paths = [Path(path).expanduser() for path in ([source] if isinstance(source, str | Path) else source)]
+    for path in paths:
+        if not path.exists():
+            raise QuestionDataError(f"No such file or folder: {path}. Give POPE's question files or parquet files.")
+    if len(paths) == 1 and paths[0].is_dir():
+        folder = paths[0]
+        if any((folder / _question_file(category)).is_file() for category in CATEGORIES):
+            return _open_json(folder, image_dir)
+        paths = sorted(folder.rglob("*.parquet"))
+        if not paths:
+            raise QuestionDataError(
+                f"{folder} holds neither {', '.join(map(_question_file, CATEGORIES))} nor parquet files."
+            )
+    if image_dir is not None:
+        raise QuestionDataError("`image_dir` goes with the JSON question files; parquet files bring their images.")
+    return _open_parquet(paths)
+
+
+def _question_file(category: str) -> str:
+    return f"coco_pope_{category}.json"
+
+
+def _open_json(folder: Path, image_dir: str | Path | None) -> tuple[Iterator[dict], int]:
+    """Opens the official question files, one JSON object a line."""
+    if absent := [name for name in map(_question_file, CATEGORIES) if not (folder / name).is_file()]:
+        raise QuestionDataError(f"{folder} lacks {', '.join(absent)}; POPE's three files belong together.")
+    if image_dir is None or not Path(image_dir).expanduser().is_dir():
+        raise QuestionDataError(
+            f"The image folder is {image_dir}; POPE's JSON files need the folder of the COCO val2014 images they name."
+        )
+    questions = []
+    for category in CATEGORIES:
+        path = folder / _question_file(category)
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            if not line.strip():
+                continue
+            try:
+                entry = json.loads(line)
+                question = {
+                    "question_id": str(entry["question_id"]),
+                    "question": entry["text"],
+                    "answer": entry["label"],
+                    "image_source": entry["image"],
+                    "category": category,
+                }
+            except (ValueError, KeyError, TypeError) as error:
+                raise QuestionDataError(
+                    f"{path}, line {number}: expected a JSON object with question_id, image, text, label ({error!r})."
+                ) from error
+            questions.append(_checked(question, f"{path}, line {number}"))
+    images = _read_images(Path(image_dir).expanduser(), sorted({question["image_source"] for question in questions}))
+
+    def rows() -> Iterator[dict]:
+        for question in questions:
+            image = {"bytes": images[question["image_source"]], "path": None}
+            yield {**question, "image_source": Path(question["image_source"]).stem, "image": image}
+
+    return rows(), len(questions)
+
+
+def _read_images(folder: Path, names: list[str]) -> dict[str, bytes]:
+    """Reads image files, each once; raises for all that are missing or do not decode."""
+    images, missing, broken = {}, [], []
+    for name in tqdm(names, desc="Reading images"):
+        try:
+            data = (folder / name).read_bytes()
+        except OSError:
+            missing.append(name)
+            continue
+        if _decodes(data):
+            images[name] = data
+        else:
+            broken.append(name)
+    problems = [
+        f"{len(found)} of {len(names)} images {what} (the first: {', '.join(found[:3])})"
+        for found, what in ((missing, "are missing"), (broken, "are unreadable"))
+        if found
+    ]
+    if problems:
+        raise QuestionDataError(
+            f"In {folder}, {' and '.join(problems)}. POPE's images are those of COCO val2014: complete the folder and "
+            f"import again."
+        )
+    return images
+
+
+def _decodes(data: bytes) -> bool:
+    import PIL.Image
+
+    try:
+        with PIL.Image.open(io.BytesIO(data)) as image:
+            image.load()
+    except (OSError, ValueError, SyntaxError):  # PIL reports broken PNG chunks as SyntaxError
+        return False
+    return True
+
+
+def _checked(question: dict, where: str) -> dict:
+    """Returns the question, or raises if its answer or category is none that POPE has."""
+    if str(question["answer"]).strip().lower() not in ("yes", "no"):
+        raise QuestionDataError(f"{where}: the answer is {question['answer']!r}; expected yes or no.")
+    if question["category"] not in CATEGORIES:
+        raise QuestionDataError(f"{where}: the category is {question['category']!r}; expected one of {CATEGORIES}.")
+    return question
+
+
+def _open_parquet(paths: list[Path]) -> tuple[Iterator[dict], int]:
+    """Opens parquet files with the columns of the hub's data set, whichever categories they hold."""
+    import pyarrow.parquet as pq
+
+    needed = [column for column in COLUMNS if column != "id"]
+    total = 0
+    for path in paths:
+        try:
+            parquet = pq.ParquetFile(path)
+        except (OSError, ValueError) as error:
+            raise QuestionDataError(f"{path} is no readable parquet file ({error}).") from error
+        if absent := [column for column in needed if column not in parquet.schema_arrow.names]:
+            raise QuestionDataError(f"{path} lacks the columns {absent}; it has {parquet.schema_arrow.names}.")
+        total += parquet.metadata.num_rows
+
+    def rows() -> Iterator[dict]:
+        seen, decoded = set(), set()
+        for path in paths:
+            for batch in pq.ParquetFile(path).iter_batches(_ROWS_A_CHUNK, columns=needed):
+                for row in batch.to_pylist():
+                    key = (row["category"], row["question_id"])
+                    _checked(row, f"{path}, question {key}")
+                    if key in seen:
+                        raise QuestionDataError(
+                            f"{path}: question {key} comes twice. Give the files of one configuration only."
+                        )
+                    seen.add(key)
+                    data = row["image"]["bytes"]
+                    if row["image_source"] not in decoded:
+                        if not data or not _decodes(data):
+                            raise QuestionDataError(f"{path}: the image of question {key} is missing or unreadable.")
+                        decoded.add(row["image_source"])
+                    yield {**row, "question_id": str(row["question_id"]), "image": {"bytes": data, "path": None}}
+
+    return rows(), total
+
+
+def _write(rows: Iterable[dict], staging: Path) -> dict[str, int]:
+    """Writes the configurations "default" (one split, `test`) and "Full" (a split for each category) in one pass."""
+    import pyarrow as pa
+    from datasets import DatasetInfo, Features, Image, Value
+    from datasets.splits import SplitDict, SplitInfo
+
+    features = Features({name: Image() if name == "image" else Value("string") for name in COLUMNS})
+    schema = features.arrow_schema
+    counts: Counter[str] = Counter()
+    pending: dict[Path, list[dict]] = {}
+    with ExitStack() as files:
+        writers: dict[Path, pa.RecordBatchStreamWriter] = {}
+
+        def flush(path: Path) -> None:
+            if path not in writers:
+                path.parent.mkdir(exist_ok=True)
+                writers[path] = files.enter_context(pa.ipc.new_stream(str(path), schema))
+            writers[path].write_table(pa.Table.from_pylist(pending.pop(path), schema=schema))
+
+        for index, row in enumerate(rows):
+            counts[row["category"]] += 1
+            for config, split in (("default", "test"), ("Full", row["category"])):
+                path = staging / config / f"pope-{split}.arrow"
+                pending.setdefault(path, []).append({**row, "id": str(index)})
+                if len(pending[path]) == _ROWS_A_CHUNK:
+                    flush(path)
+        for path in list(pending):
+            flush(path)
+    if not counts:
+        raise QuestionDataError("There is not one question in the given files.")
+    for config, sizes in (("default", {"test": counts.total()}), ("Full", dict(counts))):
+        splits = SplitDict(dataset_name="pope")
+        for split, size in sizes.items():
+            length = (staging / config / f"pope-{split}.arrow").stat().st_size
+            splits.add(SplitInfo(name=split, num_bytes=length, num_examples=size, dataset_name="pope"))
+        info = DatasetInfo(
+            features=features,
+            splits=splits,
+            builder_name="parquet",
+            dataset_name="pope",
+            config_name=config,
+            version="0.0.0",
+            dataset_size=sum(split.num_bytes for split in splits.values()),
+        )
+        info.write_to_directory(str(staging / config))
+    return dict(counts)
