@@ -1,0 +1,190 @@
+"""build_vision_tower: a vision tower by name."""
+
+import difflib
+from pathlib import Path
+
+import open_clip
+from transformers import AutoConfig, AutoModel, CLIPImageProcessor, PreTrainedConfig
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+)
+
+from .configuration import HF_ENCODER_TYPES, DeemVisionConfig
+from .tower import DeemVisionTower
+
+# The encoder of the paper (https://arxiv.org/abs/2405.15232, Sec. 3.1).
+DEEM_ENCODER = "convnext_base_w_320"
+
+# How a model was normalised when its folder does not say so.
+_NORMALISATION = {
+    "siglip_vision_model": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
+    "siglip2_vision_model": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
+    "dinov2": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    "dinov2_with_registers": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    "clip_vision_model": (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD),
+}
+
+
+def build_vision_tower(
+    name: str = "deem",
+    *,
+    pretrained: str | bool | None = None,
+    image_size: int | None = None,
+    class_token: bool = True,
+    num_queries: int = 77,
+) -> DeemVisionTower:
+    """
+    Builds a vision tower by name.
+
+    `"deem"` is the paper's: open_clip's convnext_base_w_320, adapters to 1024, and 77 queries in 12 layers of width
+    768. `"deem:<encoder>"` is the same with another encoder, which is one of: a model name of open_clip; the hub id or
+    folder of a CLIP, SigLIP, SigLIP2 or DINOv2 model; the folder of a saved [`DeemVisionTower`], taken as it is.
+
+    Args:
+        name (`str`, *optional*, defaults to `"deem"`):
+            See above. Only a hub id, or an open_clip tag in `pretrained`, may download anything.
+        pretrained (`str` or `bool`, *optional*):
+            For open_clip models: a tag of open_clip or a checkpoint file; without one the encoder's weights are new.
+            For folders and hub ids: their weights are loaded unless this is `False`. Weights that are missing or left
+            over are an error in every case. Adapters and resampler are new except in a saved tower.
+        image_size (`int`, *optional*):
+            Side of the input in pixels, if not the encoder's own.
+        class_token (`bool`, *optional*, defaults to `True`):
+            Whether the output starts with a class token, as VLMs that crop the first token expect.
+        num_queries (`int`, *optional*, defaults to 77):
+            Number of queries of the resampler. 0 leaves the resampler out: the VLM then reads the grid of patches.
+
+    Returns:
+        `DeemVisionTower`: In training mode, float32, on the CPU.
+
+    Raises:
+        `ValueError`: For a name that means nothing, with similar names, and for options that do not fit the encoder.
+    """
+    kind, _, encoder = name.partition(":")
+    if kind != "deem" or (":" in name and not encoder):
+        raise ValueError(f"A vision tower is called 'deem' or 'deem:<encoder>', got {name!r}.")
+    encoder = encoder or DEEM_ENCODER
+    options = {"class_token": class_token, "num_queries": num_queries}
+    if encoder in open_clip.list_models():
+        return _from_open_clip(encoder, pretrained, image_size, options)
+    if Path(encoder).is_dir() or encoder.count("/") == 1:
+        return _from_hugging_face(encoder, pretrained, image_size, options)
+    similar = difflib.get_close_matches(encoder, open_clip.list_models(), n=5, cutoff=0.4)
+    raise ValueError(
+        f"Unknown encoder {encoder!r}: neither a model of open_clip, nor a folder, nor a hub id such as "
+        f"'openai/clip-vit-large-patch14-336'. Similar names in open_clip: {', '.join(similar) or 'none'}."
+    )
+
+
+def _from_open_clip(encoder, pretrained, image_size, options) -> DeemVisionTower:
+    model_config = open_clip.get_model_config(encoder)
+    vision_cfg = {k: v for k, v in model_config["vision_cfg"].items() if k != "timm_model_pretrained"}
+    if image_size is not None:
+        vision_cfg["image_size"] = image_size
+    tag = open_clip.get_pretrained_cfg(encoder, pretrained) if isinstance(pretrained, str) else {}
+    if isinstance(pretrained, str) and not tag and not Path(pretrained).is_file():
+        raise ValueError(
+            f"`pretrained` of {encoder} must be a file or a tag of open_clip, got {pretrained!r}. "
+            f"Tags: {', '.join(open_clip.list_pretrained_tags_by_model(encoder)) or 'none'}."
+        )
+    if pretrained is True:
+        raise ValueError(
+            f"`pretrained=True` does not say which weights of {encoder}. "
+            f"Tags: {', '.join(open_clip.list_pretrained_tags_by_model(encoder)) or 'none'}."
+        )
+    quick_gelu = bool(tag.get("quick_gelu") or model_config.get("quick_gelu"))
+    if quick_gelu:
+        vision_cfg["quick_gelu"] = True
+    if not pretrained:
+        return DeemVisionTower(DeemVisionConfig(open_clip_config=vision_cfg, **options))
+
+    # The whole model, text tower included: open_clip knows how to read each of its checkpoints, strictly, and resizes
+    # position embeddings.
+    model = open_clip.create_model(
+        encoder, pretrained=pretrained, force_quick_gelu=quick_gelu, force_image_size=image_size, pretrained_text=False
+    )
+    preprocessing = open_clip.get_model_preprocess_cfg(model)
+    config = DeemVisionConfig(
+        open_clip_config=vision_cfg,
+        image_mean=list(preprocessing["mean"]),
+        image_std=list(preprocessing["std"]),
+        **options,
+    )
+    tower = DeemVisionTower(config)
+    tower.encoder.load_visual(model.visual)
+    return tower
+
+
+def _from_hugging_face(path, pretrained, image_size, options) -> DeemVisionTower:
+    if isinstance(pretrained, str):
+        raise ValueError(
+            f"{path} brings its own weights, so `pretrained` must be left out, or be `False` for new weights; "
+            f"got {pretrained!r}."
+        )
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except OSError as error:
+        raise ValueError(
+            f"Found no model at {path!r}. Give a folder with a config.json, a hub id that can be reached, or a model "
+            f"name of open_clip."
+        ) from error
+    if config.model_type == DeemVisionConfig.model_type:
+        return _saved_tower(path, config, pretrained, image_size)
+    vision_config = config.vision_config if config.model_type in ("clip", "siglip", "siglip2") else config
+    if vision_config.model_type not in HF_ENCODER_TYPES:
+        raise ValueError(
+            f"{path} is a model of type '{config.model_type}', which cannot be the encoder. Supported: "
+            f"{', '.join(HF_ENCODER_TYPES)}, and clip, siglip, siglip2, whose vision part is taken."
+        )
+    mean, std = _normalisation(path, vision_config)
+    tower = DeemVisionTower(
+        DeemVisionConfig(
+            encoder_config=vision_config,
+            image_size=image_size,
+            image_mean=mean,
+            image_std=std,
+            **options,
+        )
+    )
+    if pretrained is not False:
+        _load_encoder(tower, path)
+    return tower
+
+
+def _saved_tower(path, config, pretrained, image_size) -> DeemVisionTower:
+    if image_size is not None and image_size != config.image_size:
+        raise ValueError(
+            f"{path} is a tower for images of {config.image_size} pixels, got `image_size={image_size}`. Leave it out."
+        )
+    if pretrained is False:
+        return DeemVisionTower(config)
+    tower, info = DeemVisionTower.from_pretrained(path, output_loading_info=True)
+    _refuse_bad_keys(path, info["missing_keys"], info["unexpected_keys"])
+    return tower.train()
+
+
+def _normalisation(path: str, vision_config: PreTrainedConfig) -> tuple[list[float], list[float]]:
+    try:
+        preprocessing, _ = CLIPImageProcessor.get_image_processor_dict(path)
+    except OSError:  # a model saved without its processor
+        preprocessing = {}
+    mean, std = _NORMALISATION[vision_config.model_type]
+    return list(preprocessing.get("image_mean", mean)), list(preprocessing.get("image_std", std))
+
+
+def _load_encoder(tower: DeemVisionTower, path: str):
+    source, info = AutoModel.from_pretrained(path, output_loading_info=True)
+    _refuse_bad_keys(path, info["missing_keys"], info["unexpected_keys"])
+    vision = getattr(source, "vision_model", source)  # of a full CLIP or SigLIP the vision part
+    tower.encoder.model.load_state_dict(vision.state_dict(), strict=True)
+
+
+def _refuse_bad_keys(path, missing, unexpected):
+    if missing or unexpected:
+        raise ValueError(
+            f"The weights in {path} do not fit its config. Missing: {sorted(missing)[:5]} ({len(missing)} in all). "
+            f"Left over: {sorted(unexpected)[:5]} ({len(unexpected)} in all). Check that the files belong together."
+        )
