@@ -1,0 +1,119 @@
+"""What a recipe may say about the model and the data."""
+
+from dataclasses import dataclass, field
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+# The three ways to name what is trained; a recipe takes exactly one.
+SOURCES = ("model", "language_model", "encoder")
+
+
+@dataclass
+class ModelArguments:
+    """
+    Which model is trained, and which of its parts.
+
+    A *pattern* names parts of the model by their dotted parameter names: `vision_tower` is every parameter below a
+    module of that name, `vision_tower.encoder.layers.0` its first layer, and `*` stands for one name in between. A
+    pattern that matches nothing is an error.
+
+    Args:
+        model (`str`, *optional*): Folder or hub id of a VLM with its processor.
+        language_model (`str`, *optional*):
+            Folder or hub id of a language model, to assemble a LLaVA of it and `vision_tower`; the projector is new.
+        encoder (`str`, *optional*):
+            Folder or hub id of a vision encoder (CLIP, SigLIP, DINOv2, ...) to train alone, on images only.
+        vision_tower (`str`, *optional*):
+            `deem` (the paper's ConvNeXt, resampled to 77 queries), `deem:<encoder>`, or nothing for the VLM's own.
+        vision_pretrained (`str`, *optional*): Weights of the tower: an open_clip tag, a file or a folder.
+        image_size (`int`, *optional*): Side of the tower's square input in pixels; by default the encoder's own.
+        chat_template (`str`, *optional*):
+            Jinja file with the chat template, for models that come without one. A relative path is also looked for
+            beside the recipe.
+        dtype (`str`, *optional*, defaults to `"float32"`):
+            Precision of the weights. Small learning rates need float32 weights: a step of 1e-6 is lost in bfloat16.
+            For speed set `training.bf16: true`, which computes in bfloat16 and keeps the weights as they are.
+        attn_implementation (`str`, *optional*): `sdpa`, `eager`, `flash_attention_2`, ...
+        freeze (`list[str]`, *optional*): Patterns of what is not trained.
+        learning_rates (`dict[str, float]`, *optional*):
+            Pattern to learning rate, for parts that differ from `training.learning_rate`; a later pattern wins.
+        lora_r (`int`, *optional*, defaults to 0): Rank of LoRA (https://arxiv.org/abs/2106.09685); 0 is no LoRA.
+        lora_alpha (`int`, *optional*, defaults to 32): LoRA's scale is `lora_alpha / lora_r`.
+        lora_dropout (`float`, *optional*, defaults to 0.05): Dropout before LoRA's matrices, in [0, 1).
+        lora_modules (`list[str]`, *optional*): Patterns of the parts whose linear layers get LoRA.
+        lora_full (`list[str]`, *optional*): Patterns of modules that train in full beside LoRA.
+    """
+
+    model: str | None = field(default=None, metadata={"help": "Folder or hub id of a VLM with its processor."})
+    language_model: str | None = field(
+        default=None, metadata={"help": "Folder or hub id of a language model, to assemble a LLaVA."}
+    )
+    encoder: str | None = field(default=None, metadata={"help": "Folder or hub id of an encoder to train alone."})
+    vision_tower: str | None = field(
+        default=None, metadata={"help": "`deem`, `deem:<encoder>`, or nothing for the VLM's own tower."}
+    )
+    vision_pretrained: str | None = field(default=None, metadata={"help": "Weights of the tower: tag, file, folder."})
+    image_size: int | None = field(default=None, metadata={"help": "Side of the tower's square input in pixels."})
+    chat_template: str | None = field(default=None, metadata={"help": "Jinja file with the chat template."})
+    dtype: str = field(default="float32", metadata={"help": f"Precision of the weights: {', '.join(DTYPES)}."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "`sdpa`, `eager`, ..."})
+    freeze: list[str] = field(default_factory=list, metadata={"help": "Patterns of what is not trained."})
+    learning_rates: dict[str, float] = field(default_factory=dict, metadata={"help": "Pattern to learning rate."})
+    lora_r: int = field(default=0, metadata={"help": "Rank of LoRA; 0 is no LoRA."})
+    lora_alpha: int = field(default=32, metadata={"help": "LoRA's scale is lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before LoRA's matrices, in [0, 1)."})
+    lora_modules: list[str] = field(
+        default_factory=lambda: ["language_model"],
+        metadata={"help": "Patterns of the parts whose linear layers get LoRA."},
+    )
+    lora_full: list[str] = field(
+        default_factory=list, metadata={"help": "Patterns of modules that train in full beside LoRA."}
+    )
+
+    def __post_init__(self):
+        given = [name for name in SOURCES if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"The section `model` must name exactly one of {', '.join(f'`{name}`' for name in SOURCES)} (a VLM, "
+                f"a language model to assemble one from, or an encoder to train alone), got {given or 'none'}."
+            )
+        if self.dtype not in DTYPES:
+            raise ValueError(f"`model.dtype` must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
+        if self.language_model is not None and self.vision_tower is None:
+            raise ValueError(
+                "`model.language_model` needs `model.vision_tower`: a language model has no tower of its own. Set "
+                "`deem` or `deem:<encoder>`."
+            )
+        if self.vision_tower is None and (self.vision_pretrained or self.image_size):
+            raise ValueError(
+                "`model.vision_pretrained` and `model.image_size` belong to `model.vision_tower`, which is not set. "
+                "Set `vision_tower: deem` or `deem:<encoder>`, or leave them out."
+            )
+        if self.encoder is not None and self.lora_r:
+            raise ValueError("LoRA is for VLMs; an encoder alone (`model.encoder`) trains in full. Set `lora_r: 0`.")
+
+
+@dataclass
+class DataArguments:
+    """
+    What the model is trained on.
+
+    Args:
+        path (`str`):
+            Conversations as [`~deem_plugin.data.conversations.load_conversations`] takes them; for an encoder alone a
+            folder of pictures.
+        image_dir (`str`, *optional*): Folder that the image paths are relative to; by default the data's own.
+        max_length (`int`, *optional*): Longest conversation in tokens; what is beyond is cut off, images never.
+        cache_dir (`str`, *optional*): Where the memory-mapped tables are kept; the `datasets` cache by default.
+    """
+
+    path: str | None = field(default=None, metadata={"help": "Conversations, or a folder of pictures."})
+    image_dir: str | None = field(default=None, metadata={"help": "Folder that the image paths are relative to."})
+    max_length: int | None = field(default=None, metadata={"help": "Longest conversation in tokens."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where the memory-mapped tables are kept."})
+
+    def __post_init__(self):
+        if self.path is None:
+            raise ValueError(
+                "The recipe does not say what to train on. Set `data.path` to a LLaVA .json or .jsonl file, a data "
+                "set with `messages` and `images`, or, for an encoder alone, a folder of pictures."
+            )

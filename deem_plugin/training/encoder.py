@@ -1,0 +1,54 @@
+"""Trains a vision encoder alone on images (DIVA's setting, https://arxiv.org/abs/2407.20171): loading and saving."""
+
+import torch
+
+from deem_plugin.training.arguments import ModelArguments
+from deem_plugin.training.parts import freeze_unused
+
+
+def load_encoder(arguments: ModelArguments):
+    """
+    Loads the encoder of a recipe.
+
+    Args:
+        arguments (`ModelArguments`): The recipe's section `model`, with `encoder` set.
+
+    Returns:
+        `tuple[PreTrainedModel, PreTrainedModel, BaseImageProcessor]`: What the checkpoint holds (a whole CLIP with
+        its text tower, for example), the vision encoder in it, which trains, and the image processor.
+    """
+    from transformers import AutoImageProcessor, AutoModel
+
+    # Registers our classes with transformers, so that our own towers load.
+    import deem_plugin.vision  # noqa: F401
+
+    options = {"dtype": arguments.dtype}
+    if arguments.attn_implementation is not None:
+        options["attn_implementation"] = arguments.attn_implementation
+    whole = AutoModel.from_pretrained(arguments.encoder, **options)
+    # CLIP and SigLIP: the text tower stays as it is and is kept, so that zero-shot evaluation remains possible.
+    tower = whole.vision_model if hasattr(whole.config, "vision_config") else whole
+    image_processor = AutoImageProcessor.from_pretrained(arguments.encoder)
+    size = tower.config.image_size
+    with torch.enable_grad():
+        blank = torch.zeros(1, 3, size, size, dtype=tower.dtype)
+        # CLIP's last norm, for example, serves the pooled vector only, which the feedback does not read.
+        freeze_unused(tower.named_parameters(), tower(pixel_values=blank).last_hidden_state)
+    return whole, tower, image_processor
+
+
+def save_encoder(whole, image_processor, folder: str):
+    """
+    Saves the checkpoint in the class that it was loaded in, with the trained vision encoder in it.
+
+    Args:
+        whole (`PreTrainedModel`): What [`load_encoder`] returned first; its vision encoder has been trained in place.
+        image_processor (`BaseImageProcessor`): Saved beside it.
+        folder (`str`): Where to.
+    """
+    from deem_plugin.feedback.callback import CONDITIONER_NAME
+
+    # While it trains, the conditioner is a part of the vision encoder, and no part of what is saved.
+    weights = {name: value for name, value in whole.state_dict().items() if CONDITIONER_NAME not in name.split(".")}
+    whole.save_pretrained(folder, state_dict=weights)
+    image_processor.save_pretrained(folder)

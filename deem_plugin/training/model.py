@@ -1,0 +1,136 @@
+"""Makes the model of a recipe: loaded or assembled, its tower mounted, frozen and given LoRA."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from deem_plugin.training.arguments import ModelArguments
+from deem_plugin.training.parts import find, freeze, freeze_unused, matches
+
+
+def make_model(arguments: ModelArguments):
+    """
+    Returns the model of a recipe, ready to train, and its processor.
+
+    Args:
+        arguments (`ModelArguments`): The recipe's section `model`, with `model` or `language_model` set.
+
+    Returns:
+        `tuple[PreTrainedModel | PeftModel, ProcessorMixin]`: The VLM and its processor.
+
+    Raises:
+        ValueError: If a pattern matches nothing, or the chat template is missing.
+    """
+    model, processor = _load(arguments)
+    if arguments.chat_template is not None:
+        template = Path(arguments.chat_template)
+        if not template.is_file():
+            raise ValueError(
+                f"The chat template {template} does not exist. Set `model.chat_template` to a Jinja file, or leave it "
+                f"out if the model brings one."
+            )
+        processor.chat_template = template.read_text(encoding="utf-8")
+    if arguments.lora_r:
+        model = add_lora(model, arguments)
+    freeze(model, arguments.freeze)
+    freeze_unused_layers(model, processor)
+    return model, processor
+
+
+def _load(arguments: ModelArguments):
+    """Loads the VLM, or assembles it of a language model and a tower."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+    # Registers our classes with transformers, so that checkpoints with our tower load.
+    from deem_plugin.vision import build_vision_tower
+    from deem_plugin.vision.hosts import assemble_llava, mount_tower
+
+    options = {"dtype": arguments.dtype}
+    if arguments.attn_implementation is not None:
+        options["attn_implementation"] = arguments.attn_implementation
+    tower = None
+    if arguments.vision_tower is not None:
+        tower = build_vision_tower(
+            arguments.vision_tower, pretrained=arguments.vision_pretrained, image_size=arguments.image_size
+        )
+        if arguments.dtype != "auto":
+            tower = tower.to(getattr(torch, arguments.dtype))
+    if arguments.language_model is not None:
+        language_model = AutoModelForCausalLM.from_pretrained(arguments.language_model, **options)
+        return assemble_llava(language_model, AutoTokenizer.from_pretrained(arguments.language_model), tower)
+    model = AutoModelForImageTextToText.from_pretrained(arguments.model, **options)
+    processor = AutoProcessor.from_pretrained(arguments.model)
+    return (model, processor) if tower is None else mount_tower(model, tower, processor)
+
+
+def add_lora(model, arguments: ModelArguments):
+    """
+    Puts LoRA on the linear layers of the parts that `lora_modules` names, and freezes the rest but `lora_full`.
+
+    Raises:
+        ValueError: If a pattern of `lora_modules` or `lora_full` matches nothing; lists the parts.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    for pattern in arguments.lora_modules:
+        find(model, pattern, "model.lora_modules")
+    # torch's MultiheadAttention reads the weight of its `out_proj` itself, past any adapter around the layer.
+    opaque = {
+        f"{name}.out_proj" for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)
+    }
+    head = model.get_output_embeddings()
+    targets = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and module is not head
+        and name not in opaque
+        and any(matches(pattern, name) for pattern in arguments.lora_modules)
+    ]
+    full = []
+    for pattern in arguments.lora_full:
+        find(model, pattern, "model.lora_full")
+        full += [name for name, _ in model.named_modules() if name == pattern or name.endswith(f".{pattern}")]
+    overlap = sorted(name for name in targets if any(name == part or name.startswith(f"{part}.") for part in full))
+    if overlap:
+        raise ValueError(
+            f"`model.lora_full` trains in full what `model.lora_modules` puts LoRA on ({overlap[0]!r} and "
+            f"{len(overlap) - 1} more). Name a part in one of them only."
+        )
+    config = LoraConfig(
+        r=arguments.lora_r,
+        lora_alpha=arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        target_modules=targets,
+        modules_to_save=full or None,
+    )
+    return get_peft_model(model, config)
+
+
+def freeze_unused_layers(model, processor) -> list[str]:
+    """
+    Freezes what the language model never reads of the tower, found by asking autograd on one blank picture.
+
+    Returns:
+        `list[str]`: Names of the frozen parameters, as seen from the tower.
+    """
+    from PIL import Image
+
+    from deem_plugin.vision.hosts import find_tower
+
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    tower = find_tower(base)
+    if not any(parameter.requires_grad for parameter in tower.parameters()):
+        return []
+    blank = processor.image_processor([Image.new("RGB", (64, 64))], return_tensors="pt")
+    was_training = model.training
+    model.eval()  # no stochastic depth: every parameter that can be used is used
+    with torch.enable_grad():
+        features = base.get_image_features(**{**blank, "pixel_values": blank["pixel_values"].to(tower.dtype)})
+        features = getattr(features, "pooler_output", features)
+        if isinstance(features, list | tuple):
+            features = torch.cat([item.flatten() for item in features])
+        unused = freeze_unused(tower.named_parameters(), features)
+    model.train(was_training)
+    return unused

@@ -1,0 +1,91 @@
+"""Names the parts of a model: which parameters a pattern means, what is frozen, and what autograd never reaches."""
+
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+# What wrappers (PEFT, DDP, FSDP) and the base model put before a part's own name.
+_WRAPPERS = re.compile(r"^(module\.|_fsdp_wrapped_module\.|base_model\.model\.|model\.)+")
+
+
+def part_of(name: str) -> str:
+    """Returns the part that a parameter belongs to: `model.vision_tower.encoder...` belongs to `vision_tower`."""
+    return _WRAPPERS.sub("", name).split(".")[0]
+
+
+def list_parts(model: nn.Module) -> list[str]:
+    """Returns the names of the model's parts in the order of its parameters."""
+    return list(dict.fromkeys(part_of(name) for name, _ in model.named_parameters()))
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Tells whether a dotted name lies at or below `pattern`, in which `*` stands for one name between dots."""
+    regex = re.escape(pattern).replace(r"\*", r"[^.]*")
+    return re.search(rf"(^|\.){regex}(\.|$)", name) is not None
+
+
+def find(model: nn.Module, pattern: str, setting: str) -> list[str]:
+    """
+    Returns the names of the parameters that a pattern means.
+
+    Args:
+        model (`nn.Module`): The model.
+        pattern (`str`): As [`matches`] takes it.
+        setting (`str`): Where the pattern was written, for the error.
+
+    Raises:
+        ValueError: If it means none; lists the parts.
+    """
+    found = [name for name, _ in model.named_parameters() if matches(pattern, name)]
+    if not found:
+        raise ValueError(
+            f"The pattern {pattern!r} of `{setting}` matches no parameter. The parts of this "
+            f"{type(model).__name__} are {', '.join(list_parts(model))}; write one of them, or a dotted name below "
+            f"one, such as {next(iter(dict(model.named_parameters())))!r}."
+        )
+    return found
+
+
+def freeze(model: nn.Module, patterns: Iterable[str]):
+    """Freezes the parameters that the patterns mean."""
+    for pattern in patterns:
+        names = set(find(model, pattern, "model.freeze"))
+        for name, parameter in model.named_parameters():
+            if name in names:
+                parameter.requires_grad_(False)
+
+
+def freeze_unused(parameters: Iterable[tuple[str, nn.Parameter]], features: torch.Tensor) -> list[str]:
+    """
+    Freezes trainable parameters that `features` does not depend on, and returns their names.
+
+    A LLaVA reads the second-last layer of its tower, so that the last one never gets a gradient. Left trainable, it
+    makes DistributedDataParallel fail or, with gradient checkpointing, reduce wrong gradients silently.
+
+    Args:
+        parameters (`Iterable[tuple[str, nn.Parameter]]`): The parameters in question.
+        features (`torch.Tensor`): Something computed with them, on its autograd graph.
+    """
+    trainable = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
+    if not trainable or not features.requires_grad:
+        return []
+    gradients = torch.autograd.grad(features.float().sum(), [p for _, p in trainable], allow_unused=True)
+    unused = [pair for pair, gradient in zip(trainable, gradients, strict=True) if gradient is None]
+    for _, parameter in unused:
+        parameter.requires_grad_(False)
+    return [name for name, _ in unused]
+
+
+def parameter_table(model: nn.Module) -> str:
+    """Returns a table of trainable and frozen parameters by part."""
+    counts: dict[str, list[int]] = {}
+    for name, parameter in model.named_parameters():
+        row = counts.setdefault(part_of(name), [0, 0])
+        row[0 if parameter.requires_grad else 1] += parameter.numel()
+    counts["total"] = [sum(row[0] for row in counts.values()), sum(row[1] for row in counts.values())]
+    width = max(map(len, counts))
+    lines = [f"{'part':<{width}}  {'trainable':>15}  {'frozen':>15}"]
+    lines += [f"{part:<{width}}  {trained:>15,}  {frozen:>15,}" for part, (trained, frozen) in counts.items()]
+    return "\n".join(lines)

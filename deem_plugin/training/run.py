@@ -1,0 +1,192 @@
+"""The run of a recipe: output, data, model, feedback, Trainer, save."""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from deem_plugin.training.checkpoint import (
+    FINAL_NAME,
+    check_writable,
+    last_complete_checkpoint,
+    save_in_one_piece,
+    set_aside_incomplete,
+)
+from deem_plugin.training.recipes import Recipe, load_recipe
+
+logger = logging.getLogger(__name__)
+
+# Value of `training.resume_from_checkpoint` that means the newest complete checkpoint of the output folder, if any.
+RESUME_LAST = "last"
+
+
+def main(name: str, overrides: Sequence[str] = ()) -> int:
+    """Trains the recipe `name` with `overrides`; what `deem train` runs. Returns the exit status."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    if int(os.environ.get("RANK", 0)) == 0:
+        logging.getLogger("deem_plugin").setLevel(logging.INFO)
+    final = train(load_recipe(name, overrides))
+    logger.info("Saved %s; evaluate it with `lmms-eval --model deem --model_args pretrained=%s`.", final, final)
+    return 0
+
+
+def train(recipe: Recipe) -> Path:
+    """
+    Trains a recipe.
+
+    Checkpoints of the run go to `checkpoint-<step>` in the output folder, the log of the losses to
+    `trainer_state.json`, and the model with its processor to `final`, which appears only when it is complete. With
+    LoRA, `final` is the whole model with LoRA merged in, which loads and evaluates like any other, and
+    `final/adapter` the adapter alone.
+
+    Args:
+        recipe (`Recipe`): What to train.
+
+    Returns:
+        `Path`: The folder `final`.
+
+    Raises:
+        ValueError: If anything of the recipe does not fit; before the costly parts where it can be told then.
+        RuntimeError: If the first step does not train what is meant to train.
+    """
+    from transformers import set_seed
+
+    args = recipe.training
+    _check(recipe)
+    check_writable(args.output_dir)
+    _resolve_resume(args)
+    # New weights (projector, LoRA) are drawn before the Trainer exists, which seeds only itself.
+    set_seed(args.seed)
+    trainer, save = _prepare_encoder(recipe) if recipe.model.encoder else _prepare_vlm(recipe)
+    try:
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    except BaseException:
+        if args.should_save:
+            set_aside_incomplete(args.output_dir)
+        raise
+    trainer.save_state()
+    final = Path(args.output_dir) / FINAL_NAME
+    return save_in_one_piece(final, save, args.should_save, trainer.accelerator.wait_for_everyone)
+
+
+def _check(recipe: Recipe):
+    """Raises on settings that would fail only after hours."""
+    args = recipe.training
+    if recipe.model.lora_r and args.fsdp:
+        raise ValueError(
+            "LoRA with FSDP cannot be merged into the model at the end. Leave `training.fsdp` out (LoRA needs little "
+            "memory, so DDP fits), or set `model.lora_r: 0`."
+        )
+    if recipe.model.encoder and recipe.feedback is None:
+        raise ValueError(
+            "An encoder alone learns from the feedback only, and the recipe has none. Add the section `feedback` "
+            "with a `denoiser`."
+        )
+    # Batches of text alone, and steps without feedback, leave the tower or the conditioner without a gradient.
+    if args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = True
+
+
+def _resolve_resume(args):
+    """Puts the folder of the checkpoint to resume from into the arguments, where the callbacks look for it too."""
+    if args.resume_from_checkpoint == RESUME_LAST:
+        last = last_complete_checkpoint(args.output_dir)
+        logger.info("Resuming from %s.", last or "nothing: there is no complete checkpoint yet")
+        args.resume_from_checkpoint = None if last is None else str(last)
+    elif args.resume_from_checkpoint and not Path(args.resume_from_checkpoint).is_dir():
+        raise ValueError(
+            f"There is no checkpoint {args.resume_from_checkpoint} to resume from. Set "
+            f"`training.resume_from_checkpoint` to a `checkpoint-<step>` folder, or to `{RESUME_LAST}`."
+        )
+
+
+def _feedback_callback(recipe: Recipe, model, processing_class):
+    """Returns the feedback callback attached to the model, or None."""
+    if recipe.feedback is None:
+        return None
+    from deem_plugin.feedback.callback import DiffusionFeedbackCallback
+
+    callback = DiffusionFeedbackCallback(recipe.feedback)
+    # Before the Trainer is made: it seeds all random numbers, so that a run without feedback draws the same ones.
+    callback.attach(model, processing_class)
+    return callback
+
+
+def _move_conditioner(args, folder: str):
+    """Moves the conditioner, which the callback has written to the output folder, beside the model in `folder`."""
+    from deem_plugin.feedback.checkpoint import FILE_NAME
+
+    written = Path(args.output_dir) / FILE_NAME
+    if args.should_save and written.is_file():
+        os.replace(written, os.path.join(folder, FILE_NAME))
+
+
+def _prepare_vlm(recipe: Recipe):
+    """Returns the Trainer of a VLM and the function that saves it."""
+    from deem_plugin.data.collator import ConversationCollator
+    from deem_plugin.data.conversations import load_conversations
+    from deem_plugin.training.model import make_model
+    from deem_plugin.training.report import MovementCheck
+    from deem_plugin.training.trainer import RecipeTrainer
+    from deem_plugin.vision.hosts import find_tower
+
+    args, data = recipe.training, recipe.data
+    with args.main_process_first(desc="reading conversations"):
+        dataset = load_conversations(data.path, data.image_dir, data.cache_dir)
+    model, processor = make_model(recipe.model)
+    callback = _feedback_callback(recipe, model, processor)
+    base = model.get_base_model() if recipe.model.lora_r else model
+    callbacks = [MovementCheck(find_tower(base))] + ([callback] if callback else [])
+    trainer = RecipeTrainer(
+        model=model,
+        args=args,
+        train_dataset=dataset,
+        data_collator=ConversationCollator(processor, data.max_length),
+        processing_class=processor,
+        callbacks=callbacks,
+        learning_rates=recipe.model.learning_rates,
+    )
+
+    def save(folder: str):
+        if not recipe.model.lora_r:
+            trainer.save_model(folder)
+        elif args.should_save:
+            model.save_pretrained(os.path.join(folder, "adapter"))
+            model.merge_and_unload().save_pretrained(folder)
+            processor.save_pretrained(folder)
+        _move_conditioner(args, folder)
+
+    return trainer, save
+
+
+def _prepare_encoder(recipe: Recipe):
+    """Returns the Trainer of an encoder alone and the function that saves it."""
+    from deem_plugin.data.collator import ImageCollator
+    from deem_plugin.data.images import load_image_folder
+    from deem_plugin.training.encoder import load_encoder, save_encoder
+    from deem_plugin.training.parts import freeze
+    from deem_plugin.training.report import MovementCheck
+    from deem_plugin.training.trainer import EncoderTrainer
+
+    args, data = recipe.training, recipe.data
+    with args.main_process_first(desc="listing images"):
+        dataset = load_image_folder(data.path, data.cache_dir)
+    whole, tower, image_processor = load_encoder(recipe.model)
+    freeze(tower, recipe.model.freeze)
+    callback = _feedback_callback(recipe, tower, image_processor)
+    trainer = EncoderTrainer(
+        model=tower,
+        args=args,
+        train_dataset=dataset,
+        data_collator=ImageCollator(image_processor),
+        processing_class=image_processor,
+        callbacks=[MovementCheck(tower), callback],
+        learning_rates=recipe.model.learning_rates,
+    )
+
+    def save(folder: str):
+        if args.should_save:
+            save_encoder(whole, image_processor, folder)
+        _move_conditioner(args, folder)
+
+    return trainer, save
