@@ -1,0 +1,166 @@
+import pytest
+import torch
+from diffusers import DDPMScheduler, PixArtTransformer2DModel
+
+from deem_plugin.feedback import DiffusionFeedback, PixArtDenoiser, UNetDenoiser, load_generator
+from deem_plugin.feedback.latents import PixelCodec, VaeCodec
+
+from ..tiny import LATENT_SIZE, tiny_sd_folder, tiny_unet, tiny_vae
+
+CONTEXT_DIM = 16
+
+
+def tiny_pixart(out_channels=8):
+    """PixArt's transformer; like the published weights it predicts a variance too."""
+    return PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=out_channels,
+        num_layers=2,
+        cross_attention_dim=16,
+        sample_size=LATENT_SIZE,
+        patch_size=2,
+        norm_num_groups=4,
+        caption_channels=CONTEXT_DIM,
+        use_additional_conditions=False,
+    )
+
+
+def make(name, prediction_type="epsilon"):
+    scheduler = DDPMScheduler(prediction_type=prediction_type)
+    torch.manual_seed(0)
+    if name == "unet":
+        return UNetDenoiser(tiny_unet(CONTEXT_DIM), scheduler)
+    return PixArtDenoiser(tiny_pixart(), scheduler)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("name", ["unet", "pixart"])
+def test_feedback_reaches_every_context_token_and_not_the_denoiser(name, prediction_type):
+    denoiser = make(name, prediction_type)
+    before = {n: v.clone() for n, v in denoiser.model.state_dict().items()}
+    latents = torch.randn(2, 4, LATENT_SIZE, LATENT_SIZE)
+    context = torch.randn(2, 5, CONTEXT_DIM, requires_grad=True)
+
+    loss = DiffusionFeedback(denoiser)(latents, context, generator=torch.Generator().manual_seed(0))
+    loss.mean().backward()
+
+    assert loss.shape == (2,) and loss.dtype == torch.float32
+    assert (context.grad.abs().sum(-1) > 0).all()
+    assert all(p.grad is None for p in denoiser.model.parameters()) and not denoiser.model.training
+    assert all(torch.equal(v, before[n]) for n, v in denoiser.model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["unet", "pixart"])
+def test_the_loss_of_a_sample_does_not_depend_on_its_batch(name):
+    denoiser = make(name)
+    feedback = DiffusionFeedback(denoiser)
+    latents, noise = torch.randn(2, 3, 4, LATENT_SIZE, LATENT_SIZE).unbind()
+    context, timesteps = torch.randn(3, 5, CONTEXT_DIM), torch.tensor([5, 500, 990])
+
+    whole = feedback(latents, context, timesteps=timesteps, noise=noise)
+
+    for i in range(3):
+        one = feedback(latents[i : i + 1], context[i : i + 1], timesteps=timesteps[i : i + 1], noise=noise[i : i + 1])
+        torch.testing.assert_close(one[0], whole[i])
+
+
+@pytest.mark.parametrize("name", ["unet", "pixart"])
+def test_training_the_context_alone_lowers_the_loss(name):
+    """The plumbing is right, not only the shapes: 40 steps on the context, always the same noise."""
+    denoiser = make(name)
+    latents, noise = torch.randn(2, 2, 4, LATENT_SIZE, LATENT_SIZE).unbind()
+    timesteps, context = torch.tensor([300, 600]), torch.zeros(2, 5, CONTEXT_DIM, requires_grad=True)
+    optimizer = torch.optim.Adam([context], lr=0.3)
+    losses = []
+    for _ in range(40):
+        loss = DiffusionFeedback(denoiser)(latents, context, timesteps=timesteps, noise=noise).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+
+    assert losses[-1] < losses[0] * 0.995
+    assert losses[-1] < min(losses[:20])
+
+
+def test_a_stable_diffusion_folder_is_loaded_whole(tmp_path):
+    generator = load_generator(tiny_sd_folder(tmp_path, CONTEXT_DIM, "v_prediction"))
+
+    assert isinstance(generator.denoiser, UNetDenoiser) and isinstance(generator.codec, VaeCodec)
+    assert generator.denoiser.context_dim == CONTEXT_DIM
+    assert generator.image_size == 32
+    assert generator.denoiser.scheduler.config.prediction_type == "v_prediction"
+    latents = generator.encode(torch.rand(2, 3, 50, 40), generator=torch.Generator().manual_seed(0))
+    assert latents.shape == (2, 4, LATENT_SIZE, LATENT_SIZE)
+    assert generator.codec.decode(latents).shape == (2, 3, 32, 32)
+
+
+def test_a_folder_without_a_vae_is_a_pixel_space_generator(tmp_path):
+    save_pixart(tmp_path)
+
+    generator = load_generator(tmp_path, dtype="bfloat16")
+
+    assert isinstance(generator.denoiser, PixArtDenoiser) and isinstance(generator.codec, PixelCodec)
+    assert generator.denoiser.model.dtype == torch.bfloat16
+    assert generator.image_size == LATENT_SIZE
+
+
+def save_pixart(path):
+    import json
+
+    tiny_pixart().save_pretrained(path / "transformer")
+    DDPMScheduler().save_pretrained(path / "scheduler")
+    index = {
+        "_class_name": "PixArtAlphaPipeline",
+        "transformer": ["diffusers", "PixArtTransformer2DModel"],
+        "scheduler": ["diffusers", "DDPMScheduler"],
+    }
+    (path / "model_index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"transformer": ["diffusers", "FluxTransformer2DModel"]}, "network is FluxTransformer2DModel.*UNet2D"),
+        ({"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}, "flow matching"),
+        ({"vae": ["diffusers", "AutoencoderDC"]}, "AutoencoderDC; expected an AutoencoderKL"),
+    ],
+    ids=["network", "scheduler", "vae"],
+)
+def test_an_unknown_generator_is_refused_with_what_is_known(tmp_path, change, message):
+    import json
+
+    save_pixart(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, **change}))
+
+    with pytest.raises(ValueError, match=message):
+        load_generator(tmp_path)
+
+
+def test_a_folder_that_is_no_generator_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no `model_index.json`.*mirror"):
+        load_generator(str(tmp_path))
+
+
+def test_a_unet_with_extra_conditions_is_refused():
+    unet = tiny_unet(CONTEXT_DIM)
+    unet.register_to_config(addition_embed_type="text_time")
+
+    with pytest.raises(ValueError, match="addition_embed_type='text_time'.*SDXL"):
+        UNetDenoiser(unet, DDPMScheduler())
+
+
+def test_the_vae_draws_from_its_posterior_and_leaves_the_picture_alone():
+    codec = VaeCodec(tiny_vae())
+    picture = torch.rand(2, 3, 32, 32) * 2 - 1
+    kept, noise = picture.clone(), torch.randn(2, 4, LATENT_SIZE, LATENT_SIZE)
+
+    latents = codec.encode(picture, noise=noise)
+
+    posterior = codec.vae.encode(picture).latent_dist
+    expected = (posterior.mean + posterior.std * noise) * codec.vae.config.scaling_factor
+    torch.testing.assert_close(latents, expected)
+    assert torch.equal(picture, kept)
