@@ -5,6 +5,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel
 from .build import build_vision_tower
 from .configuration import DeemVisionConfig
 from .encoders import EncoderOutput
+from .hosts import HOSTS, assemble_llava, check_host, find_tower, mount_tower
 from .image_processing import DeemImageProcessor, build_image_processor
 from .resampler import PerceiverResampler
 from .tower import DeemVisionOutput, DeemVisionTower
@@ -17,12 +18,17 @@ AutoImageProcessor.register(
 )
 
 __all__ = [
+    "HOSTS",
     "DeemImageProcessor",
     "DeemVisionConfig",
     "DeemVisionOutput",
     "DeemVisionTower",
     "EncoderOutput",
     "PerceiverResampler",
+    "assemble_llava",
     "build_image_processor",
     "build_vision_tower",
+    "check_host",
+    "find_tower",
+    "mount_tower",
 ]

@@ -154,7 +154,7 @@ class DeemVisionTower(PreTrainedModel):
         return self.config.patch_size
 
     @property
-    def _num_layers(self) -> int:
+    def num_layers(self) -> int:
         """Number of hidden states: one behind a resampler and for ConvNeXts, whose stages differ in resolution."""
         if self.resampler is not None or self.config.is_convnext:
             return 1
@@ -188,7 +188,7 @@ class DeemVisionTower(PreTrainedModel):
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        _check_layers(output_hidden_states, self._num_layers)
+        _check_layers(output_hidden_states, self.num_layers)
 
         encoded = self.encoder(pixel_values)
         mask = None
@@ -272,7 +272,7 @@ class DeemVisionTower(PreTrainedModel):
                 f"`feature_select_strategy` must be 'default' or 'full', got {feature_select_strategy!r}."
             )
         layers = [feature_layer] if isinstance(feature_layer, int) else feature_layer
-        _check_layers(layers, self._num_layers)
+        _check_layers(layers, self.num_layers)
         trainable = {name: p for name, p in self.named_parameters() if p.requires_grad}
         was_training = self.training
         self.eval()  # no stochastic depth: every parameter that can be used is used
