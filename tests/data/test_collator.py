@@ -1,0 +1,226 @@
+import pytest
+import torch
+from transformers import LlavaNextImageProcessor, LlavaNextProcessor
+
+from deem_plugin.data.chat import render_chat, to_parts
+from deem_plugin.data.collator import IGNORE_INDEX, ConversationCollator, ImageCollator
+
+from ..tiny import (
+    CHAT_TEMPLATE,
+    IMAGE_SIZE,
+    PATCH_SIZE,
+    tiny_image,
+    tiny_image_processor,
+    tiny_processor,
+    tiny_tokenizer,
+)
+
+# llava-hf's form: no system text, a space behind each turn and no end-of-turn token.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+    "{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] + ' ' }}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+# Writes an extra remark in front of the last turn only, so that history looks different.
+UNSTABLE_TEMPLATE = (
+    "{% for message in messages %}{% if loop.last %}[last]{% endif %}{{ message['role'] }}"
+    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endfor %}"
+)
+
+
+def conversation(*turns, images=()):
+    roles = ["user", "assistant"] * len(turns)
+    return {
+        "messages": [{"role": role, "content": turn} for role, turn in zip(roles, turns, strict=False)],
+        "images": list(images),
+    }
+
+
+def examples():
+    """Several turns and images, text only, and answers that need more than one byte a letter."""
+    return [
+        conversation("<image>\nWhat is é?", "A réd 🙂.", "And <image>?", "yes", images=[tiny_image(0), tiny_image(1)]),
+        conversation("Hi", "Hello <b>you</b>!"),
+        conversation("<image>", "x", images=[tiny_image(2, (50, 20))]),
+    ]
+
+
+def next_processor():
+    image_processor = LlavaNextImageProcessor(
+        size={"shortest_edge": IMAGE_SIZE},
+        crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        image_grid_pinpoints=[[IMAGE_SIZE, 2 * IMAGE_SIZE], [2 * IMAGE_SIZE, IMAGE_SIZE]],
+    )
+    return LlavaNextProcessor(
+        image_processor=image_processor,
+        tokenizer=tiny_tokenizer(),
+        patch_size=PATCH_SIZE,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<image>",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def decode_labels(processor, row):
+    return processor.tokenizer.decode(row[row != IGNORE_INDEX])
+
+
+@pytest.mark.parametrize("make", [tiny_processor, next_processor])
+def test_the_labels_are_the_answers_with_their_end_of_turn_and_nothing_else(make):
+    processor = make()
+
+    batch = ConversationCollator(processor)(examples())
+
+    assert [decode_labels(processor, row) for row in batch["labels"]] == [
+        "A réd 🙂.<|im_end|>yes<|im_end|>",
+        "Hello <b>you</b>!<|im_end|>",
+        "x<|im_end|>",
+    ]
+    shown = batch["labels"] != IGNORE_INDEX
+    assert torch.equal(batch["labels"][shown], batch["input_ids"][shown])
+
+
+@pytest.mark.parametrize("make", [tiny_processor, next_processor])
+def test_the_text_is_the_one_that_evaluation_renders(make):
+    processor = make()
+    example = examples()[0]
+    messages = [{**message, "content": to_parts(message["content"])} for message in example["messages"]]
+
+    batch = ConversationCollator(processor)([example])
+    expected = processor(
+        text=render_chat(processor, messages),
+        images=example["images"],
+        return_tensors="pt",
+        add_special_tokens=False,
+    )
+
+    assert torch.equal(batch["input_ids"], expected["input_ids"])
+    assert torch.equal(batch["pixel_values"], expected["pixel_values"])
+
+
+@pytest.mark.parametrize("make", [tiny_processor, next_processor])
+def test_a_batch_holds_what_its_examples_hold_one_at_a_time(make):
+    collator = ConversationCollator(make())
+
+    batch = collator(examples())
+    single = [collator([example]) for example in examples()]
+
+    for index, one in enumerate(single):
+        length = one["input_ids"].shape[1]
+        for name, fill in (("input_ids", collator.tokenizer.pad_token_id), ("attention_mask", 0), ("labels", -100)):
+            assert torch.equal(batch[name][index, :length], one[name][0])
+            assert (batch[name][index, length:] == fill).all()
+    pixels = [one["pixel_values"] for one in single if "pixel_values" in one]
+    assert torch.equal(batch["pixel_values"], torch.cat(pixels))
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, PLAIN_TEMPLATE])
+def test_there_is_one_bos_if_either_the_template_or_the_tokenizer_writes_it(adds_bos, template):
+    processor = tiny_processor(adds_bos)
+    processor.chat_template = template
+
+    ids = ConversationCollator(processor)(examples())["input_ids"]
+
+    expected = 1 if adds_bos or template == CHAT_TEMPLATE else 0
+    assert ((ids == processor.tokenizer.bos_token_id).sum(dim=1) == expected).all()
+
+
+def test_a_template_without_an_end_of_turn_gets_one_behind_every_answer():
+    processor = tiny_processor()
+    processor.chat_template = PLAIN_TEMPLATE
+
+    batch = ConversationCollator(processor)([conversation("Hi", "Hello", "And?", "yes")])
+
+    assert decode_labels(processor, batch["labels"][0]) == " Hello<|im_end|> yes<|im_end|>"
+    text = processor.tokenizer.decode(batch["input_ids"][0])
+    assert text == "USER: Hi ASSISTANT: Hello<|im_end|> USER: And? ASSISTANT: yes<|im_end|> "
+
+
+def test_a_language_models_template_that_knows_only_strings_works():
+    processor = tiny_processor()
+    processor.chat_template = None
+
+    batch = ConversationCollator(processor)(examples())
+
+    assert decode_labels(processor, batch["labels"][2]) == "x<|im_end|>"
+
+
+def test_text_only_batches_bring_no_pixels():
+    batch = ConversationCollator(tiny_processor())([examples()[1]])
+
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+
+
+def test_a_template_that_rewrites_history_is_an_error():
+    processor = tiny_processor()
+    processor.chat_template = UNSTABLE_TEMPLATE
+
+    with pytest.raises(ValueError, match="renders a turn differently .*Set `model.chat_template`"):
+        ConversationCollator(processor)([conversation("Hi", "Hello", "And?", "yes")])
+
+
+def test_too_long_conversations_lose_their_end():
+    collator, short = ConversationCollator(tiny_processor()), ConversationCollator(tiny_processor(), max_length=100)
+    whole = collator([examples()[0]])
+    assert whole["input_ids"].shape[1] > 100
+
+    batch = short(examples())
+
+    assert batch["input_ids"].shape[1] == 100
+    for name in ("input_ids", "labels"):
+        assert torch.equal(batch[name][0], whole[name][0, :100])
+
+
+def test_cutting_an_image_is_an_error_that_says_how_much_is_needed():
+    processor = tiny_processor()
+    needed = ConversationCollator(processor)([examples()[0]])["input_ids"][0].tolist()
+    image = processor.image_token_id
+    last = len(needed) - needed[::-1].index(image)
+
+    ConversationCollator(processor, max_length=last)(examples())
+    with pytest.raises(ValueError, match=rf"`data.max_length` = {last - 1} .* take {last} tokens"):
+        ConversationCollator(processor, max_length=last - 1)(examples())
+
+
+def test_a_batch_without_any_answer_left_is_an_error():
+    with pytest.raises(ValueError, match="No answer of the batch is left .* `data.max_length` = 12"):
+        ConversationCollator(tiny_processor(), max_length=12)([conversation("A long question", "yes")])
+
+
+def test_more_marks_than_images_are_an_error():
+    with pytest.raises(ValueError, match=r"has 2 <image> mark\(s\) but 1 image\(s\)"):
+        ConversationCollator(tiny_processor())([conversation("<image><image>?", "no", images=[tiny_image()])])
+
+
+def test_an_unreadable_image_is_an_error_that_names_it(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"nothing")
+
+    with pytest.raises(ValueError, match="broken.png cannot be read"):
+        ConversationCollator(tiny_processor())([conversation("<image>", "x", images=[str(tmp_path / "broken.png")])])
+
+
+def test_targets_of_the_processor_are_passed_on():
+    processor = tiny_processor()
+    plain = processor.image_processor.__class__
+
+    class WithTargets(plain):
+        def preprocess(self, images, **kwargs):
+            out = super().preprocess(images, **kwargs)
+            out["target_pixel_values"] = torch.stack(
+                [image.mean() * torch.ones(3, 4, 4) for image in out["pixel_values"]]
+            )
+            return out
+
+    processor.image_processor = WithTargets(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+
+    assert ConversationCollator(processor)(examples())["target_pixel_values"].shape == (3, 3, 4, 4)
+
+
+def test_images_alone_become_pixel_values():
+    batch = ImageCollator(tiny_image_processor())([{"image": tiny_image(0)}, {"image": tiny_image(1, (40, 60))}])
+
+    assert set(batch) == {"pixel_values"}
+    assert batch["pixel_values"].shape == (2, 3, IMAGE_SIZE, IMAGE_SIZE)
