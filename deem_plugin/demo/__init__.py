@@ -1,0 +1,1 @@
+"""`deem demo`: the plugin in small, on scenes about which everything is known."""
