@@ -217,7 +217,8 @@ class DiffusionFeedbackCallback(TrainerCallback):
         loss_scale = scaler.get_scale() if scaler is not None else 1.0
         self.hook.scale = self.config.weight_at(state.global_step) / accumulation * loss_scale
         # A function of the step, so that a resumed run draws what the uninterrupted one would have drawn.
-        self.hook.seed = ((self.config.seed * 1_000_003 + state.global_step) * 4_099 + args.process_index) * 1_024
+        seed = ((self.config.seed * 1_000_003 + state.global_step) * 4_099 + args.process_index) * 1_024
+        self.hook.seed = seed % 2**63
 
     def on_step_end(self, args, state, control, **kwargs):
         """Checks that the feedback of this step reached the tower."""

@@ -67,6 +67,18 @@ def test_gradients_do_not_depend_on_how_the_batch_is_run(tmp_path, settings):
     assert relative_difference(expected, gradients, "vision_tower") < EXACT
 
 
+def test_mixed_precision_keeps_the_feedback(tmp_path):
+    expected = train(tmp_path, keyed_callback())[1][0]
+
+    whole = train(tmp_path, keyed_callback(), bf16=True)[1][0]
+    accumulated = train(
+        tmp_path, keyed_callback(), bf16=True, per_device_train_batch_size=1, gradient_accumulation_steps=4
+    )[1][0]
+
+    assert relative_difference(expected, whole, "vision_tower") < 0.05
+    assert relative_difference(whole, accumulated, "vision_tower") < 0.05
+
+
 def test_the_last_shorter_accumulation_of_an_epoch_is_weighted_right(tmp_path):
     """Six samples in accumulations of four: the second step holds two micro-batches."""
     _, processor = tiny_llava()
