@@ -10,6 +10,7 @@ import io
 import json
 import os
 import shutil
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -24,7 +25,7 @@ COLUMNS = ("id", "question_id", "question", "answer", "image_source", "image", "
 
 _CACHE_FOLDER = "lmms-lab-encoder___pope"
 # Configurations must not share the last part of their path: `datasets` would call a nameless `load_dataset` ambiguous.
-_HASHES = {"Full": "deem-local-full", "default": "deem-local-default"}
+_HASHES = {"default": "deem-local-default", "Full": "deem-local-full"}
 _ROWS_A_CHUNK = 64
 
 
@@ -61,13 +62,15 @@ def import_pope(
     try:
         staging.mkdir(parents=True)
         counts = _write(tqdm(rows, total=total, desc="Importing POPE"), staging)
-        # `datasets` takes the newest configuration where a task names none, and `pope` means "default".
-        for config, name in _HASHES.items():
-            final = cache / _CACHE_FOLDER / config / "0.0.0" / name
+        # `datasets` takes the newest configuration where a task names none, and `pope` means "default". Two renames
+        # can fall into one tick of the file system's clock, so the times are set.
+        now = time.time()
+        for seconds, config in enumerate(reversed(_HASHES)):
+            final = cache / _CACHE_FOLDER / config / "0.0.0" / _HASHES[config]
             shutil.rmtree(final, ignore_errors=True)
             final.parent.mkdir(parents=True, exist_ok=True)
             (staging / config).rename(final)
-            os.utime(final)
+            os.utime(final, (now + seconds - 1, now + seconds - 1))
     except OSError as error:
         raise QuestionDataError(
             f"Cannot write the datasets cache {cache}: {error}. Choose another with `cache_dir` and set "

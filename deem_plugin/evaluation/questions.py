@@ -12,7 +12,7 @@ from deem_plugin.evaluation import yes_no
 _ROWS_A_CHUNK = 256
 
 
-class QuestionDataError(Exception):
+class QuestionDataError(ValueError):
     """Question data is missing, unreadable, or not as it has to be."""
 
 

@@ -40,7 +40,7 @@ def robustvqa_file(split: str) -> str:
     """
     if split not in SPLITS:
         raise ValueError(f"RobustVQA has no split {split!r}; choose one of {', '.join(SPLITS)}.")
-    remedy = "RobustVQA data is not shipped: build it with `deem robustvqa build --out DIR`."
+    remedy = "The data is not shipped: write it with `deem_plugin.evaluation.robustvqa.write_robustvqa`."
     return questions.find_questions("DEEM_ROBUSTVQA", "robustvqa", f"robustvqa_{split}.parquet", COLUMNS, remedy)
 
 

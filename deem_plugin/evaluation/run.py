@@ -148,11 +148,12 @@ def _explain(log: list[str]) -> str:
     """Returns what the log says about a failure: its last error line, or else its last lines without progress bars."""
     lines = [_COLOUR.sub("", line.rsplit("\r", 1)[-1]).rstrip() for line in log]
     lines = [line for line in lines if line and not re.search(r"\d+%\|", line)]
-    reasons = [line.split("Error during evaluation: ", 1)[1] for line in lines if "Error during evaluation: " in line]
-    # lmms-eval retries the loading of data and reports only the retry; the reason is in the traceback above.
-    if reasons and "RetryError" not in reasons[-1]:
-        return reasons[-1].removesuffix(" Please set `--verbosity=DEBUG` to get more information.")
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    reasons = [line.split("Error during evaluation: ", 1)[1] for line in lines if "Error during evaluation: " in line]
+    if reasons:
+        reason = reasons[-1].removesuffix(" Please set `--verbosity=DEBUG` to get more information.").removesuffix(".")
+        # The same with its type; lmms-eval also retries some steps and reports the retry, the cause stands above it.
+        return "\n".join(dict.fromkeys([*errors, reason] if "RetryError" in reason else errors[-1:] or [reason]))
     return "\n".join([*errors[:3], *lines[-_SHOWN_LINES:]]) or "It wrote nothing."
 
 

@@ -1,0 +1,166 @@
+"""Question files: what is written is what is read, bad rows leave nothing behind, missing data says what to do."""
+
+import io
+import json
+import os
+
+import datasets
+import pytest
+from PIL import Image
+
+from deem_plugin.evaluation import details, questions, robustvqa
+from deem_plugin.evaluation.questions import QuestionDataError
+
+from ..tiny import tiny_image
+from .helpers import details_rows, robustvqa_rows
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def read(path):
+    return datasets.load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(path.parent / "cache"))
+
+
+def test_rows_come_back_as_they_were_with_their_images_inside(tmp_path):
+    rows = robustvqa_rows()
+    tiny_image(0).save(tmp_path / "0.png")
+    rows[0]["image"], rows[1]["image"] = tmp_path / "0.png", png(tiny_image(0))
+
+    path = robustvqa.write_robustvqa(rows, tmp_path / "out" / "robustvqa_a.parquet")
+    (tmp_path / "0.png").unlink()
+    written = read(path)
+
+    assert written.column_names == list(robustvqa.COLUMNS)
+    for index, row in enumerate(written):
+        expected = rows[index]
+        assert {key: row[key] for key in row if key != "image"} == {k: expected[k] for k in row if k != "image"}
+        assert row["image"].convert("RGB").tobytes() == tiny_image(index // 2).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: rows[3].update(answer="maybe"), "Row 3 has the answer 'maybe'; expected 'yes' or 'no'"),
+        (lambda rows: rows[2].pop("caption"), r"Row 2 lacks \['caption'\]"),
+        (lambda rows: rows[2].update(captoin="x"), r"Row 2 has the unknown columns \['captoin'\]"),
+        (lambda rows: rows[4].update(question_id=rows[0]["question_id"]), "Row 4 has the question_id"),
+        (lambda rows: rows.append({**rows[0], "question_id": "new"}), "Row 6 asks about the image 'a-0' again"),
+        (lambda rows: rows[5].update(image=b"no image"), "Row 5: the given bytes is no readable image"),
+        (lambda rows: rows[5].update(image="gone.png"), "Row 5: gone.png is no readable image"),
+        (lambda rows: rows.clear(), "not one question"),
+    ],
+)
+def test_a_bad_row_is_named_and_leaves_no_file(tmp_path, change, message):
+    rows = robustvqa_rows()
+    change(rows)
+
+    with pytest.raises(QuestionDataError, match=message):
+        robustvqa.write_robustvqa(rows, tmp_path / "robustvqa_a.parquet")
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_leaves_the_earlier_file_as_it_was(tmp_path):
+    path = robustvqa.write_robustvqa(robustvqa_rows(), tmp_path / "robustvqa_a.parquet")
+    before = path.read_bytes()
+
+    with pytest.raises(QuestionDataError):
+        robustvqa.write_robustvqa([{**robustvqa_rows()[0], "answer": "perhaps"}], path)
+
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_unwritable_output_is_an_error_that_names_it(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+
+    with pytest.raises(QuestionDataError, match="Cannot write .*file/robustvqa_a.parquet.*may write to"):
+        robustvqa.write_robustvqa(robustvqa_rows(), tmp_path / "file" / "robustvqa_a.parquet")
+
+
+def test_data_is_looked_for_where_the_environment_says(tmp_path, monkeypatch):
+    for variable in ("DEEM_ROBUSTVQA", "DEEM_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folders = [tmp_path / "cache" / "deem" / "robustvqa", tmp_path / "home" / "robustvqa", tmp_path / "own"]
+    for folder in folders:
+        robustvqa.write_robustvqa(robustvqa_rows(), folder / "robustvqa_a.parquet")
+
+    found = [robustvqa.robustvqa_file("a")]
+    monkeypatch.setenv("DEEM_HOME", str(tmp_path / "home"))
+    found.append(robustvqa.robustvqa_file("a"))
+    monkeypatch.setenv("DEEM_ROBUSTVQA", str(tmp_path / "own"))
+    found.append(robustvqa.robustvqa_file("a"))
+
+    assert found == [str(folder / "robustvqa_a.parquet") for folder in folders]
+
+
+def test_missing_data_says_where_it_was_looked_for_and_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("DEEM_ROBUSTVQA", str(tmp_path))
+    monkeypatch.setenv("DEEM_DETAILS", str(tmp_path))
+
+    with pytest.raises(QuestionDataError, match=f"not found: {tmp_path}/robustvqa_v2.parquet.*DEEM_ROBUSTVQA"):
+        robustvqa.robustvqa_file("v2")
+    with pytest.raises(QuestionDataError, match=f"not found: {tmp_path}/details.parquet.*DEEM_DETAILS"):
+        details.details_file()
+    with pytest.raises(ValueError, match="no split 'b'; choose one of a, r, v2"):
+        robustvqa.robustvqa_file("b")
+
+
+def test_a_truncated_file_and_one_with_other_columns_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("DEEM_ROBUSTVQA", str(tmp_path))
+    path = robustvqa.write_robustvqa(robustvqa_rows(), tmp_path / "robustvqa_a.parquet")
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(QuestionDataError, match="no readable parquet file"):
+        robustvqa.robustvqa_file("a")
+
+    details.write_details(details_rows(), path)
+    with pytest.raises(QuestionDataError, match=r"lacks the columns \['caption', 'source'\]"):
+        robustvqa.robustvqa_file("a")
+
+
+def test_questions_are_worded_as_the_authors_word_them(shared_dir):
+    """F6: the question list that the authors' code makes, for the three sets that RobustVQA has."""
+    made_up = json.loads((shared_dir / "parity" / "f6_robustvqa_test.json").read_text())
+    official = json.loads((shared_dir / "parity" / "f6_questions.json").read_text())["datasets"]
+    for split, source in (("a", "imagenet_a"), ("r", "imagenet_r"), ("v2", "imagenet_v2")):
+        key = next(key for key in made_up if key.replace("imagenetv2", "imagenet_v2").startswith(source))
+        ours = {
+            (image["file_name"], robustvqa.doc_to_text({"caption": image[caption]}), answer)
+            for image in made_up[key]
+            for caption, answer in (("gt_caption", "yes"), ("error_caption", "no"))
+        }
+        assert ours == {(entry["file_name"], entry["question"], entry["answer"]) for entry in official[split]}
+
+
+def test_metric_rows_carry_ids_and_only_the_accuracy_a_score():
+    doc = details_rows()[0]
+
+    rows = details.process_results(doc, ["Yes, it is."])
+
+    assert set(rows) == {f"deem_details_{metric}" for metric in details.METRICS}
+    for name, row in rows.items():
+        assert (row["question_id"], row["image_id"], row["category"]) == ("0-left-yes", "0", "left")
+        assert ("score" in row) == (name == "deem_details_accuracy")
+    assert rows["deem_details_accuracy"]["score"] == 1.0
+
+
+def test_categories_are_scored_apart_and_pair_within_one():
+    docs = details_rows(images=1)  # left yes, left no, big yes, big no
+    answers = ["yes", "no", "yes", "yes"]
+    rows = [
+        details.process_results(doc, [answer])["deem_details_accuracy"]
+        for doc, answer in zip(docs, answers, strict=True)
+    ]
+
+    assert questions.accuracy(rows) == pytest.approx(3 / 4)
+    assert questions.accuracy_by_category(rows) == {"big": 0.5, "left": 1.0}
+    assert questions.pair_accuracy(rows) == 0.5
+    assert questions.yes_ratio(rows) == 0.75
+    assert questions.unknown_rate(rows) == 0.0
+    assert (questions.precision(rows), questions.recall(rows)) == (pytest.approx(2 / 3), 1.0)
+    assert questions.f1(rows) == pytest.approx(0.8)

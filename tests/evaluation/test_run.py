@@ -1,0 +1,186 @@
+"""The runner: what lmms-eval hides behind exit code 0 is an error here; and the whole way, offline, from a shell."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from deem_plugin.evaluation import run
+from deem_plugin.evaluation.pope import import_pope
+from deem_plugin.evaluation.run import EvaluationError, evaluate, run_lmms_eval
+
+from ..tiny import tiny_llava
+from .helpers import offline_env, write_all_questions, write_pope_files
+
+FAILED_QUIETLY = """
+Traceback (most recent call last):
+KeyError: 'test'
+2026 ERROR lmms_eval.__main__ - Error during evaluation: 'test'. Please set `--verbosity=DEBUG` to get more information.
+""".splitlines()
+FAILED_AFTER_RETRIES = """
+ConnectionError: Couldn't reach 'lmms-lab-encoder/POPE' on the Hub (OfflineModeIsEnabled)
+tenacity.RetryError: RetryError[<Future at 0x7f state=finished raised ConnectionError>]
+2026 ERROR - Error during evaluation: RetryError[<Future>]. Please set `--verbosity=DEBUG` to get more information.
+""".splitlines()
+
+
+def write_results(folder, results):
+    """Returns a stand-in for the lmms-eval process that writes a results file as lmms-eval does."""
+
+    def stream(command, env):
+        assert command[command.index("--output_path") + 1] == str(folder)
+        (folder / "model").mkdir(exist_ok=True)
+        (folder / "model" / "20260101_000000_results.json").write_text(json.dumps(results))
+        return 0, ["all is well"]
+
+    return stream
+
+
+def test_a_run_without_results_fails_with_the_reason_although_the_exit_code_is_zero(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "_stream", lambda command, env: (0, FAILED_QUIETLY))
+
+    with pytest.raises(EvaluationError, match=r"failed on robustvqa \(exit code 0\):\nKeyError: 'test'$"):
+        evaluate("checkpoint", "robustvqa", tmp_path)
+
+
+def test_the_cause_behind_a_retry_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "_stream", lambda command, env: (0, FAILED_AFTER_RETRIES))
+
+    with pytest.raises(EvaluationError, match="Couldn't reach 'lmms-lab-encoder/POPE'"):
+        evaluate("checkpoint", ["pope"], tmp_path)
+
+
+def test_a_crash_shows_the_last_lines_without_progress_bars(tmp_path, monkeypatch):
+    log = ["\x1b[31mloading\x1b[0m", "Answering:  50%|█████     | 4/8", "Killed"]
+    monkeypatch.setattr(run, "_stream", lambda command, env: (137, log))
+
+    with pytest.raises(EvaluationError, match=r"\(exit code 137\):\nloading\nKilled$"):
+        evaluate("checkpoint", "robustvqa", tmp_path)
+
+
+def test_a_task_without_results_is_named(tmp_path, monkeypatch):
+    results = {
+        "results": {"pope": {"alias": "pope", "pope_accuracy,none": 0.5}, "robustvqa_a": {"robustvqa_f1_stderr": 1.0}},
+        "group_subtasks": {"pope": [], "robustvqa": ["robustvqa_a"]},
+    }
+    monkeypatch.setattr(run, "_stream", write_results(tmp_path, results))
+    with pytest.raises(EvaluationError, match="no results for robustvqa:"):
+        evaluate("checkpoint", "pope,robustvqa", tmp_path)
+
+    results["results"]["robustvqa_a"]["robustvqa_f1,none"] = 1.0
+    (tmp_path / "model" / "20260101_000000_results.json").unlink()
+    assert evaluate("checkpoint", "pope, robustvqa", tmp_path) == results
+
+
+def test_results_of_an_earlier_run_are_not_taken_for_those_of_this_one(tmp_path, monkeypatch):
+    write_results(tmp_path, {"results": {"pope": {"pope_accuracy,none": 1.0}}})(
+        [None, "--output_path", str(tmp_path)], {}
+    )
+    monkeypatch.setattr(run, "_stream", lambda command, env: (0, ["nothing happened"]))
+
+    with pytest.raises(EvaluationError, match="nothing happened"):
+        evaluate("checkpoint", "pope", tmp_path)
+
+
+def test_bad_arguments_are_refused_before_anything_runs(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(EvaluationError, match="Cannot write to the output folder .*file/out"):
+        evaluate("checkpoint", "pope", tmp_path / "file" / "out")
+    with pytest.raises(EvaluationError, match="No task was given"):
+        evaluate("checkpoint", " , ", tmp_path)
+    with pytest.raises(EvaluationError, match="cannot take a comma"):
+        evaluate("a,b", "pope", tmp_path)
+
+
+def test_output_is_passed_on_and_kept(capfd):
+    code, log = run._stream(
+        [sys.executable, "-c", "import os; print('one'); print(os.environ['WORD'], end=''); exit(3)"],
+        {**os.environ, "WORD": "zwei"},
+    )
+
+    assert (code, log) == (3, ["one", "zwei"])
+    assert capfd.readouterr().err == "one\nzwei"
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A checkpoint, all question data, and the environment of an offline process that finds them."""
+    folder = tmp_path_factory.mktemp("workplace")
+    tiny_llava(folder / "llava")
+    pope = write_pope_files(folder / "pope")
+    import_pope(pope, pope / "images", folder / "hf" / "datasets")
+    write_all_questions(folder / "home")
+    env = {**offline_env(folder), "DEEM_HOME": str(folder / "home")}
+    for name in ("DEEM_ROBUSTVQA", "DEEM_DETAILS", "LMMS_EVAL_DATASETS_CACHE", "HF_DATASETS_CACHE"):
+        env.pop(name, None)
+    return folder, env
+
+
+@pytest.mark.slow
+def test_every_task_runs_offline_by_name_alone(workplace):
+    folder, env = workplace
+    tasks = "robustvqa,pope,pope_adv,pope_pop,pope_random,deem_details"
+
+    results = run_lmms_eval({"pretrained": folder / "llava"}, tasks, folder / "out", batch_size=4, env=env)
+
+    samples = {path.name.split("_samples_")[1] for path in folder.glob("out/*/*_samples_*.jsonl")}
+    assert samples == {
+        f"{task}.jsonl" for task in tasks.replace("robustvqa", "robustvqa_a,robustvqa_r,robustvqa_v2").split(",")
+    }
+    assert results["n-samples"]["robustvqa_a"]["effective"] == 6
+    assert set(results["results"]["deem_details"]["deem_details_by_category,none"]) == {"left", "big"}
+    log = next(folder.glob("out/*/*_samples_robustvqa_r.jsonl")).read_text().splitlines()
+    assert [json.loads(line)["robustvqa_accuracy"]["question_id"] for line in log][:2] == ["r-0-yes", "r-0-no"]
+
+
+@pytest.mark.slow
+def test_missing_data_fails_the_run_with_the_remedy(workplace, tmp_path):
+    folder, env = workplace
+
+    with pytest.raises(EvaluationError, match="Question file not found: .*robustvqa_.*Or point DEEM_ROBUSTVQA"):
+        run_lmms_eval(
+            {"pretrained": folder / "llava"},
+            "robustvqa",
+            tmp_path,
+            batch_size=4,
+            env={**env, "DEEM_ROBUSTVQA": str(tmp_path)},
+        )
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_rows_of_one(workplace):
+    folder, env = workplace
+    command = [
+        "-m",
+        "lmms_eval",
+        "--model",
+        "deem",
+        "--model_args",
+        f"pretrained={folder / 'llava'}",
+        "--batch_size",
+        "4",
+    ]
+    command += ["--tasks", "robustvqa,deem_details", "--log_samples", "--force_simple"]
+    launchers = {
+        "one": [sys.executable],
+        "two": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    }
+    rows = {}
+    for name, launcher in launchers.items():
+        done = subprocess.run(
+            [*launcher, *command, "--output_path", str(folder / name)],
+            env={**env, "ACCELERATE_USE_CPU": "true"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        results = next(folder.glob(f"{name}/*/*_results.json"))
+        files = sorted(folder.glob(f"{name}/*/*_samples_*.jsonl"), key=lambda path: path.name.split("_samples_")[1])
+        lines = [json.loads(line) for path in files for line in path.read_text().splitlines()]
+        rows[name] = [json.loads(results.read_text())["results"], lines]
+        assert ("rank1/2" in done.stderr or "rank 1" in done.stderr) == (name == "two")
+
+    assert rows["one"] == rows["two"]
+    assert len(rows["one"][1]) == 3 * 6 + 8
