@@ -7,6 +7,7 @@ from .configuration import DeemVisionConfig
 from .encoders import EncoderOutput
 from .hosts import HOSTS, assemble_llava, check_host, find_tower, mount_tower
 from .image_processing import DeemImageProcessor, build_image_processor
+from .llava import LlavaTower
 from .resampler import PerceiverResampler
 from .tower import DeemVisionOutput, DeemVisionTower
 
@@ -24,6 +25,7 @@ __all__ = [
     "DeemVisionOutput",
     "DeemVisionTower",
     "EncoderOutput",
+    "LlavaTower",
     "PerceiverResampler",
     "assemble_llava",
     "build_image_processor",

@@ -6,8 +6,9 @@ from safetensors.torch import load_file
 from torch.nn.functional import interpolate
 
 from deem_plugin.vision.configuration import DeemVisionConfig
-from deem_plugin.vision.tower import DeemVisionTower, sincos_position_embedding
+from deem_plugin.vision.tower import DeemVisionTower, region_to_patches, sincos_position_embedding
 from tests.parity_weights import parity_tower_config, tower_weights
+from tests.vision.towers import ENCODERS, RESAMPLER, tiny_pixels, tiny_tower
 
 
 def relative_error(value, expected):
@@ -76,3 +77,109 @@ def test_regions_give_the_official_queries_where_the_rules_agree(official_tower,
 def test_position_embedding_is_the_official_one(parity_weights_file):
     expected = parity_weights_file["pos_embed"][1:]
     torch.testing.assert_close(sincos_position_embedding(64, 16, 16), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("options", [{}, RESAMPLER], ids=["patches", "queries"])
+def test_region_of_one_pixel_is_seen(options):
+    tower = tiny_tower("convnext", **options).eval()
+    pixels = tiny_pixels(tower)
+    mask = torch.zeros(2, 1, 64, 64)
+    mask[:, :, 17, 40] = 1  # row 1, column 2 of the 4 x 4 grid
+
+    touched = region_to_patches(mask, 4, 4)
+
+    assert touched.flatten(1).nonzero().tolist() == [[0, 6], [1, 6]]
+    looked = tower(pixels, region_masks=mask).last_hidden_state
+    assert not torch.equal(looked, tower(pixels).last_hidden_state)
+    if not options:
+        torch.testing.assert_close(looked[:, 1 + 6], tower(pixels).last_hidden_state[:, 1 + 6])
+        assert looked[:, 1:].abs().sum(-1).count_nonzero() == 2
+
+
+def test_region_of_everything_changes_nothing():
+    tower = tiny_tower("siglip").eval()
+    pixels = tiny_pixels(tower)
+    assert torch.equal(
+        tower(pixels, region_masks=torch.ones(2, 1, 9, 7)).last_hidden_state, tower(pixels).last_hidden_state
+    )
+
+
+def test_mean_over_a_region_stands_in_for_a_missing_class_token():
+    tower = tiny_tower("siglip").eval()
+    pixels = tiny_pixels(tower)
+    mask = torch.zeros(2, 1, 4, 4)
+    mask[:, :, :2] = 1
+    inside = tower(pixels).last_hidden_state[:, 1:9].mean(dim=1)
+    torch.testing.assert_close(tower(pixels, region_masks=mask).last_hidden_state[:, 0], inside)
+
+
+def test_empty_region_is_an_error_that_counts():
+    tower = tiny_tower()
+    mask = torch.stack([torch.ones(1, 8, 8), torch.zeros(1, 8, 8)])
+    with pytest.raises(ValueError, match="1 of 2 region masks are empty"):
+        tower(tiny_pixels(tower), region_masks=mask)
+
+
+@pytest.mark.parametrize("request_", [True, 0, -2, [-2, -1]])
+def test_layers_are_returned_for_every_way_of_asking(request_):
+    tower = tiny_tower("clip").eval()
+    assert len(tower(tiny_pixels(tower), output_hidden_states=request_).hidden_states) == 4
+
+
+@pytest.mark.parametrize("request_", [None, False])
+def test_layers_are_left_out_unless_asked_for(request_):
+    tower = tiny_tower("clip").eval()
+    assert tower(tiny_pixels(tower), output_hidden_states=request_).hidden_states is None
+
+
+def test_return_dict_false_gives_a_tuple():
+    tower = tiny_tower("clip").eval()
+    last_hidden_state, *_ = tower(tiny_pixels(tower), return_dict=False)
+    assert last_hidden_state.shape == (2, 17, 32)
+
+
+@pytest.mark.parametrize("tower_options", [("convnext", {}), ("clip", RESAMPLER)])
+def test_tower_with_one_output_says_so(tower_options):
+    encoder, options = tower_options
+    tower = tiny_tower(encoder, **options)
+    with pytest.raises(ValueError, match="one output, but layer -2 was asked for. Set `vision_feature_layer=-1`"):
+        tower(tiny_pixels(tower), output_hidden_states=-2)
+
+
+def test_layer_beyond_the_last_is_refused_with_the_range():
+    tower = tiny_tower("clip")
+    with pytest.raises(ValueError, match="layers -4 to 3, but layer -11 was asked for"):
+        tower(tiny_pixels(tower), output_hidden_states=[-2, -11])
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("strategy", ["default", "full"])
+def test_freeze_unused_leaves_exactly_the_parameters_that_get_a_gradient(encoder, strategy):
+    tower = tiny_tower(encoder)
+    layer = -1 if tower.num_layers == 1 else -2
+
+    frozen = tower.freeze_unused(layer, strategy)
+
+    states = tower(tiny_pixels(tower), output_hidden_states=layer).hidden_states[layer]
+    states[:, int(strategy == "default") :].square().sum().backward()
+    assert bool(frozen) == ((encoder, strategy) != ("convnext", "full"))  # there the class token reads the last stage
+    assert frozen == [name for name, p in tower.named_parameters() if not p.requires_grad]
+    assert all(p.grad is not None for p in tower.parameters() if p.requires_grad)
+    assert tower.training
+
+
+def test_freeze_unused_finds_the_last_layer_of_clip():
+    frozen = tiny_tower("clip").freeze_unused(-2, "default")
+    assert all("layers.2." in name or "post_layernorm" in name for name in frozen)
+    assert len(frozen) == 18
+
+
+def test_official_multiscale_adapters_are_unused_by_a_language_model():
+    tower = tiny_tower("convnext", multiscale=True, **RESAMPLER)
+    assert tower.freeze_unused() == [f"encoder.adapters.{i}.{kind}" for i in (0, 1, 3) for kind in ("weight", "bias")]
+
+
+def test_tower_runs_in_bfloat16():
+    tower = tiny_tower("convnext", **RESAMPLER).to(torch.bfloat16).eval()
+    output = tower(tiny_pixels(tower).bfloat16(), region_masks=torch.ones(2, 1, 8, 8))
+    assert output.last_hidden_state.dtype == torch.bfloat16
