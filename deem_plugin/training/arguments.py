@@ -24,8 +24,12 @@ class ModelArguments:
             Folder or hub id of a vision encoder (CLIP, SigLIP, DINOv2, ...) to train alone, on images only.
         vision_tower (`str`, *optional*):
             `deem` (the paper's ConvNeXt, resampled to 77 queries), `deem:<encoder>`, or nothing for the VLM's own.
-        vision_pretrained (`str`, *optional*): Weights of the tower: an open_clip tag, a file or a folder.
+        vision_pretrained (`str` or `bool`, *optional*):
+            Weights of the tower's encoder: for open_clip a tag or a file; `false` for new ones.
         image_size (`int`, *optional*): Side of the tower's square input in pixels; by default the encoder's own.
+        num_queries (`int`, *optional*, defaults to 77):
+            Queries that the tower resamples its image to; 0 leaves the language model the grid of patches.
+        class_token (`bool`, *optional*, defaults to `True`): Whether the tower's output starts with a class token.
         chat_template (`str`, *optional*):
             Jinja file with the chat template, for models that come without one. A relative path is also looked for
             beside the recipe.
@@ -51,8 +55,12 @@ class ModelArguments:
     vision_tower: str | None = field(
         default=None, metadata={"help": "`deem`, `deem:<encoder>`, or nothing for the VLM's own tower."}
     )
-    vision_pretrained: str | None = field(default=None, metadata={"help": "Weights of the tower: tag, file, folder."})
+    vision_pretrained: str | bool | None = field(
+        default=None, metadata={"help": "Weights of the tower's encoder: a tag of open_clip, a file, or `false`."}
+    )
     image_size: int | None = field(default=None, metadata={"help": "Side of the tower's square input in pixels."})
+    num_queries: int = field(default=77, metadata={"help": "Queries of the tower; 0 leaves the grid of patches."})
+    class_token: bool = field(default=True, metadata={"help": "Whether the tower's output starts with a class token."})
     chat_template: str | None = field(default=None, metadata={"help": "Jinja file with the chat template."})
     dtype: str = field(default="float32", metadata={"help": f"Precision of the weights: {', '.join(DTYPES)}."})
     attn_implementation: str | None = field(default=None, metadata={"help": "`sdpa`, `eager`, ..."})
@@ -83,7 +91,7 @@ class ModelArguments:
                 "`model.language_model` needs `model.vision_tower`: a language model has no tower of its own. Set "
                 "`deem` or `deem:<encoder>`."
             )
-        if self.vision_tower is None and (self.vision_pretrained or self.image_size):
+        if self.vision_tower is None and (self.vision_pretrained is not None or self.image_size is not None):
             raise ValueError(
                 "`model.vision_pretrained` and `model.image_size` belong to `model.vision_tower`, which is not set. "
                 "Set `vision_tower: deem` or `deem:<encoder>`, or leave them out."

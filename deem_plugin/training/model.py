@@ -52,10 +52,12 @@ def _load(arguments: ModelArguments):
     tower = None
     if arguments.vision_tower is not None:
         tower = build_vision_tower(
-            arguments.vision_tower, pretrained=arguments.vision_pretrained, image_size=arguments.image_size
+            arguments.vision_tower,
+            pretrained=arguments.vision_pretrained,
+            image_size=arguments.image_size,
+            class_token=arguments.class_token,
+            num_queries=arguments.num_queries,
         )
-        if arguments.dtype != "auto":
-            tower = tower.to(getattr(torch, arguments.dtype))
     if arguments.language_model is not None:
         language_model = AutoModelForCausalLM.from_pretrained(arguments.language_model, **options)
         return assemble_llava(language_model, AutoTokenizer.from_pretrained(arguments.language_model), tower)

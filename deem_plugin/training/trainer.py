@@ -1,6 +1,6 @@
 """The Trainer of the recipes: stock, but for learning rates by part and for encoders that train without text."""
 
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from deem_plugin.training.parts import find
 
@@ -42,6 +42,28 @@ class RecipeTrainer(Trainer):
             groups += [{**group, "params": parameters, "lr": rate} for rate, parameters in by_rate.items()]
         optimizer.param_groups[:] = groups
         return optimizer
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """
+        Loads a checkpoint's weights by the model's own `from_pretrained`.
+
+        The stock method loads them by name and only warns about names that do not match. LLaVA and its kin are stored
+        under other names than they have in memory, so that none would match, and the run would go on with the weights
+        that it once started from (seen with transformers 5.23).
+        """
+        target = self.model if model is None else model
+        if not isinstance(target, PreTrainedModel) or self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        stored = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype).state_dict()
+        missing, unexpected = target.load_state_dict(stored, strict=False)
+        # What is not saved with the model (the feedback's conditioner) restores itself.
+        missing = sorted(set(missing) - set(target._keys_to_ignore_on_save or ()))
+        if missing or unexpected:
+            raise ValueError(
+                f"The checkpoint {resume_from_checkpoint} is not of this run's model: missing {missing[:3]}, "
+                f"unexpected {unexpected[:3]}. Resume with the recipe and the settings that it was written with."
+            )
 
 
 class EncoderTrainer(RecipeTrainer):

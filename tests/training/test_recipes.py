@@ -1,0 +1,141 @@
+import pytest
+
+from deem_plugin.training.recipes import build_recipe, list_recipes, load_recipe
+
+MINIMAL = "model: {model: m}\ndata: {path: d}\n"
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a recipe file and returns its path."""
+
+    def write(text, name="mine"):
+        (tmp_path / f"{name}.yaml").write_text(text)
+        return tmp_path / f"{name}.yaml"
+
+    return write
+
+
+def test_a_recipe_is_read_from_its_sections(write):
+    text = MINIMAL + "feedback: {denoiser: sd, weight: 2}\ntraining: {learning_rate: 1e-5, max_steps: 7}\n"
+
+    recipe = load_recipe(write(text))
+
+    assert (recipe.name, recipe.model.model, recipe.data.path) == ("mine", "m", "d")
+    assert (recipe.feedback.denoiser, recipe.feedback.weight) == ("sd", 2.0)
+    assert (recipe.training.learning_rate, recipe.training.max_steps) == (1e-5, 7)
+    assert recipe.training.output_dir == "runs/mine"
+    assert recipe.training.remove_unused_columns is False
+
+
+def test_no_feedback_section_means_no_feedback(write):
+    assert load_recipe(write(MINIMAL)).feedback is None
+    assert load_recipe(write(MINIMAL + "feedback: null\n")).feedback is None
+
+
+def test_a_recipe_extends_another_key_by_key(write):
+    write(MINIMAL + "feedback: {denoiser: sd}\ntraining: {max_steps: 7, seed: 3}\n", "parent")
+
+    recipe = load_recipe(write("extends: parent\nfeedback: null\ntraining: {max_steps: 9}\n"))
+
+    assert recipe.feedback is None
+    assert (recipe.training.max_steps, recipe.training.seed, recipe.model.model) == (9, 3, "m")
+
+
+def test_a_recipe_that_extends_itself_is_an_error(write):
+    write("extends: two\n", "one")
+    with pytest.raises(ValueError, match="extends itself"):
+        load_recipe(write("extends: one\n", "two"))
+
+
+def test_overrides_are_yaml_values(write):
+    overrides = ["model.freeze=[lm_head]", "model.learning_rates={vision_tower: 1e-6}", "data.max_length=12"]
+    overrides += ["feedback.denoiser=sd", "training.bf16=false"]
+
+    recipe = load_recipe(write(MINIMAL), overrides)
+
+    assert recipe.model.freeze == ["lm_head"]
+    assert recipe.model.learning_rates == {"vision_tower": 1e-6}
+    assert recipe.data.max_length == 12
+    assert recipe.feedback.denoiser == "sd"
+    assert load_recipe(write(MINIMAL), ["feedback.denoiser=sd", "feedback=null"]).feedback is None
+
+
+def test_a_chat_template_beside_the_recipe_is_found(write, tmp_path):
+    (tmp_path / "mine.jinja").write_text("x")
+
+    recipe = load_recipe(write("model: {model: m, chat_template: mine.jinja}\ndata: {path: d}\n"))
+
+    assert recipe.model.chat_template == str(tmp_path / "mine.jinja")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["feedback.wieght=3"],
+            "Unknown key in `feedback` 'wieght' .*did you mean 'weight'.*Choices: denoiser, weight",
+        ),
+        (["training.learning_rat=3"], "Unknown key in `training` 'learning_rat' .*did you mean 'learning_rate'"),
+        (["model.modle=x"], "Unknown key in `model` 'modle'.*did you mean 'model'"),
+        (["modle.model=x"], "Unknown section 'modle'.*did you mean 'model'.*Choices: model, data, feedback, training"),
+        (["max_steps=3"], "Cannot read the override 'max_steps=3'; expected `section.key=value`"),
+        (["model.freeze"], "Cannot read the override 'model.freeze'"),
+        (["model.freeze=[a"], "is no valid YAML"),
+        (["model.freeze=vision_tower"], "`model.freeze` must be of kind list, got 'vision_tower'"),
+        (["model.lora_r=much"], "`model.lora_r` must be of kind int, got 'much'"),
+        (["model.lora_r=true"], "`model.lora_r` must be of kind int, got True"),
+        (["model.learning_rates={a: b}"], "`model.learning_rates.a` must be a number, got 'b'"),
+        (["training.learning_rate=fast"], "`training.learning_rate` must be a number, got 'fast'"),
+        (["model.dtype=float8"], "`model.dtype` must be one of auto, float32, bfloat16, float16, got 'float8'"),
+        (["model.encoder=x"], r"exactly one of `model`, `language_model`, `encoder`.*got \['model', 'encoder'\]"),
+        (["model.model=null"], "exactly one of .*got none"),
+        (["model.model=null", "model.language_model=x"], "`model.language_model` needs `model.vision_tower`"),
+        (["model.image_size=3"], "belong to `model.vision_tower`, which is not set"),
+        (["data.path=null"], "does not say what to train on. Set `data.path`"),
+        (["feedback.weight=-1"], "`weight` must be zero or positive, got -1"),
+    ],
+)
+def test_wrong_settings_are_errors_that_say_what_is_expected(write, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(write(MINIMAL + "feedback: {denoiser: sd}\n"), overrides)
+
+
+def test_an_unknown_key_in_the_file_is_an_error(write):
+    with pytest.raises(ValueError, match="Unknown section 'trainign' in the recipe 'mine'; did you mean 'training'"):
+        load_recipe(write(MINIMAL + "trainign: {}\n"))
+    with pytest.raises(ValueError, match="section `training` .* must hold `key: value` lines, got 3"):
+        load_recipe(write(MINIMAL + "training: 3\n"))
+
+
+def test_unknown_recipes_are_errors_that_list_the_shipped_ones():
+    with pytest.raises(ValueError, match="Unknown recipe 'clip-fedback'; did you mean 'clip-feedback'.*tiny-tune"):
+        load_recipe("clip-fedback")
+    with pytest.raises(ValueError, match="no recipe file nowhere/mine.yaml. Shipped recipes: .*clip-feedback"):
+        load_recipe("nowhere/mine.yaml")
+
+
+def test_the_baseline_differs_from_the_feedback_recipe_by_the_feedback_alone():
+    # A CPU refuses bf16's hardware checks of the real settings; they are the same in both.
+    overrides = ["training.bf16=null", "training.tf32=null", "training.fsdp=null", "training.output_dir=out"]
+    with_feedback, without = (load_recipe(f"llava-1.5-7b-{name}", overrides) for name in ("feedback", "baseline"))
+
+    assert without.feedback is None
+    assert with_feedback.feedback.weight == 5.0
+    assert with_feedback.training.to_dict() == without.training.to_dict()
+    assert with_feedback.data == without.data
+    rates = dict(with_feedback.model.learning_rates)
+    del rates["feedback_conditioner"]
+    assert without.model.learning_rates == rates
+
+
+def test_recipes_can_be_built_without_a_file():
+    assert build_recipe("name", {"model": {"model": "m"}, "data": {"path": "d"}}).training.output_dir == "runs/name"
+
+
+def test_every_shipped_recipe_explains_itself():
+    from deem_plugin.resources import recipes_dir
+
+    for name in list_recipes():
+        text = (recipes_dir() / f"{name}.yaml").read_text()
+        assert text.startswith("# ") and "Hardware:" in text, f"{name} has no header"

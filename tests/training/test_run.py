@@ -1,0 +1,253 @@
+import json
+import logging
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, CLIPModel, TrainerCallback
+
+from deem_plugin.training.recipes import list_recipes, load_recipe
+from deem_plugin.training.report import MovementCheck
+from deem_plugin.training.run import main, train
+
+from .helpers import tiny_overrides
+
+# What each shipped recipe needs beside the tiny parts in general.
+STAND_INS = {
+    "llava-1.5-7b-align": {"model__language_model": "llama", "model__vision_tower": "deem:{parts}/clip"},
+    "clip-feedback": {"model__encoder": "clip", "data__path": "images"},
+}
+WITHOUT_FEEDBACK = ("llava-1.5-7b-align", "llava-1.5-7b-baseline")
+
+
+# The model that a recipe starts from, where it is no LLaVA.
+START = {"clip-feedback": "clip"}
+
+
+def recipe_for(name, parts, out, **settings):
+    """Loads a shipped recipe with tiny parts in place of the big ones."""
+    stand_ins = {}
+    for key, value in STAND_INS.get(name, {"model__model": "llava"}).items():
+        stand_ins[key] = value.format(parts=parts) if "{" in value else parts / value
+    if name.endswith("-lora"):
+        stand_ins |= {"model__lora_r": 2, "model__lora_alpha": 4}
+    overrides = tiny_overrides(parts, out, name not in WITHOUT_FEEDBACK, **{**stand_ins, **settings})
+    return load_recipe(name, overrides)
+
+
+def losses(out, key="loss"):
+    """Returns the logged values of a run."""
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    return [entry[key] for entry in history if key in entry]
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def changed(before, after, part):
+    """Tells whether any weight of a part differs."""
+    names = [name for name in before if part in name and name in after]
+    assert names, f"no weights of {part}"
+    return any(not torch.equal(before[name], after[name]) for name in names)
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_every_shipped_recipe_runs_for_two_steps(name, parts, tmp_path):
+    final = train(recipe_for(name, parts, tmp_path))
+
+    assert final == tmp_path / "final"
+    assert len(losses(tmp_path)) == 2
+    fed = name not in WITHOUT_FEEDBACK
+    assert len(losses(tmp_path, "feedback_loss")) == (2 if fed else 0)
+    assert (final / "feedback.safetensors").is_file() is fed
+    assert not any("feedback" in key or "denoiser" in key for key in weights(final))
+    if name == "clip-feedback":
+        return
+    model, info = AutoModelForImageTextToText.from_pretrained(final, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    processor = AutoProcessor.from_pretrained(final)
+    prompt = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}],
+        add_generation_prompt=True,
+    )
+    inputs = processor(text=prompt, images=Image.new("RGB", (40, 30)), return_tensors="pt")
+    assert model.generate(**inputs, max_new_tokens=2).shape[1] > inputs["input_ids"].shape[1]
+
+
+def test_full_training_moves_every_part_and_freezing_keeps_one(parts, tmp_path):
+    before = weights(parts / "llava")
+
+    after = weights(train(recipe_for("tiny-tune", parts, tmp_path, model__freeze="[language_model]")))
+
+    assert changed(before, after, "vision_tower") and changed(before, after, "multi_modal_projector")
+    assert not changed(before, after, "language_model.model")  # `lm_head` is stored as language_model.lm_head
+    assert not changed(before, after, "layers.2.")  # of the tower: what LLaVA does not read
+
+
+def test_lora_is_saved_merged_and_by_itself(parts, tmp_path):
+    from peft import PeftModel
+
+    settings = {"model__lora_full": "[]", "training__learning_rate": 0.1}
+    final = train(recipe_for("llava-1.5-7b-feedback-lora", parts, tmp_path, **settings, model__learning_rates="{}"))
+
+    before, after = weights(parts / "llava"), weights(final)
+    assert set(before) == set(after)
+    assert changed(before, after, "language_model") and changed(before, after, "vision_tower")
+    assert not changed(before, after, "multi_modal_projector")
+    base = AutoModelForImageTextToText.from_pretrained(parts / "llava")
+    merged = PeftModel.from_pretrained(base, final / "adapter").merge_and_unload().state_dict()
+    plain = AutoModelForImageTextToText.from_pretrained(final).state_dict()
+    for name in plain:
+        torch.testing.assert_close(merged[name], plain[name])
+
+
+def test_a_mounted_tower_comes_back_with_the_model(parts, tmp_path):
+    settings = {"model__vision_tower": f"deem:{parts / 'clip'}", "model__num_queries": 0}
+    final = train(recipe_for("tiny-tune", parts, tmp_path, **settings))
+
+    model = AutoModelForImageTextToText.from_pretrained(final)
+    assert model.config.vision_config.model_type == "deem_vision"
+
+
+def test_an_encoder_keeps_its_class_and_its_text_tower(parts, tmp_path):
+    # Plain SGD's bounded steps would be too small to see in two of them.
+    recipe = recipe_for("clip-feedback", parts, tmp_path, training__learning_rate=1.0)
+    final = train(recipe)
+
+    model = AutoModel.from_pretrained(final)
+    before, after = weights(parts / "clip"), weights(final)
+    assert type(model) is CLIPModel
+    assert set(before) == set(after)
+    assert changed(before, after, "vision_model") and not changed(before, after, "text_model")
+    assert (final / "preprocessor_config.json").is_file()
+
+
+def test_an_encoder_without_feedback_is_an_error(parts, tmp_path):
+    overrides = tiny_overrides(parts, tmp_path, model__encoder=parts / "clip") + ["feedback=null"]
+    with pytest.raises(ValueError, match="learns from the feedback only"):
+        train(load_recipe("clip-feedback", overrides))
+
+
+def test_parts_train_at_their_own_learning_rates(parts, tmp_path):
+    rates = "{vision_tower: 0, language_model: 1e-3}"
+    before = weights(parts / "llava")
+
+    settings = {"model__learning_rates": rates, "training__learning_rate": 1e-3, "model__freeze": "[]"}
+    recipe = recipe_for("llava-1.5-7b-baseline", parts, tmp_path, **settings)
+    with pytest.raises(RuntimeError, match="meant to train, but did not move"):
+        train(recipe)
+
+    settings["model__freeze"] = "[vision_tower]"
+    after = weights(train(recipe_for("llava-1.5-7b-baseline", parts, tmp_path, **settings)))
+    assert changed(before, after, "language_model") and not changed(before, after, "vision_tower")
+
+
+@pytest.mark.parametrize("setting", ["freeze", "lora_modules", "learning_rates"])
+def test_unmatched_patterns_stop_the_run_before_it_starts(parts, tmp_path, setting):
+    value = "{visual: 1e-3}" if setting == "learning_rates" else "[visual]"
+    settings = {f"model__{setting}": value}
+    if setting == "lora_modules":
+        settings["model__lora_r"] = 2
+    with pytest.raises(
+        ValueError, match=f"'visual' of `model.{setting}` matches no parameter. The parts .*vision_tower"
+    ):
+        train(recipe_for("tiny-tune", parts, tmp_path, **settings))
+    assert not (tmp_path / "final").exists()
+
+
+def test_a_frozen_tower_with_feedback_stops_the_run(parts, tmp_path):
+    with pytest.raises(ValueError, match="The vision tower .* is frozen"):
+        train(recipe_for("tiny-tune", parts, tmp_path, model__freeze="[vision_tower]"))
+
+
+def test_unwritable_output_stops_the_run_before_anything_is_loaded(parts, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ValueError, match=r"file/out cannot be written .*Set `training.output_dir`"):
+        train(recipe_for("tiny-tune", parts, tmp_path / "file" / "out", model__model="/nowhere"))
+
+
+@pytest.mark.parametrize("damage", ["missing", "corrupt", "truncated"])
+def test_a_broken_picture_stops_the_run_and_leaves_no_model(parts, tmp_path, damage):
+    records = json.loads((parts / "data.json").read_text())
+    whole = (parts / "images" / "1.png").read_bytes()
+    (tmp_path / "images").mkdir()
+    for index in range(16):
+        data = whole
+        if index == 5:
+            data = {"missing": None, "corrupt": b"<html>", "truncated": whole[: len(whole) // 2]}[damage]
+        if data is not None:
+            (tmp_path / "images" / f"{index}.png").write_bytes(data)
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    settings = {"data__path": tmp_path / "data.json", "data__image_dir": tmp_path / "images", "training__max_steps": 4}
+
+    with pytest.raises(ValueError, match="5.png (does not exist|cannot be read)"):
+        train(recipe_for("tiny-tune", parts, tmp_path / "out", **settings))
+    assert list((tmp_path / "out").glob("*checkpoint*")) == [] and not (tmp_path / "out" / "final").exists()
+
+
+def test_a_failed_checkpoint_is_set_aside(parts, tmp_path, monkeypatch):
+    from transformers.trainer_callback import TrainerState
+
+    def fail(self, path):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(TrainerState, "save_to_json", fail)
+    settings = {"training__save_strategy": "steps", "training__save_steps": 1}
+    with pytest.raises(OSError, match="disk full"):
+        train(recipe_for("tiny-tune", parts, tmp_path, **settings))
+    assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["incomplete-checkpoint-1"]
+
+
+class Interrupt(TrainerCallback):
+    """Ends a run as Ctrl-C does, in its fourth step."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", ["tiny-tune", "clip-feedback", "llava-1.5-7b-feedback-lora"])
+def test_resuming_gives_the_weights_of_an_uninterrupted_run(parts, tmp_path, name, monkeypatch):
+    settings = {"training__save_strategy": "steps", "training__save_steps": 2, "training__max_steps": 4}
+    whole = train(recipe_for(name, parts, tmp_path / "one", **settings))
+
+    recipe = recipe_for(name, parts, tmp_path / "two", **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(MovementCheck, "on_step_begin", Interrupt.on_step_begin)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe)
+    assert not (tmp_path / "two" / "final").exists()
+    resumed = train(recipe_for(name, parts, tmp_path / "two", training__resume_from_checkpoint="last", **settings))
+
+    assert len(losses(tmp_path / "two")) == 4
+    for file in ("model.safetensors", "feedback.safetensors"):
+        one, two = load_file(whole / file), load_file(resumed / file)
+        assert all(torch.equal(one[key], two[key]) for key in one)
+    assert changed(weights(parts / START.get(name, "llava")), weights(whole), "vision")
+
+
+def test_resuming_from_nothing_starts_anew_and_from_a_wrong_folder_is_an_error(parts, tmp_path):
+    train(recipe_for("tiny-tune", parts, tmp_path, training__resume_from_checkpoint="last"))
+    with pytest.raises(ValueError, match="no checkpoint nowhere to resume from"):
+        train(recipe_for("tiny-tune", parts, tmp_path, training__resume_from_checkpoint="nowhere"))
+
+
+def test_the_command_reports_the_parts_and_where_the_model_is(parts, tmp_path, caplog):
+    overrides = tiny_overrides(parts, tmp_path, model__model=parts / "llava")
+    with caplog.at_level(logging.INFO, logger="deem_plugin"):
+        assert main("tiny-tune", overrides) == 0
+
+    assert "vision_tower" in caplog.text and "trainable" in caplog.text
+    assert f"pretrained={tmp_path / 'final'}" in caplog.text
+
+
+def test_without_feedback_the_data_and_the_new_weights_are_the_same(parts, tmp_path):
+    """Two arms of an experiment differ by the feedback alone: weight 0 computes nothing."""
+    fed = train(recipe_for("tiny-tune", parts, tmp_path / "fed", feedback__weight=0))
+    overrides = tiny_overrides(parts, tmp_path / "plain", model__model=parts / "llava") + ["feedback=null"]
+    plain = train(load_recipe("tiny-tune", overrides))
+
+    one, two = weights(fed), weights(plain)
+    assert all(torch.equal(one[name], two[name]) for name in one)
