@@ -1,4 +1,4 @@
-"""The model class: batches answer as single prompts do, contexts are rendered as in training, bad arguments are named."""
+"""The model class: batches answer as single prompts do, prompts are those of training, bad arguments are named."""
 
 import copy
 
