@@ -1,6 +1,5 @@
 """DeemVisionTower: the encoder and, where there is one, the resampler; what a language model sees as its eyes."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -176,7 +175,8 @@ class DeemVisionTower(PreTrainedModel):
                 Shape `(batch, 1, height, width)` at any resolution, nonzero in the region to look at. Patches outside
                 become zero; the class token still sees the whole image.
             output_hidden_states (`bool`, `int` or `list[int]`, *optional*):
-                Whether to return `hidden_states`. VLMs pass the index, or indices, of the layers that they will read.
+                Whether to return `hidden_states`. VLMs pass the index, or indices, of the layers that they will read;
+                the others are then `None`, as in transformers' own towers.
             kwargs:
                 What VLMs pass to towers in general, such as `output_attentions`; not used.
 
@@ -184,17 +184,24 @@ class DeemVisionTower(PreTrainedModel):
             `DeemVisionOutput`: Tokens, pooled vector and maps.
 
         Raises:
-            `ValueError`: For a layer that the tower does not have, and for empty region masks.
+            `ValueError`: For images of another size, for a layer that the tower does not have, and for empty region
+                masks.
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        _check_layers(output_hidden_states, self.num_layers)
+        wanted = _layers_asked_for(output_hidden_states, self.num_layers)
+        size, grid = self.config.image_size, self.config.grid_size
+        if pixel_values.shape[1:] != (self.config.num_channels, size, size):
+            raise ValueError(
+                f"The tower reads images of shape (batch, {self.config.num_channels}, {size}, {size}), got "
+                f"{tuple(pixel_values.shape)}. Use the image processor made by `build_image_processor(tower)`, or "
+                f"build the tower with another `image_size`."
+            )
 
         encoded = self.encoder(pixel_values)
         mask = None
         if region_masks is not None:
-            grid = [side // self.config.patch_size for side in pixel_values.shape[-2:]]
-            mask = region_to_patches(region_masks, *grid).to(encoded.tokens.patches.dtype)
+            mask = region_to_patches(region_masks, grid, grid).to(encoded.tokens.patches.dtype)
 
         if self.resampler is not None:
             last_hidden_state = self._sequence(Tokens(None, self._resample(encoded, mask)))
@@ -203,14 +210,15 @@ class DeemVisionTower(PreTrainedModel):
         else:
             last_hidden_state = self._sequence(encoded.tokens, mask)
             pooled = encoded.pooled
-            hidden_states = None
-            if output_hidden_states is not False:
-                hidden_states = tuple(self._sequence(tokens, mask) for tokens in encoded.layers)
+            hidden_states = tuple(
+                self._sequence(tokens, mask) if index in wanted else None
+                for index, tokens in enumerate(encoded.layers)
+            )
 
         return DeemVisionOutput(
             last_hidden_state=last_hidden_state,
             pooler_output=pooled,
-            hidden_states=None if output_hidden_states is False else hidden_states,
+            hidden_states=hidden_states if wanted else None,
             maps=encoded.maps,
         )
 
@@ -242,7 +250,7 @@ class DeemVisionTower(PreTrainedModel):
             `torch.Tensor`: Shape `(batch, tokens, encoder_dim)`, class token first where the encoder has one.
         """
         class_token, patches = encoded.tokens
-        side = math.isqrt(patches.shape[1])
+        side = self.config.grid_size
         positions = sincos_position_embedding(patches.shape[2], side, side, device=patches.device)
         patches = self.position_norm(self.position_proj(patches)) + positions.to(patches.dtype)
         if mask is not None:
@@ -251,7 +259,9 @@ class DeemVisionTower(PreTrainedModel):
             patches = torch.cat([self.position_norm(self.position_proj(class_token)), patches], dim=1)
         return self.input_norm(patches)
 
-    def freeze_unused(self, feature_layer: int | list[int] = -1, feature_select_strategy: str = "full") -> list[str]:
+    def freeze_unused(
+        self, feature_layer: int | list[int] | None = -1, feature_select_strategy: str = "full"
+    ) -> list[str]:
         """
         Freezes the parameters that get no gradient when a VLM reads the given layers.
 
@@ -260,7 +270,7 @@ class DeemVisionTower(PreTrainedModel):
 
         Args:
             feature_layer (`int` or `list[int]`, *optional*, defaults to -1):
-                The VLM's `vision_feature_layer`.
+                The VLM's `vision_feature_layer`, or `None` for one that reads `last_hidden_state`, as PaliGemma.
             feature_select_strategy (`str`, *optional*, defaults to `"full"`):
                 `"default"` where the VLM crops the class token, else `"full"`.
 
@@ -271,8 +281,7 @@ class DeemVisionTower(PreTrainedModel):
             raise ValueError(
                 f"`feature_select_strategy` must be 'default' or 'full', got {feature_select_strategy!r}."
             )
-        layers = [feature_layer] if isinstance(feature_layer, int) else feature_layer
-        _check_layers(layers, self.num_layers)
+        layers = [] if feature_layer is None else sorted(_layers_asked_for(feature_layer, self.num_layers))
         trainable = {name: p for name, p in self.named_parameters() if p.requires_grad}
         was_training = self.training
         self.eval()  # no stochastic depth: every parameter that can be used is used
@@ -282,7 +291,7 @@ class DeemVisionTower(PreTrainedModel):
             if self.resampler is not None:
                 read = [self._resample(encoded)]
             else:
-                tokens = [encoded.layers[layer] for layer in layers]
+                tokens = [encoded.layers[layer] for layer in layers] or [encoded.tokens]
                 crop = feature_select_strategy == "default" and self.config.class_token
                 read = [state.patches if crop else self._sequence(state) for state in tokens]
             total = sum(state.float().sum() for state in read)
@@ -294,9 +303,10 @@ class DeemVisionTower(PreTrainedModel):
         return unused
 
 
-def _check_layers(output_hidden_states: bool | int | list[int], num_layers: int):
-    if isinstance(output_hidden_states, bool):
-        return
+def _layers_asked_for(output_hidden_states: bool | int | list[int] | None, num_layers: int) -> set[int]:
+    """Resolves what `output_hidden_states` may be to layers from 0 on. Layer 0 is a request, though it is falsy."""
+    if output_hidden_states is None or isinstance(output_hidden_states, bool):
+        return set(range(num_layers)) if output_hidden_states else set()
     layers = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
     for layer in layers:
         if not -num_layers <= layer < num_layers:
@@ -309,3 +319,4 @@ def _check_layers(output_hidden_states: bool | int | list[int], num_layers: int)
                 f"This tower has layers {-num_layers} to {num_layers - 1}, but layer {layer} was asked for. Set "
                 f"`vision_feature_layer` of the vision-language model to one of them."
             )
+    return {layer % num_layers for layer in layers}

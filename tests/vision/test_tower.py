@@ -120,16 +120,26 @@ def test_empty_region_is_an_error_that_counts():
         tower(tiny_pixels(tower), region_masks=mask)
 
 
-@pytest.mark.parametrize("request_", [True, 0, -2, [-2, -1]])
-def test_layers_are_returned_for_every_way_of_asking(request_):
+@pytest.mark.parametrize(
+    ("request_", "returned"), [(True, [0, 1, 2, 3]), (0, [0]), (-2, [2]), ([-2, -1], [2, 3]), ([1, -4], [0, 1])]
+)
+def test_layers_are_returned_for_every_way_of_asking(request_, returned):
     tower = tiny_tower("clip").eval()
-    assert len(tower(tiny_pixels(tower), output_hidden_states=request_).hidden_states) == 4
+    states = tower(tiny_pixels(tower), output_hidden_states=request_).hidden_states
+    assert [index for index, state in enumerate(states) if state is not None] == returned
+    assert len(states) == 4
 
 
 @pytest.mark.parametrize("request_", [None, False])
 def test_layers_are_left_out_unless_asked_for(request_):
     tower = tiny_tower("clip").eval()
     assert tower(tiny_pixels(tower), output_hidden_states=request_).hidden_states is None
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 64, 96), (1, 3, 128, 128), (1, 5, 3, 64, 64), (1, 1, 64, 64)])
+def test_images_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match=r"shape \(batch, 3, 64, 64\), got \(1, .*build_image_processor"):
+        tiny_tower("convnext")(torch.zeros(shape))
 
 
 def test_return_dict_false_gives_a_tuple():
@@ -172,6 +182,11 @@ def test_freeze_unused_finds_the_last_layer_of_clip():
     frozen = tiny_tower("clip").freeze_unused(-2, "default")
     assert all("layers.2." in name or "post_layernorm" in name for name in frozen)
     assert len(frozen) == 18
+
+
+def test_freeze_unused_keeps_the_last_norm_for_models_that_read_the_last_hidden_state():
+    frozen = tiny_tower("siglip").freeze_unused(None)
+    assert frozen and all("encoder.model.head." in name for name in frozen)
 
 
 def test_official_multiscale_adapters_are_unused_by_a_language_model():

@@ -51,6 +51,18 @@ def tiny_tower(encoder: str = "convnext", **options) -> DeemVisionTower:
     return DeemVisionTower(DeemVisionConfig(**(encoder_options(encoder) | options)))
 
 
+def realigned(model: torch.nn.Module) -> torch.nn.Module:
+    """
+    Copies the weights of a loaded model to aligned memory.
+
+    They lie in the checkpoint's memory map at any address, and the sums of some CPU kernels depend on the alignment in
+    the last bit. Only with equal alignment can outputs be compared bit by bit.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
+
+
 def tiny_pixels(tower: DeemVisionTower, batch: int = 2) -> torch.Tensor:
     """Draws normalised images for the tower, the same at each call."""
     size = tower.config.image_size
