@@ -134,8 +134,9 @@ class ConversationCollator:
 
     def _split_at_end_of_turn(self, segment: str, content: str) -> tuple[str, str]:
         """Splits what the template writes for an answer behind its end-of-turn token, adding one if it has none."""
-        content = content.strip()
-        end = max(segment.rfind(content), 0) + len(content)
+        content = content.split(IMAGE_MARK)[-1].strip()
+        # The first occurrence: a short answer, such as "im", may come again within `<|im_end|>`.
+        end = max(segment.find(content), 0) + len(content)
         ends = [segment.find(token, end) + len(token) for token in self._specials if token in segment[end:]]
         if ends:
             cut = min(ends)

@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedModel, Trainer
 
-from deem_plugin.training.parts import find
+from deem_plugin.training.parts import find, matches
 
 
 class RecipeTrainer(Trainer):
@@ -18,27 +18,25 @@ class RecipeTrainer(Trainer):
     def __init__(self, *args, learning_rates: dict[str, float] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.learning_rates = learning_rates or {}
-        self._names = {}  # id of a parameter -> its name
-        for name, parameter in self.model.named_parameters():
-            self._names[id(parameter)] = name
-        self._rates = {}  # name of a parameter -> learning rate
-        for pattern, rate in self.learning_rates.items():
-            self._rates.update(dict.fromkeys(find(self.model, pattern, "model.learning_rates"), rate))
+        for pattern in self.learning_rates:
+            find(self.model, pattern, "model.learning_rates")
 
     def create_optimizer(self, model=None):
         """Makes the stock optimizer and splits its groups by learning rate."""
         exists = self.optimizer is not None
         optimizer = super().create_optimizer(model)
-        if exists or not self._rates:
+        if exists or not self.learning_rates:
             return optimizer
-        # Sharding replaces the parameters and keeps their names.
-        names = self._names | {id(value): name for name, value in (model or self.model).named_parameters()}
+        rates = {}  # id of a parameter -> learning rate
+        for name, parameter in (self.model if model is None else model).named_parameters():
+            for pattern, rate in self.learning_rates.items():
+                if matches(pattern, name):
+                    rates[id(parameter)] = rate
         groups = []
         for group in optimizer.param_groups:
             by_rate: dict[float, list] = {}
             for parameter in group["params"]:
-                rate = self._rates.get(names[id(parameter)], group["lr"])
-                by_rate.setdefault(rate, []).append(parameter)
+                by_rate.setdefault(rates.get(id(parameter), group["lr"]), []).append(parameter)
             groups += [{**group, "params": parameters, "lr": rate} for rate, parameters in by_rate.items()]
         optimizer.param_groups[:] = groups
         return optimizer

@@ -148,6 +148,18 @@ def test_a_language_models_template_that_knows_only_strings_works():
     assert decode_labels(processor, batch["labels"][2]) == "x<|im_end|>"
 
 
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, PLAIN_TEMPLATE])
+@pytest.mark.parametrize("answer", ["im", "end", "<", "s", " padded ", "two\nlines", ""])
+def test_any_answer_ends_with_one_end_of_turn(template, answer):
+    processor = tiny_processor()
+    processor.chat_template = template
+
+    batch = ConversationCollator(processor)([conversation("Hi", answer)])
+
+    # Templates differ in the blanks around an answer.
+    assert decode_labels(processor, batch["labels"][0]).replace(" ", "") == f"{answer}<|im_end|>".replace(" ", "")
+
+
 def test_text_only_batches_bring_no_pixels():
     batch = ConversationCollator(tiny_processor())([examples()[1]])
 
