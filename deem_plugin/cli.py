@@ -14,14 +14,15 @@ def _train(arguments) -> int:
 def _eval(arguments) -> int:
     from .evaluation.run import evaluate
 
-    evaluate(arguments.pretrained, arguments.tasks.split(","), arguments.out, batch_size=arguments.batch_size)
+    evaluate(arguments.pretrained, arguments.tasks, arguments.out, batch_size=arguments.batch_size)
     return 0
 
 
 def _import_pope(arguments) -> int:
     from .evaluation.pope import import_pope
 
-    import_pope(arguments.source, image_dir=arguments.images)
+    counts = import_pope(arguments.source, image_dir=arguments.images)
+    print(f"Imported {', '.join(f'{count} {category}' for category, count in counts.items())} questions.")
     return 0
 
 
