@@ -8,6 +8,23 @@ from torch import nn
 from deem_plugin.training.arguments import ModelArguments
 from deem_plugin.training.parts import find, freeze, freeze_unused, matches
 
+# Put before a language model's chat template, which knows contents as strings only, to join content parts to strings.
+_JOIN_PARTS = """\
+{%- set joined = namespace(messages=[]) -%}
+{%- for message in messages -%}
+{%- set content = namespace(text='') -%}
+{%- if message['content'] is string -%}
+{%- set content.text = message['content'] -%}
+{%- else -%}
+{%- for part in message['content'] -%}
+{%- set content.text = content.text + (IMAGE if part['type'] == 'image' else part['text']) -%}
+{%- endfor -%}
+{%- endif -%}
+{%- set joined.messages = joined.messages + [dict(message, content=content.text)] -%}
+{%- endfor -%}
+{%- set messages = joined.messages -%}
+"""
+
 
 def make_model(arguments: ModelArguments):
     """
@@ -31,6 +48,10 @@ def make_model(arguments: ModelArguments):
                 f"out if the model brings one."
             )
         processor.chat_template = template.read_text(encoding="utf-8")
+    elif processor.chat_template is None and processor.tokenizer.chat_template is not None:
+        # A saved processor comes back with its tokenizer's template, so that one must take images, too.
+        joined = _JOIN_PARTS.replace("IMAGE", repr(processor.image_token + "\n"))
+        processor.chat_template = joined + processor.tokenizer.chat_template
     if arguments.lora_r:
         model = add_lora(model, arguments)
     freeze(model, arguments.freeze)

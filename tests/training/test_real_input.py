@@ -25,7 +25,14 @@ def smollm2() -> Path:
         gguf = next(Path(package.__file__).parent.glob("*.gguf"))
         partial = cache.with_name(f"{cache.name}.{os.getpid()}")
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
-        AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
+        dequantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        # transformers refuses to save what it remembers as quantised, although the weights are plain by now.
+        config = type(dequantised.config).from_dict(
+            {key: value for key, value in dequantised.config.to_dict().items() if key != "quantization_config"}
+        )
+        plain = AutoModelForCausalLM.from_config(config)
+        plain.load_state_dict(dequantised.state_dict())
+        plain.save_pretrained(partial)
         partial.rename(cache)
     return cache
 
