@@ -3,10 +3,10 @@ Trains the demo's generator, a pixel-space diffusion transformer of half a milli
 
     python -m deem_plugin.demo.generator OUT
 
-writes the diffusers folder that ships as `deem_plugin/demo/pretrained_generator/`: two minutes on one CPU core. It has seen scenes
-in which nothing gives anything else away (the vision-language model never does), and a linear code of each picture as
-its condition. The code is thrown away: like a Stable Diffusion whose text encoder is left out, the generator keeps the
-knowledge of what pictures look like and the habit of reading eight tokens.
+writes the diffusers folder that ships as `deem_plugin/demo/pretrained_generator/`: two minutes on one CPU core. The
+generator has seen scenes in which nothing gives anything else away (the vision-language model never does), and a
+linear code of each picture as its condition. The code is thrown away: like a Stable Diffusion whose text encoder is
+left out, the generator keeps the knowledge of what pictures look like and the habit of reading eight tokens.
 """
 
 import json

@@ -1,8 +1,8 @@
 """
 Makes the demo's vision-language model before training: a LLaVA of half a million weights.
 
-Its tower is a ConvNeXt that has been taught shape names by contrast, as CLIP is by captions, so that it starts with a
-CLIP's bias: whatever gives the name away will do. Its language model is new; a few hundred steps teach it all it needs.
+Its tower is a ConvNeXt that has been taught shape names by contrast, as CLIP is by captions, so that it starts with
+CLIP's bias: whatever gives the name away will do. Its language model is new; some hundred steps teach it all it needs.
 """
 
 from pathlib import Path
@@ -42,7 +42,7 @@ WORDS = (
     + COLOR_NAMES
     + TEXTURES
 )
-PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
+PAD, END, UNKNOWN, IMAGE = "<pad>", "</s>", "<unk>", "<image>"
 
 # One turn after the other without names of the speakers: the answer follows the word that decides it.
 CHAT_TEMPLATE = (
@@ -61,7 +61,7 @@ PRETRAINING_TEMPERATURE = 0.1
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Makes a tokenizer with one token for each word that scenes are described with."""
-    vocabulary = {word: index for index, word in enumerate((PAD, END, UNKNOWN, *WORDS))}
+    vocabulary = {word: index for index, word in enumerate((PAD, END, UNKNOWN, IMAGE, *WORDS))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Lowercase(), *(normalizers.Replace(Regex(phrase), " ") for phrase in BOILERPLATE)]
@@ -72,6 +72,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         pad_token=PAD,
         eos_token=END,
         unk_token=UNKNOWN,
+        additional_special_tokens=[IMAGE],
         chat_template=CHAT_TEMPLATE,
         padding_side="right",
     )
