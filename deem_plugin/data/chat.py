@@ -6,21 +6,6 @@ from typing import Any
 IMAGE_MARK = "<image>"
 
 
-def _flatten(content: str | list[dict[str, Any]], image_token: str) -> str:
-    """Turns chat content parts into one string, with the processor's image token in place of each image."""
-    if isinstance(content, str):
-        return content
-    parts = []
-    for part in content:
-        if part["type"] == "image":
-            parts.append(image_token + "\n")
-        elif part["type"] == "text":
-            parts.append(part["text"])
-        else:
-            raise ValueError(f"A chat content part has type {part['type']!r}; expected 'image' or 'text'.")
-    return "".join(parts)
-
-
 def to_parts(text: str) -> list[dict[str, str]]:
     """Splits `"<image>\\nWhat is this?"` into chat content parts, one `{"type": "image"}` for each mark."""
     parts: list[dict[str, str]] = []
@@ -38,8 +23,8 @@ def render_chat(processor, messages: list[dict[str, Any]], add_generation_prompt
     """
     Renders chat messages as the prompt text that `processor(text=..., images=...)` takes.
 
-    A processor's own chat template gets the content parts as they are. A language model's template (a VLM assembled
-    from parts has no other) knows only strings, so the parts are joined around the processor's image token first.
+    A processor's own chat template gets the content parts as they are. Where there is only the language model's, which
+    knows contents as strings, the parts are joined around the processor's image token first.
 
     Args:
         processor (`ProcessorMixin`): Processor of the VLM.
@@ -57,5 +42,9 @@ def render_chat(processor, messages: list[dict[str, Any]], add_generation_prompt
             f"Neither {type(processor).__name__} nor its tokenizer has a chat template, so conversations cannot be "
             f"rendered. Set `model.chat_template` in the recipe to a Jinja file, or use a chat-tuned checkpoint."
         )
-    flat = [{**message, "content": _flatten(message["content"], processor.image_token)} for message in messages]
-    return tokenizer.apply_chat_template(flat, add_generation_prompt=add_generation_prompt, tokenize=False)
+    from deem_plugin.vision.processors import join_parts
+
+    template = join_parts(tokenizer.chat_template, processor.image_token)
+    return tokenizer.apply_chat_template(
+        messages, chat_template=template, add_generation_prompt=add_generation_prompt, tokenize=False
+    )

@@ -27,9 +27,9 @@ class ModelArguments:
         vision_pretrained (`str` or `bool`, *optional*):
             Weights of the tower's encoder: for open_clip a tag or a file; `false` for new ones.
         image_size (`int`, *optional*): Side of the tower's square input in pixels; by default the encoder's own.
-        num_queries (`int`, *optional*, defaults to 77):
-            Queries that the tower resamples its image to; 0 leaves the language model the grid of patches.
-        class_token (`bool`, *optional*, defaults to `True`): Whether the tower's output starts with a class token.
+        num_queries (`int`, *optional*):
+            Queries that the tower resamples its patches to; 0 leaves the grid of patches, which some VLMs need. By
+            default 77 for `deem` and 0 for `deem:<encoder>`.
         chat_template (`str`, *optional*):
             Jinja file with the chat template, for models that come without one. A relative path is also looked for
             beside the recipe.
@@ -59,8 +59,9 @@ class ModelArguments:
         default=None, metadata={"help": "Weights of the tower's encoder: a tag of open_clip, a file, or `false`."}
     )
     image_size: int | None = field(default=None, metadata={"help": "Side of the tower's square input in pixels."})
-    num_queries: int = field(default=77, metadata={"help": "Queries of the tower; 0 leaves the grid of patches."})
-    class_token: bool = field(default=True, metadata={"help": "Whether the tower's output starts with a class token."})
+    num_queries: int | None = field(
+        default=None, metadata={"help": "Queries of the tower; 0 leaves the grid of patches."}
+    )
     chat_template: str | None = field(default=None, metadata={"help": "Jinja file with the chat template."})
     dtype: str = field(default="float32", metadata={"help": f"Precision of the weights: {', '.join(DTYPES)}."})
     attn_implementation: str | None = field(default=None, metadata={"help": "`sdpa`, `eager`, ..."})

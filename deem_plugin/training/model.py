@@ -8,23 +8,6 @@ from torch import nn
 from deem_plugin.training.arguments import ModelArguments
 from deem_plugin.training.parts import find, freeze, freeze_unused, matches
 
-# Put before a language model's chat template, which knows contents as strings only, to join content parts to strings.
-_JOIN_PARTS = """\
-{%- set joined = namespace(messages=[]) -%}
-{%- for message in messages -%}
-{%- set content = namespace(text='') -%}
-{%- if message['content'] is string -%}
-{%- set content.text = message['content'] -%}
-{%- else -%}
-{%- for part in message['content'] -%}
-{%- set content.text = content.text + (IMAGE if part['type'] == 'image' else part['text']) -%}
-{%- endfor -%}
-{%- endif -%}
-{%- set joined.messages = joined.messages + [dict(message, content=content.text)] -%}
-{%- endfor -%}
-{%- set messages = joined.messages -%}
-"""
-
 
 def make_model(arguments: ModelArguments):
     """
@@ -39,6 +22,8 @@ def make_model(arguments: ModelArguments):
     Raises:
         ValueError: If a pattern matches nothing, or the chat template is missing.
     """
+    from deem_plugin.vision.processors import join_parts
+
     model, processor = _load(arguments)
     if arguments.chat_template is not None:
         template = Path(arguments.chat_template)
@@ -50,8 +35,7 @@ def make_model(arguments: ModelArguments):
         processor.chat_template = template.read_text(encoding="utf-8")
     elif processor.chat_template is None and processor.tokenizer.chat_template is not None:
         # A saved processor comes back with its tokenizer's template, so that one must take images, too.
-        joined = _JOIN_PARTS.replace("IMAGE", repr(processor.image_token + "\n"))
-        processor.chat_template = joined + processor.tokenizer.chat_template
+        processor.chat_template = join_parts(processor.tokenizer.chat_template, processor.image_token)
     if arguments.lora_r:
         model = add_lora(model, arguments)
     freeze(model, arguments.freeze)
@@ -65,26 +49,27 @@ def _load(arguments: ModelArguments):
 
     # Registers our classes with transformers, so that checkpoints with our tower load.
     from deem_plugin.vision import build_vision_tower
-    from deem_plugin.vision.hosts import assemble_llava, mount_tower
+    from deem_plugin.vision.hosts import assemble_llava, crops_class_token, mount_tower
 
     options = {"dtype": arguments.dtype}
     if arguments.attn_implementation is not None:
         options["attn_implementation"] = arguments.attn_implementation
-    tower = None
-    if arguments.vision_tower is not None:
-        tower = build_vision_tower(
-            arguments.vision_tower,
-            pretrained=arguments.vision_pretrained,
-            image_size=arguments.image_size,
-            class_token=arguments.class_token,
-            num_queries=arguments.num_queries,
-        )
+    tower_options = {
+        "pretrained": arguments.vision_pretrained,
+        "image_size": arguments.image_size,
+        "num_queries": arguments.num_queries,
+    }
     if arguments.language_model is not None:
+        tower = build_vision_tower(arguments.vision_tower, **tower_options)
         language_model = AutoModelForCausalLM.from_pretrained(arguments.language_model, **options)
         return assemble_llava(language_model, AutoTokenizer.from_pretrained(arguments.language_model), tower)
     model = AutoModelForImageTextToText.from_pretrained(arguments.model, **options)
     processor = AutoProcessor.from_pretrained(arguments.model)
-    return (model, processor) if tower is None else mount_tower(model, tower, processor)
+    if arguments.vision_tower is None:
+        return model, processor
+    class_token = crops_class_token(model.config)
+    tower = build_vision_tower(arguments.vision_tower, class_token=class_token, **tower_options)
+    return mount_tower(model, tower, processor)
 
 
 def add_lora(model, arguments: ModelArguments):

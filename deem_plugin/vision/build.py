@@ -17,6 +17,7 @@ from .tower import DeemVisionTower
 
 # The encoder of the paper (https://arxiv.org/abs/2405.15232, Sec. 3.1).
 DEEM_ENCODER = "convnext_base_w_320"
+DEEM_QUERIES = 77
 
 # How a model was normalised when its folder does not say so.
 _NORMALISATION = {
@@ -34,14 +35,14 @@ def build_vision_tower(
     pretrained: str | bool | None = None,
     image_size: int | None = None,
     class_token: bool = True,
-    num_queries: int = 77,
+    num_queries: int | None = None,
 ) -> DeemVisionTower:
     """
     Builds a vision tower by name.
 
     `"deem"` is the paper's: open_clip's convnext_base_w_320, adapters to 1024, and 77 queries in 12 layers of width
-    768. `"deem:<encoder>"` is the same with another encoder, which is one of: a model name of open_clip; the hub id or
-    folder of a CLIP, SigLIP, SigLIP2 or DINOv2 model; the folder of a saved [`DeemVisionTower`], taken as it is.
+    768. `"deem:<encoder>"` is another encoder, which is one of: a model name of open_clip; the hub id or folder of a
+    CLIP, SigLIP, SigLIP2 or DINOv2 model; the folder of a saved [`DeemVisionTower`], taken as it is.
 
     Args:
         name (`str`, *optional*, defaults to `"deem"`):
@@ -54,8 +55,9 @@ def build_vision_tower(
             Side of the input in pixels, if not the encoder's own.
         class_token (`bool`, *optional*, defaults to `True`):
             Whether the output starts with a class token, as VLMs that crop the first token expect.
-        num_queries (`int`, *optional*, defaults to 77):
-            Number of queries of the resampler. 0 leaves the resampler out: the VLM then reads the grid of patches.
+        num_queries (`int`, *optional*):
+            Number of queries of the resampler. 0 leaves the resampler out: the VLM then reads the grid of patches. By
+            default 77 for `"deem"` and 0 for `"deem:<encoder>"`.
 
     Returns:
         `DeemVisionTower`: In training mode, float32, on the CPU.
@@ -66,6 +68,8 @@ def build_vision_tower(
     kind, _, encoder = name.partition(":")
     if kind != "deem" or (":" in name and not encoder):
         raise ValueError(f"A vision tower is called 'deem' or 'deem:<encoder>', got {name!r}.")
+    if num_queries is None:
+        num_queries = 0 if encoder else DEEM_QUERIES
     encoder = encoder or DEEM_ENCODER
     options = {"class_token": class_token, "num_queries": num_queries}
     if encoder in open_clip.list_models():

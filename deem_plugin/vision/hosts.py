@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from .configuration import DeemVisionConfig
 from .image_processing import build_image_processor
-from .processors import fit_processor, llava_token_count
+from .processors import fit_processor, join_parts, llava_token_count
 from .tower import DeemVisionTower
 
 logger = logging.get_logger(__name__)
@@ -110,6 +110,12 @@ def check_host(config: PreTrainedConfig, tower_config: DeemVisionConfig | None =
             f"{tower_config.grid_size} patches a side. Choose an `image_size` that is a multiple of "
             f"{factor * tower_config.patch_size}."
         )
+
+
+def crops_class_token(config: PreTrainedConfig) -> bool:
+    """Whether a vision-language model can crop a class token, so that its tower should start with one."""
+    check_host(config)
+    return HOSTS[config.model_type].crop != "never"
 
 
 def find_tower(model: nn.Module) -> nn.Module:
@@ -275,6 +281,8 @@ def assemble_llava(
         tokenizer=tokenizer,
         image_token=IMAGE_TOKEN,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
+        # A saved processor comes back with its tokenizer's template unless it has one of its own.
+        chat_template=join_parts(tokenizer.chat_template, IMAGE_TOKEN) if tokenizer.chat_template else None,
         **llava_token_count(tower.config),
     )
     return llava.train(language_model.training), processor

@@ -8,6 +8,34 @@ from transformers.image_utils import SizeDict
 from .configuration import DeemVisionConfig
 from .image_processing import build_image_processor
 
+# Put before a language model's chat template, which knows contents as strings only, to join content parts to strings.
+_JOIN_PARTS = """\
+{%- set joined = namespace(messages=[]) -%}
+{%- for message in messages -%}
+{%- set content = namespace(text='') -%}
+{%- if message['content'] is string -%}
+{%- set content.text = message['content'] -%}
+{%- else -%}
+{%- for part in message['content'] -%}
+{%- set content.text = content.text + (IMAGE if part['type'] == 'image' else part['text']) -%}
+{%- endfor -%}
+{%- endif -%}
+{%- set joined.messages = joined.messages + [dict(message, content=content.text)] -%}
+{%- endfor -%}
+{%- set messages = joined.messages -%}
+"""
+
+
+def join_parts(chat_template: str, image_token: str) -> str:
+    """
+    Returns a language model's chat template, which takes contents as strings, as one that also takes content parts.
+
+    Args:
+        chat_template (`str`): Jinja template of a tokenizer.
+        image_token (`str`): What stands for an image in the prompt; a line break follows it.
+    """
+    return _JOIN_PARTS.replace("IMAGE", repr(image_token + "\n")) + chat_template
+
 
 def llava_token_count(tower_config: DeemVisionConfig) -> dict[str, int]:
     """
