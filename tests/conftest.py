@@ -1,4 +1,4 @@
-"""What every test shares: no hub, no telemetry, and the folder of reference material when it lies beside the checkout."""
+"""What every test shares: no hub, no telemetry, and the reference material where it lies beside the checkout."""
 
 import os
 from pathlib import Path

@@ -235,6 +235,7 @@ def _load_table(path, image_dir: Path, cache_dir) -> "Dataset":
     by_path = has_images and not stored_pictures
 
     def normalise(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+        """Checks a batch of records and returns their two columns."""
         counts = batch.get("count") or [len(images or []) for images in batch.get("images", [[]] * len(indices))]
         out: dict[str, list] = {"messages": []}
         for index, turns, count in zip(indices, batch["messages"], counts, strict=True):

@@ -49,6 +49,7 @@ class _TasksImport(MetaPathFinder):
     """Waits for the first import of `lmms_eval.tasks`, which takes seconds and which many commands never need."""
 
     def find_spec(self, fullname, path=None, target=None):
+        """Finds the module as always, and has our folder included once it is executed."""
         if fullname != _TASKS_MODULE:
             return None
         sys.meta_path.remove(self)

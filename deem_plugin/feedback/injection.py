@@ -38,6 +38,7 @@ class _AddLossGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, tokens, loss, injection):
+        """Returns a copy of the tokens."""
         ctx.injection = injection
         ctx.save_for_backward(loss)
         # A clone, not a view: some models change their tower's output in place.
@@ -45,5 +46,6 @@ class _AddLossGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_tokens):
+        """Returns the tokens' gradient as it came, and the factor on the loss's."""
         (loss,) = ctx.saved_tensors
         return grad_tokens, ctx.injection._take(loss), None

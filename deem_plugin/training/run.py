@@ -148,6 +148,7 @@ def _prepare_vlm(recipe: Recipe):
     )
 
     def save(folder: str):
+        """Saves model, processor and conditioner; with LoRA the merged model and the adapter."""
         if not recipe.model.lora_r:
             trainer.save_model(folder)
         elif args.should_save:
@@ -185,6 +186,7 @@ def _prepare_encoder(recipe: Recipe):
     )
 
     def save(folder: str):
+        """Saves the encoder in its own class, and the conditioner."""
         if args.should_save:
             save_encoder(whole, image_processor, folder)
         _move_conditioner(args, folder)

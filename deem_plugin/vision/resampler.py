@@ -46,7 +46,8 @@ class ResamplerAttention(nn.Module):
         """
 
         def heads(x):
-            return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (batch, heads, tokens, head_dim)
+            """Splits `(batch, tokens, dim)` into `(batch, heads, tokens, head_dim)`."""
+            return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
         attended = F.scaled_dot_product_attention(
             self.q_norm(heads(self.query(queries))),
