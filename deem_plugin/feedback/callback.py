@@ -179,6 +179,12 @@ class DiffusionFeedbackCallback(TrainerCallback):
                 "The DiffusionFeedbackCallback was added after the Trainer was made, so it is attached to nothing. "
                 "Pass it as `callbacks=[...]`, or call `callback.attach(model, processor)` before `Trainer(...)`."
             )
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"The Trainer would run this model by nn.DataParallel on {args.n_gpu} GPUs, whose copies of the tower "
+                f"the feedback cannot reach. Launch with `torchrun --nproc_per_node {args.n_gpu}` or `accelerate "
+                f"launch`, or show the process one GPU (CUDA_VISIBLE_DEVICES=0)."
+            )
         if is_deepspeed_zero3_enabled():
             raise ValueError("The feedback does not support DeepSpeed ZeRO-3. Use ZeRO-2, FSDP or DDP.")
         if args.deepspeed and args.fp16:

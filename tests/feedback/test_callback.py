@@ -352,6 +352,17 @@ def test_a_callback_added_too_late_is_refused(tmp_path):
         trainer.train()
 
 
+def test_several_gpus_in_one_process_are_refused(tmp_path):
+    model, processor = tiny_llava()
+    callback = keyed_callback()
+    callback.attach(model, processor)
+    args = arguments(tmp_path)
+    args._n_gpu = 2  # what a process that sees two GPUs finds
+
+    with pytest.raises(ValueError, match="nn.DataParallel on 2 GPUs.*torchrun --nproc_per_node 2"):
+        callback.on_train_begin(args, None, None)
+
+
 def test_an_unknown_normalisation_is_refused():
     model, _ = tiny_llava()
 
