@@ -259,49 +259,6 @@ class DeemVisionTower(PreTrainedModel):
             patches = torch.cat([self.position_norm(self.position_proj(class_token)), patches], dim=1)
         return self.input_norm(patches)
 
-    def freeze_unused(
-        self, feature_layer: int | list[int] | None = -1, feature_select_strategy: str = "full"
-    ) -> list[str]:
-        """
-        Freezes the parameters that get no gradient when a VLM reads the given layers.
-
-        Left trainable, they make DistributedDataParallel wait for gradients that never come (or, with gradient
-        checkpointing, silently skip the reduction). They are found by asking autograd, on one image.
-
-        Args:
-            feature_layer (`int` or `list[int]`, *optional*, defaults to -1):
-                The VLM's `vision_feature_layer`, or `None` for one that reads `last_hidden_state`, as PaliGemma.
-            feature_select_strategy (`str`, *optional*, defaults to `"full"`):
-                `"default"` where the VLM crops the class token, else `"full"`.
-
-        Returns:
-            `list[str]`: Names of the parameters that were frozen.
-        """
-        if feature_select_strategy not in ("default", "full"):
-            raise ValueError(
-                f"`feature_select_strategy` must be 'default' or 'full', got {feature_select_strategy!r}."
-            )
-        layers = [] if feature_layer is None else sorted(_layers_asked_for(feature_layer, self.num_layers))
-        trainable = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        was_training = self.training
-        self.eval()  # no stochastic depth: every parameter that can be used is used
-        with torch.enable_grad():
-            size = self.config.image_size
-            encoded = self.encoder(torch.zeros(1, 3, size, size, dtype=self.dtype, device=self.device))
-            if self.resampler is not None:
-                read = [self._resample(encoded)]
-            else:
-                tokens = [encoded.layers[layer] for layer in layers] or [encoded.tokens]
-                crop = feature_select_strategy == "default" and self.config.class_token
-                read = [state.patches if crop else self._sequence(state) for state in tokens]
-            total = sum(state.float().sum() for state in read)
-            gradients = torch.autograd.grad(total, list(trainable.values()), allow_unused=True)
-        self.train(was_training)
-        unused = [name for name, gradient in zip(trainable, gradients, strict=True) if gradient is None]
-        for name in unused:
-            trainable[name].requires_grad_(False)
-        return unused
-
 
 def _layers_asked_for(output_hidden_states: bool | int | list[int] | None, num_layers: int) -> set[int]:
     """Resolves what `output_hidden_states` may be to layers from 0 on. Layer 0 is a request, though it is falsy."""

@@ -162,38 +162,6 @@ def test_layer_beyond_the_last_is_refused_with_the_range():
         tower(tiny_pixels(tower), output_hidden_states=[-2, -11])
 
 
-@pytest.mark.parametrize("encoder", ENCODERS)
-@pytest.mark.parametrize("strategy", ["default", "full"])
-def test_freeze_unused_leaves_exactly_the_parameters_that_get_a_gradient(encoder, strategy):
-    tower = tiny_tower(encoder)
-    layer = -1 if tower.num_layers == 1 else -2
-
-    frozen = tower.freeze_unused(layer, strategy)
-
-    states = tower(tiny_pixels(tower), output_hidden_states=layer).hidden_states[layer]
-    states[:, int(strategy == "default") :].square().sum().backward()
-    assert bool(frozen) == ((encoder, strategy) != ("convnext", "full"))  # there the class token reads the last stage
-    assert frozen == [name for name, p in tower.named_parameters() if not p.requires_grad]
-    assert all(p.grad is not None for p in tower.parameters() if p.requires_grad)
-    assert tower.training
-
-
-def test_freeze_unused_finds_the_last_layer_of_clip():
-    frozen = tiny_tower("clip").freeze_unused(-2, "default")
-    assert all("layers.2." in name or "post_layernorm" in name for name in frozen)
-    assert len(frozen) == 18
-
-
-def test_freeze_unused_keeps_the_last_norm_for_models_that_read_the_last_hidden_state():
-    frozen = tiny_tower("siglip").freeze_unused(None)
-    assert frozen and all("encoder.model.head." in name for name in frozen)
-
-
-def test_official_multiscale_adapters_are_unused_by_a_language_model():
-    tower = tiny_tower("convnext", multiscale=True, **RESAMPLER)
-    assert tower.freeze_unused() == [f"encoder.adapters.{i}.{kind}" for i in (0, 1, 3) for kind in ("weight", "bias")]
-
-
 def test_tower_runs_in_bfloat16():
     tower = tiny_tower("convnext", **RESAMPLER).to(torch.bfloat16).eval()
     output = tower(tiny_pixels(tower).bfloat16(), region_masks=torch.ones(2, 1, 8, 8))
