@@ -8,7 +8,7 @@ from torch.nn.functional import interpolate
 from deem_plugin.vision.configuration import DeemVisionConfig
 from deem_plugin.vision.tower import DeemVisionTower, region_to_patches, sincos_position_embedding
 from tests.parity_weights import parity_tower_config, tower_weights
-from tests.vision.towers import ENCODERS, RESAMPLER, tiny_pixels, tiny_tower
+from tests.vision.towers import RESAMPLER, tiny_pixels, tiny_tower
 
 
 def relative_error(value, expected):
