@@ -101,6 +101,7 @@ def _announce(phase: str):
 
 def run_arm(folder: Path, name: str):
     """Trains an arm and evaluates it with lmms-eval, unless it is the start itself; then looks into its tokens."""
+    settings = Settings(**json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8")))
     from safetensors.torch import save_file
 
     from deem_plugin.evaluation.loading import load_vlm
@@ -111,7 +112,6 @@ def run_arm(folder: Path, name: str):
     from .probes import look_into
     from .sets import probe_scenes
 
-    settings = Settings(**json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8")))
     checkpoint = folder / START
     if name != START:
         checkpoint = train_arm(folder, name, settings)

@@ -82,14 +82,25 @@ class PictureCode(nn.Module):
         return self.norm(self.linear(pixels.flatten(1)).view(-1, CONTEXT_TOKENS, CONTEXT_DIM))
 
 
-def train_generator(steps: int = STEPS) -> tuple[PixArtTransformer2DModel, DDPMScheduler, PictureCode]:
-    """Trains the generator from scratch and returns it with its noise scheduler and the code it was conditioned on."""
+def train_generator(
+    steps: int = STEPS, scenes: int = SCENES
+) -> tuple[PixArtTransformer2DModel, DDPMScheduler, PictureCode]:
+    """
+    Trains the generator from scratch, the same on every call.
+
+    Args:
+        steps (`int`): Optimizer steps.
+        scenes (`int`): Scenes to train on.
+
+    Returns:
+        `tuple`: The generator, its noise scheduler, and the code that it was conditioned on.
+    """
     generator = torch.Generator().manual_seed(SEED)
     with torch.random.fork_rng():  # weights are drawn from torch's global generator, which is given back as it was
         torch.manual_seed(SEED)
         transformer, code = build_transformer(), PictureCode()
     scheduler = build_scheduler()
-    pixels = render_scenes(sample_scenes(SCENES, generator), IMAGE_SIZE, generator=generator) * 2 - 1
+    pixels = render_scenes(sample_scenes(scenes, generator), IMAGE_SIZE, generator=generator) * 2 - 1
 
     parameters = [*transformer.parameters(), *code.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
