@@ -1,7 +1,7 @@
 """lmms-eval's model `deem`: any vision-language model of transformers, with ours among them, in real batches."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,13 +12,17 @@ from PIL import Image
 from tqdm import tqdm
 
 from deem_plugin.data.chat import render_chat
+from deem_plugin.evaluation.feature_cache import FeatureCache
 from deem_plugin.evaluation.loading import load_vlm
 from deem_plugin.evaluation.yes_no import settle_answer
 
-MODEL_ARGS = ("pretrained", "batch_size", "device", "dtype", "raw_answers")
+MODEL_ARGS = ("pretrained", "batch_size", "device", "dtype", "raw_answers", "feature_cache_mb")
 
 # For tasks that give no limit, as in lmms-eval's own models.
 _MAX_NEW_TOKENS = 1024
+# Batches that are sorted by length together. Questions about a picture stand near each other in a data set; sorted all
+# at once they would be torn apart, and the picture's features forgotten between them.
+_WINDOW = 8
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 
 
@@ -32,6 +36,9 @@ class _Deem(lmms):
         device (`str`, *optional*): Device of this process; by default the one that accelerate gives it.
         dtype (`str`): `auto` (the checkpoint's), `float32`, `bfloat16` or `float16`.
         raw_answers (`bool`): Whether answers to yes-or-no questions stay as generated, see `yes_no.settle_answer`.
+        feature_cache_mb (`int`):
+            Megabytes for image features that questions about one picture share, see `feature_cache`; 0 computes them
+            for each question.
 
     Raises:
         ValueError: If an argument is unknown, missing or has a value that it cannot have.
@@ -44,6 +51,7 @@ class _Deem(lmms):
         device: str | None = None,
         dtype: str = "auto",
         raw_answers: bool = False,
+        feature_cache_mb: int = 512,
         **unknown: Any,
     ):
         super().__init__()
@@ -55,11 +63,16 @@ class _Deem(lmms):
             raise ValueError(f"batch_size is {batch_size!r}; the model `deem` needs a whole number from 1 up.")
         if not isinstance(raw_answers, bool):
             raise ValueError(f"raw_answers is {raw_answers!r}; choose true or false.")
+        if not str(feature_cache_mb).isdecimal():
+            raise ValueError(
+                f"feature_cache_mb is {feature_cache_mb!r}; give a whole number of megabytes, 0 for none."
+            )
         state = PartialState()
         self._rank, self._world_size = state.process_index, state.num_processes
         self.device = torch.device(device) if device is not None else state.device
         self.batch_size = int(batch_size)
         self.raw_answers = raw_answers
+        self.feature_cache = FeatureCache(int(feature_cache_mb) * 2**20)
         self.model, self.processor = load_vlm(str(pretrained), dtype, self.device)
         self.tokenizer = self.processor.tokenizer
         if self.tokenizer.pad_token_id is None:
@@ -104,20 +117,19 @@ class _Deem(lmms):
     def _progress(self, total: int, description: str) -> tqdm:
         return tqdm(total=total, desc=description, disable=self.rank != 0)
 
-    def _batches(self, requests: list[Instance], kind) -> Iterator[list[int]]:
+    def _batches(self, requests: list[Instance], kind: Callable[[Instance], str]) -> Iterator[list[int]]:
         """Yields indices of requests of one kind, long prompts first: little padding, and memory runs out at once."""
-        order = sorted(range(len(requests)), key=lambda index: (kind(requests[index]), -len(requests[index].args[0])))
-        start = 0
-        while start < len(order):
-            stop = start + 1
-            while (
-                stop < len(order)
-                and stop - start < self.batch_size
-                and kind(requests[order[stop]]) == kind(requests[order[start]])
-            ):
-                stop += 1
-            yield order[start:stop]
-            start = stop
+
+        def length(index: int) -> int:
+            return len(requests[index].args[0])
+
+        kinds: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            kinds.setdefault(kind(request), []).append(index)
+        for indices in kinds.values():
+            windows = _chunks(indices, _WINDOW * self.batch_size)
+            for window in sorted(windows, key=lambda window: max(map(length, window)), reverse=True):
+                yield from _chunks(sorted(window, key=length, reverse=True), self.batch_size)
 
     def _encode(self, texts: list[str], images: list[list[Image.Image]], padding_side: str):
         """Tokenizes prompts and preprocesses their images; floats come in the model's dtype."""
@@ -142,7 +154,8 @@ class _Deem(lmms):
         until = kwargs.pop("until", None) or []
         texts = [render_chat(self.processor, messages, add_generation_prompt=True) for messages, _ in chats]
         inputs = self._encode(texts, [images for _, images in chats], padding_side="left")
-        output = self.model.generate(**inputs, generation_config=self._generation_config(kwargs))
+        shared = self.feature_cache.share(self.model, inputs)
+        output = self.model.generate(**shared, generation_config=self._generation_config(kwargs))
         new_tokens = output[:, inputs["input_ids"].shape[1] :]
         answers = self.processor.batch_decode(new_tokens, skip_special_tokens=True)
         return [_cut(answer, [until] if isinstance(until, str) else until) for answer in answers]
@@ -221,7 +234,8 @@ class DeemSimple(_Deem):
         full = [prompt + target for prompt, target in zip(prompts, targets, strict=True)]
         # Padding goes to the right, where causal attention hides it whatever kind of positions the model has.
         inputs = self._encode(full, [images for _, images in chats], padding_side="right")
-        log_probs = self.model(**inputs).logits.float().log_softmax(-1)  # (batch, tokens, vocabulary)
+        shared = self.feature_cache.share(self.model, inputs)
+        log_probs = self.model(**shared).logits.float().log_softmax(-1)  # (batch, tokens, vocabulary)
         results = []
         for row, (prompt, text) in enumerate(zip(prompts, full, strict=True)):
             stop = int(inputs["attention_mask"][row].sum())
@@ -231,6 +245,10 @@ class DeemSimple(_Deem):
             chosen = predicted.gather(-1, tokens[:, None])
             results.append((-chosen.sum().item(), bool((predicted.argmax(-1) == tokens).all())))
         return results
+
+
+def _chunks(items: list[int], size: int) -> list[list[int]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def _split_media(messages: list[dict]) -> tuple[list[dict], list[Image.Image]]:
