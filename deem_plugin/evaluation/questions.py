@@ -1,8 +1,10 @@
 """Yes/no questions about images in a parquet file: written whole or not at all, found, and scored inside lmms-eval."""
 
+import hashlib
 import io
 import os
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,41 @@ def find_questions(variable: str, folder: str, filename: str, columns: Iterable[
     if missing := [column for column in columns if column not in present]:
         raise QuestionDataError(f"{path} lacks the columns {missing}; it has {present}. {remedy}")
     return str(path.resolve())
+
+
+def content_hash(path: str | Path) -> str:
+    """
+    Returns a hash of all rows of a question file, images included, whichever way parquet stores them.
+
+    The tasks carry it in their metadata. From there it enters the key of lmms-eval's response cache, which looks at
+    no image, and the results file, by which `deem compare` knows that two runs saw the same data.
+
+    Raises:
+        QuestionDataError: If the file cannot be read to its end.
+    """
+    path = Path(path).expanduser().resolve()
+    try:
+        status = path.stat()
+        return _hash_rows(path, status.st_mtime_ns, status.st_size)
+    except (OSError, ValueError) as error:
+        raise QuestionDataError(f"{path} is damaged ({str(error).strip()}). Write it anew.") from error
+
+
+@lru_cache(maxsize=16)
+def _hash_rows(path: Path, changed: int, size: int) -> str:
+    """Hashes the rows of a file; `changed` and `size` are there for the memory of this function only."""
+    import pyarrow.parquet as pq
+
+    digest = hashlib.sha256()
+    for batch in pq.ParquetFile(path).iter_batches(_ROWS_A_CHUNK):
+        for row in batch.to_pylist():
+            for name in sorted(row):
+                value = row[name]["bytes"] if isinstance(row[name], dict) else row[name]
+                data = value if isinstance(value, bytes) else str(value).encode()
+                # With its length, so that no two rows of different cells read alike.
+                digest.update(f"{name}:{len(data)}:".encode())
+                digest.update(data)
+    return digest.hexdigest()[:16]
 
 
 def write_questions(rows: Iterable[dict[str, Any]], path: str | Path, columns: Iterable[str]) -> Path:

@@ -4,6 +4,7 @@ from deem_plugin.evaluation.details import details_file, doc_to_text, process_re
 from deem_plugin.evaluation.questions import (  # noqa: F401
     accuracy,
     accuracy_by_category,
+    content_hash,
     doc_to_visual,
     pair_accuracy,
     unknown_rate,
@@ -12,7 +13,9 @@ from deem_plugin.evaluation.questions import (  # noqa: F401
 
 
 def __getattr__(name: str) -> str:
-    """Finds the data only when the task is run: YAML cannot read the environment."""
+    """Finds the data, or hashes its content, only when the task is run: YAML cannot read the environment."""
     if name == "DATA":
         return details_file()
+    if name == "CONTENT":
+        return content_hash(details_file())
     raise AttributeError(f"{__name__} has no attribute {name!r}")

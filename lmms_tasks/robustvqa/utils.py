@@ -2,6 +2,7 @@
 
 from deem_plugin.evaluation.questions import (  # noqa: F401
     accuracy,
+    content_hash,
     doc_to_visual,
     f1,
     pair_accuracy,
@@ -14,7 +15,12 @@ from deem_plugin.evaluation.robustvqa import doc_to_text, process_results, robus
 
 
 def __getattr__(name: str) -> str:
-    """Finds the file of a split, `DATA_a` for one, only when its task is run: YAML cannot read the environment."""
+    """
+    Finds the file of a split, `DATA_a` for one, or hashes its content (`CONTENT_a`), only when its task is run: YAML
+    cannot read the environment.
+    """
     if name.startswith("DATA_"):
         return robustvqa_file(name.removeprefix("DATA_"))
+    if name.startswith("CONTENT_"):
+        return content_hash(robustvqa_file(name.removeprefix("CONTENT_")))
     raise AttributeError(f"{__name__} has no attribute {name!r}")

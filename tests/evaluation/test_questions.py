@@ -5,6 +5,7 @@ import json
 import os
 
 import datasets
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -121,6 +122,33 @@ def test_a_truncated_file_and_one_with_other_columns_are_refused(tmp_path, monke
     details.write_details(details_rows(), path)
     with pytest.raises(QuestionDataError, match=r"lacks the columns \['caption', 'source'\]"):
         robustvqa.robustvqa_file("a")
+
+
+def test_content_hash_tells_data_apart_and_not_the_way_it_is_stored(tmp_path):
+    rows = robustvqa_rows()
+    path = robustvqa.write_robustvqa(rows, tmp_path / "robustvqa_a.parquet")
+    first = questions.content_hash(path)
+
+    stored_otherwise = tmp_path / "other.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.select(table.column_names[::-1]), stored_otherwise, compression="none", row_group_size=1)
+    assert stored_otherwise.stat().st_size != path.stat().st_size
+    assert questions.content_hash(stored_otherwise) == first
+
+    seen = {first}
+    for change in ({"image": tiny_image(9)}, {"caption": "ostrich"}, {"answer": "no"}, {"question_id": "other"}):
+        # In place: the same path, found by name and read anew.
+        robustvqa.write_robustvqa([{**rows[0], **change}, *rows[1:]], path)
+        seen.add(questions.content_hash(path))
+    robustvqa.write_robustvqa(rows[:-1], path)
+    assert len(seen | {questions.content_hash(path)}) == 6
+
+
+def test_content_hash_of_a_damaged_file_is_an_error(tmp_path):
+    path = robustvqa.write_robustvqa(robustvqa_rows(), tmp_path / "robustvqa_a.parquet")
+    path.write_bytes(b"\0" * 200 + path.read_bytes()[200:])
+    with pytest.raises(QuestionDataError, match="robustvqa_a.parquet is damaged (?s:.*)Write it anew"):
+        questions.content_hash(path)
 
 
 def test_questions_are_worded_as_the_authors_word_them(shared_dir):
