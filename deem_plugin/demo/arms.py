@@ -88,6 +88,8 @@ def train_arm(folder: Path, name: str, settings: Settings) -> Path:
         overrides.append(f"feedback.denoiser={shipped_generator()}" if arm.feedback else "feedback=null")
         recipe = load_recipe(stage, overrides)
         steps = settings.steps[index] if settings.steps else recipe.training.max_steps
+        if settings.fast:
+            recipe.training.logging_steps = 1
         recipe.training.max_steps = round(steps * arm.step_factor)
         _announce(stage)
         checkpoint = train_control(recipe, arm.control) if arm.control else train(recipe)
@@ -101,6 +103,7 @@ def _announce(phase: str):
 
 def run_arm(folder: Path, name: str):
     """Trains an arm and evaluates it with lmms-eval, unless it is the start itself; then looks into its tokens."""
+    # First, and before the heavy imports: a folder that is none fails at once.
     settings = Settings(**json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8")))
     from safetensors.torch import save_file
 

@@ -15,6 +15,7 @@ from .arms import PHASE
 # Two processes of one thread each beat one of two threads: OpenMP's barriers wait for whoever else uses the machine.
 PARALLEL = 2
 POLL_SECONDS = 0.5
+LOG_SECONDS = 20
 # Enough of a log's end to hold a progress bar, and to explain a failure.
 TAIL_BYTES = 8192
 TAIL_LINES = 15
@@ -55,7 +56,9 @@ class ArmProcess:
         command = [sys.executable, "-m", "deem_plugin.demo.arms", str(folder), name]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=child_environment(out))
-        self.bar = tqdm(desc=self.title, position=position, leave=False, dynamic_ncols=True)
+        # A log file, unlike a terminal, keeps every state of a bar.
+        interval = POLL_SECONDS if sys.stderr.isatty() else LOG_SECONDS
+        self.bar = tqdm(desc=self.title, position=position, leave=False, dynamic_ncols=True, mininterval=interval)
 
     def _tail(self) -> str:
         with self.log.open("rb") as log:
@@ -67,10 +70,12 @@ class ArmProcess:
         tail = self._tail()
         phase = tail.rpartition(PHASE)[2].partition("\n")[0] if PHASE in tail else None
         if phase is not None and phase not in self.bar.desc:
-            self.bar.set_description(f"{self.title} {phase}")
+            self.bar.set_description(f"{self.title} {phase}", refresh=False)
         if bars := _BAR.findall(tail.rpartition(PHASE)[2]):
-            self.bar.n, self.bar.total = map(int, bars[-1])
-            self.bar.refresh()
+            done, total = map(int, bars[-1])
+            if total != self.bar.total or done < self.bar.n:
+                self.bar.reset(total)
+            self.bar.update(done - self.bar.n)
         code = self.process.poll()
         if code:
             lines = [line for line in tail.splitlines() if line.strip() and not _BAR.search(line)]

@@ -78,11 +78,13 @@ def training_questions(scenes: Scenes, generator: torch.Generator) -> list[list[
     """
     other_shape, other_color = _others(scenes.shape, generator), _others(scenes.color, generator)
     absent_shape = _others(scenes.shape, generator)
-    is_color_wrong = torch.rand(len(scenes), generator=generator) < 0.5
+    # Half of the absent objects are those that are frequent in training. If none were, the question alone would tell
+    # that an unusual object is absent, and the picture would not be looked at.
+    kind = torch.randint(4, (len(scenes),), generator=generator)
     absent = replace(
         scenes,
-        color=torch.where(is_color_wrong, other_color, scenes.color),
-        shape=torch.where(is_color_wrong, scenes.shape, absent_shape),
+        color=torch.where(kind < 2, absent_shape, torch.where(kind == 2, other_color, scenes.color)),
+        shape=torch.where(kind == 2, scenes.shape, absent_shape),
     )
     questions = []
     for i, details in enumerate(detail_questions(scenes)):
