@@ -1,31 +1,23 @@
 """
-Puts POPE into the datasets cache, from where lmms-eval's own tasks read it without a network.
+Puts POPE into the datasets cache, for lmms-eval's own tasks `pope`, `pope_adv`, `pope_pop` and `pope_random`.
 
-The tasks `pope`, `pope_adv`, `pope_pop` and `pope_random` load `lmms-lab-encoder/POPE` by name. Without a network,
-`datasets` looks for that name in its cache of Arrow files, so an import writes what a download would have left there.
 POPE: https://arxiv.org/abs/2305.10355.
 """
 
-import io
 import json
-import os
-import shutil
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 from tqdm import tqdm
 
+from deem_plugin.evaluation.offline import cached_file, decodes, read_images, write_to_cache
 from deem_plugin.evaluation.questions import QuestionDataError
 
 CATEGORIES = ("adversarial", "popular", "random")
 COLUMNS = ("id", "question_id", "question", "answer", "image_source", "image", "category")
 
-_CACHE_FOLDER = "lmms-lab-encoder___pope"
-# Configurations must not share the last part of their path: `datasets` would call a nameless `load_dataset` ambiguous.
-_HASHES = {"default": "deem-local-default", "Full": "deem-local-full"}
+DATASET = "lmms-lab-encoder/POPE"
 _ROWS_A_CHUNK = 64
 
 
@@ -56,36 +48,34 @@ def import_pope(
             written. The cache is then as it was.
     """
     rows, total = _open(source, image_dir)
-    cache = _cache_dir(cache_dir)
-    # Beside the folder that `datasets` searches, and on the same disk, so that the result moves in by renaming.
-    staging = cache / f".{_CACHE_FOLDER}.{os.getpid()}.partial"
-    try:
-        staging.mkdir(parents=True)
-        counts = _write(tqdm(rows, total=total, desc="Importing POPE"), staging)
-        # `datasets` takes the newest configuration where a task names none, and `pope` means "default". Two renames
-        # can fall into one tick of the file system's clock, so the times are set.
-        now = time.time()
-        for seconds, config in enumerate(reversed(_HASHES)):
-            final = cache / _CACHE_FOLDER / config / "0.0.0" / _HASHES[config]
-            shutil.rmtree(final, ignore_errors=True)
-            final.parent.mkdir(parents=True, exist_ok=True)
-            (staging / config).rename(final)
-            os.utime(final, (now + seconds - 1, now + seconds - 1))
-    except OSError as error:
-        raise QuestionDataError(
-            f"Cannot write the datasets cache {cache}: {error}. Choose another with `cache_dir` and set "
-            f"LMMS_EVAL_DATASETS_CACHE to it for the evaluation, too."
-        ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return counts
+    counts: Counter[str] = Counter()
+
+    def numbered() -> Iterator[dict]:
+        for index, row in enumerate(tqdm(rows, total=total, desc="Importing POPE")):
+            counts[row["category"]] += 1
+            yield {**row, "id": str(index)}
+
+    write_to_cache(
+        DATASET,
+        {name: "image" if name == "image" else "string" for name in COLUMNS},
+        numbered(),
+        # The configuration without a name has the one split `test`, "Full" has a split for each category.
+        lambda row: [("default", "test"), ("Full", row["category"])],
+        cache_dir,
+    )
+    return dict(counts)
 
 
-def _cache_dir(given: str | Path | None) -> Path:
-    import datasets
+def imported_file(config: str | None = None, split: str = "test", cache_dir: str | Path | None = None) -> Path:
+    """
+    Returns where an import puts the Arrow file of a split; it may not be there.
 
-    chosen = given or os.environ.get("LMMS_EVAL_DATASETS_CACHE", "").strip() or datasets.config.HF_DATASETS_CACHE
-    return Path(os.path.expandvars(chosen)).expanduser()
+    Args:
+        config (`str`, *optional*): "default", with the one split `test`, or "Full", with a split for each category.
+        split (`str`): Split of that configuration.
+        cache_dir (`str` or `Path`, *optional*): As for `import_pope`.
+    """
+    return cached_file(DATASET, config or "default", split, cache_dir)
 
 
 def _open(source: str | Path | Iterable[str | Path], image_dir: str | Path | None) -> tuple[Iterator[dict], int]:
@@ -140,7 +130,9 @@ def _open_json(folder: Path, image_dir: str | Path | None) -> tuple[Iterator[dic
                     f"{path}, line {number}: expected a JSON object with question_id, image, text, label ({error!r})."
                 ) from error
             questions.append(_checked(question, f"{path}, line {number}"))
-    images = _read_images(Path(image_dir).expanduser(), sorted({question["image_source"] for question in questions}))
+    names = sorted({question["image_source"] for question in questions})
+    remedy = "POPE's images are those of COCO val2014: complete the folder and import again."
+    images = read_images(Path(image_dir).expanduser(), names, remedy)
 
     def rows() -> Iterator[dict]:
         for question in questions:
@@ -148,43 +140,6 @@ def _open_json(folder: Path, image_dir: str | Path | None) -> tuple[Iterator[dic
             yield {**question, "image_source": Path(question["image_source"]).stem, "image": image}
 
     return rows(), len(questions)
-
-
-def _read_images(folder: Path, names: list[str]) -> dict[str, bytes]:
-    """Reads image files, each once; raises for all that are missing or do not decode."""
-    images, missing, broken = {}, [], []
-    for name in tqdm(names, desc="Reading images"):
-        try:
-            data = (folder / name).read_bytes()
-        except OSError:
-            missing.append(name)
-            continue
-        if _decodes(data):
-            images[name] = data
-        else:
-            broken.append(name)
-    problems = [
-        f"{len(found)} of {len(names)} images {what} (the first: {', '.join(found[:3])})"
-        for found, what in ((missing, "are missing"), (broken, "are unreadable"))
-        if found
-    ]
-    if problems:
-        raise QuestionDataError(
-            f"In {folder}, {' and '.join(problems)}. POPE's images are those of COCO val2014: complete the folder and "
-            f"import again."
-        )
-    return images
-
-
-def _decodes(data: bytes) -> bool:
-    import PIL.Image
-
-    try:
-        with PIL.Image.open(io.BytesIO(data)) as image:
-            image.load()
-    except (OSError, ValueError, SyntaxError):  # PIL reports broken PNG chunks as SyntaxError
-        return False
-    return True
 
 
 def _checked(question: dict, where: str) -> dict:
@@ -225,57 +180,9 @@ def _open_parquet(paths: list[Path]) -> tuple[Iterator[dict], int]:
                     seen.add(key)
                     data = row["image"]["bytes"]
                     if row["image_source"] not in decoded:
-                        if not data or not _decodes(data):
+                        if not data or not decodes(data):
                             raise QuestionDataError(f"{path}: the image of question {key} is missing or unreadable.")
                         decoded.add(row["image_source"])
                     yield {**row, "question_id": str(row["question_id"]), "image": {"bytes": data, "path": None}}
 
     return rows(), total
-
-
-def _write(rows: Iterable[dict], staging: Path) -> dict[str, int]:
-    """Writes the configurations "default" (one split, `test`) and "Full" (a split for each category) in one pass."""
-    import pyarrow as pa
-    from datasets import DatasetInfo, Features, Image, Value
-    from datasets.splits import SplitDict, SplitInfo
-
-    features = Features({name: Image() if name == "image" else Value("string") for name in COLUMNS})
-    schema = features.arrow_schema
-    counts: Counter[str] = Counter()
-    pending: dict[Path, list[dict]] = {}
-    with ExitStack() as files:
-        writers: dict[Path, pa.RecordBatchStreamWriter] = {}
-
-        def flush(path: Path) -> None:
-            if path not in writers:
-                path.parent.mkdir(exist_ok=True)
-                writers[path] = files.enter_context(pa.ipc.new_stream(str(path), schema))
-            writers[path].write_table(pa.Table.from_pylist(pending.pop(path), schema=schema))
-
-        for index, row in enumerate(rows):
-            counts[row["category"]] += 1
-            for config, split in (("default", "test"), ("Full", row["category"])):
-                path = staging / config / f"pope-{split}.arrow"
-                pending.setdefault(path, []).append({**row, "id": str(index)})
-                if len(pending[path]) == _ROWS_A_CHUNK:
-                    flush(path)
-        for path in list(pending):
-            flush(path)
-    if not counts:
-        raise QuestionDataError("There is not one question in the given files.")
-    for config, sizes in (("default", {"test": counts.total()}), ("Full", dict(counts))):
-        splits = SplitDict(dataset_name="pope")
-        for split, size in sizes.items():
-            length = (staging / config / f"pope-{split}.arrow").stat().st_size
-            splits.add(SplitInfo(name=split, num_bytes=length, num_examples=size, dataset_name="pope"))
-        info = DatasetInfo(
-            features=features,
-            splits=splits,
-            builder_name="parquet",
-            dataset_name="pope",
-            config_name=config,
-            version="0.0.0",
-            dataset_size=sum(split.num_bytes for split in splits.values()),
-        )
-        info.write_to_directory(str(staging / config))
-    return dict(counts)
