@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from deem_plugin.evaluation.details import write_details
+from deem_plugin.evaluation.mmvp import CORRECTIONS, NUM_QUESTIONS
 from deem_plugin.evaluation.pope import CATEGORIES
 from deem_plugin.evaluation.robustvqa import SPLITS, write_robustvqa
 
@@ -57,6 +58,18 @@ def write_pope_files(folder: Path, images: int = 2) -> Path:
         ]
         lines = [{**line, "label": "no" if line["question_id"] % 2 else "yes"} for line in lines]
         (folder / f"coco_pope_{category}.json").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+def write_mmvp_files(folder: Path) -> Path:
+    """Writes MMVP as published, wrong labels included, with random pictures."""
+    (folder / "MMVP Images").mkdir(parents=True)
+    lines = ["lndex,Question,Options,Correct Answer"]
+    for number in range(1, NUM_QUESTIONS + 1):
+        tiny_image(number, (8, 8)).save(folder / "MMVP Images" / f"{number}.jpg")
+        _, word = CORRECTIONS.get(number, ("", "it"))
+        lines.append(f"{number},Is {word} open or shut?,(a) Open (b) Shut,{'(a)' if number % 2 else '(b)'}")
+    (folder / "Questions.csv").write_text("\n".join(lines))
     return folder
 
 
