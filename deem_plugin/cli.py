@@ -26,6 +26,13 @@ def _import_pope(arguments) -> int:
     return 0
 
 
+def _compare(arguments) -> int:
+    from .evaluation.compare_report import main
+
+    print(main(arguments.base, arguments.new, arguments.out, arguments.html).read_text(encoding="utf-8"))
+    return 0
+
+
 def _reconstruct(arguments) -> int:
     from .feedback.reconstruction import reconstruct_files
 
@@ -71,6 +78,13 @@ def build_parser() -> argparse.ArgumentParser:
     pope.add_argument("source", type=Path, help="folder with coco_pope_*.json, or parquet file(s)", nargs="+")
     pope.add_argument("--images", type=Path, help="folder of the COCO val2014 images (for the JSON files)")
     pope.set_defaults(run=_import_pope)
+
+    compare = commands.add_parser("compare", help="two evaluations question by question: differences and flips")
+    compare.add_argument("base", type=Path, help="folder of lmms-eval's results and sample logs, to compare with")
+    compare.add_argument("new", type=Path, help="folder of the evaluation in question")
+    compare.add_argument("--out", type=Path, help="folder for compare.md, .json and .png; by default that of NEW")
+    compare.add_argument("--html", action="store_true", help="also a page with all flips and their images")
+    compare.set_defaults(run=_compare)
 
     reconstruct = commands.add_parser("reconstruct", help="show what the generator sees in a checkpoint's tokens")
     reconstruct.add_argument("checkpoint", type=Path, help="folder of a VLM trained with feedback")

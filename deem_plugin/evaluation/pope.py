@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from deem_plugin.evaluation.offline import cached_file, decodes, read_images, write_to_cache
+from deem_plugin.evaluation.offline import decodes, read_images, write_to_cache
 from deem_plugin.evaluation.questions import QuestionDataError
 
 CATEGORIES = ("adversarial", "popular", "random")
@@ -64,18 +64,6 @@ def import_pope(
         cache_dir,
     )
     return dict(counts)
-
-
-def imported_file(config: str | None = None, split: str = "test", cache_dir: str | Path | None = None) -> Path:
-    """
-    Returns where an import puts the Arrow file of a split; it may not be there.
-
-    Args:
-        config (`str`, *optional*): "default", with the one split `test`, or "Full", with a split for each category.
-        split (`str`): Split of that configuration.
-        cache_dir (`str` or `Path`, *optional*): As for `import_pope`.
-    """
-    return cached_file(DATASET, config or "default", split, cache_dir)
 
 
 def _open(source: str | Path | Iterable[str | Path], image_dir: str | Path | None) -> tuple[Iterator[dict], int]:

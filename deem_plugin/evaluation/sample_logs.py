@@ -1,0 +1,175 @@
+"""Reads what an lmms-eval run left behind: its sample logs, and what its results file adds to them."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_NAME = re.compile(r"(?P<date>\d{8}_\d{6})_samples_(?P<task>.+)\.jsonl")
+# What lmms-eval writes about every question; the other entries of a line are the task's metrics.
+_NO_METRICS = {
+    "doc_id", "doc", "doc_hash", "target", "arguments", "input", "input_media", "resps", "filtered_resps",
+    "token_counts",
+}  # fmt: skip
+_REMEDY = "Run `deem eval`, or lmms-eval with `--log_samples --output_path DIR`."
+
+
+class SampleLogError(ValueError):
+    """A run's files are missing or not as lmms-eval writes them."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """
+    One line of a sample log.
+
+    Args:
+        doc_id (`int`): Place of the question in the task's data.
+        question_id (`str`, *optional*): Where the task tells it. POPE's are not unique.
+        image_id (`str`, *optional*): Where the task tells it.
+        prompt (`str`): The question as it was asked.
+        target (`str`): The right answer.
+        answer (`str`): What the model said.
+        scores (`dict[str, float]`): The metrics that are 0 or 1 for this question.
+    """
+
+    doc_id: int
+    question_id: str | None
+    image_id: str | None
+    prompt: str
+    target: str
+    answer: str
+    scores: dict[str, float]
+
+
+@dataclass(frozen=True)
+class TaskLog:
+    """
+    A task's answers.
+
+    Args:
+        path (`Path`): The sample log.
+        answers (`list[Answer]`): In order of `doc_id`, which is not that of the file when several processes wrote it.
+        config (`dict`): The task's configuration in the results file; empty without one.
+    """
+
+    path: Path
+    answers: list[Answer]
+    config: dict[str, Any]
+
+    def metric(self) -> str | None:
+        """Returns the name of the metric that is 0 or 1 for every question, an accuracy before others, or `None`."""
+        names = [name for name in self.answers[0].scores if all(name in answer.scores for answer in self.answers)]
+        return min(names, key=lambda name: not re.search(r"acc(uracy)?$|exact_match", name), default=None)
+
+
+@dataclass(frozen=True)
+class RunLog:
+    """
+    What one evaluation, or several of one model into the same folder, left behind.
+
+    Args:
+        folder (`Path`): The run directory.
+        model (`str`): Model and arguments as in the results file, or the folder's name without one.
+        dates (`list[str]`): When the evaluations were started, as in the files' names.
+        tasks (`dict[str, TaskLog]`): The newest log of each task.
+        groups (`dict[str, list[str]]`): Tasks of each group.
+    """
+
+    folder: Path
+    model: str
+    dates: list[str]
+    tasks: dict[str, TaskLog]
+    groups: dict[str, list[str]]
+
+
+def read_run(folder: str | Path) -> RunLog:
+    """
+    Reads the newest sample log of each task in a run directory.
+
+    Raises:
+        SampleLogError: If the folder is missing, holds no sample log or those of several models, or a file is damaged.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise SampleLogError(f"No such run directory: {folder}. Expected a folder that lmms-eval wrote. {_REMEDY}")
+    found = sorted((path for path in folder.rglob("*.jsonl") if _NAME.fullmatch(path.name)), key=lambda p: p.name)
+    if not found:
+        raise SampleLogError(
+            f"{folder} holds no sample logs; expected files named <date>_samples_<task>.jsonl in it. {_REMEDY}"
+        )
+    if len(places := sorted({path.parent for path in found})) > 1:
+        raise SampleLogError(
+            f"{folder} holds the sample logs of {len(places)} models; expected those of one. Give one of "
+            f"{', '.join(map(str, places))}."
+        )
+    newest = {_NAME.fullmatch(path.name)["task"]: path for path in found}
+    dates = sorted({_NAME.fullmatch(path.name)["date"] for path in newest.values()})
+    results = {date: _read_results(places[0] / f"{date}_results.json") for date in dates}
+    tasks, groups = {}, {}
+    for task, path in sorted(newest.items()):
+        config = results[_NAME.fullmatch(path.name)["date"]].get("configs", {}).get(task, {})
+        tasks[task] = TaskLog(path, _read_answers(path), config)
+    for date in dates:
+        groups.update({name: members for name, members in results[date].get("group_subtasks", {}).items() if members})
+    config = results[dates[-1]].get("config", {})
+    model = f"{config['model']} ({config.get('model_args', '')})" if "model" in config else places[0].name
+    return RunLog(folder, model, dates, tasks, groups)
+
+
+def _read_results(path: Path) -> dict[str, Any]:
+    """Reads a results file; without one, as after a run that was cut off, the sample logs must do."""
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SampleLogError(f"{path} is no whole JSON file ({error}). Evaluate again, or delete it.") from error
+
+
+def _read_answers(path: Path) -> list[Answer]:
+    answers: dict[int, Answer] = {}
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                answer = _read_answer(json.loads(line))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise SampleLogError(
+                    f"{where}: expected a JSON object with doc_id, target, filtered_resps and the task's metrics "
+                    f"({error!r}). The log is damaged or was cut off while it was written: evaluate again."
+                ) from error
+            if answer.doc_id in answers:
+                raise SampleLogError(f"{where}: doc_id {answer.doc_id} comes a second time. Evaluate again.")
+            answers[answer.doc_id] = answer
+    if not answers:
+        raise SampleLogError(f"{path} is empty; expected a line for each question. Evaluate again.")
+    return [answers[doc_id] for doc_id in sorted(answers)]
+
+
+def _read_answer(line: dict[str, Any]) -> Answer:
+    metrics = {name: value for name, value in line.items() if name not in _NO_METRICS}
+    rows = [value for value in metrics.values() if isinstance(value, dict)]
+    values = {name: value.get("score") if isinstance(value, dict) else value for name, value in metrics.items()}
+    scores = {
+        name: float(value) for name, value in values.items() if isinstance(value, int | float) and value in (0, 1)
+    }
+
+    def first(key: str) -> str | None:
+        return next((str(row[key]) for row in rows if row.get(key) is not None), None)
+
+    said = line["filtered_resps"]
+    # Answers by log-likelihood are numbers; the task's reading of them says more.
+    answer = said if isinstance(said, str) else first("prediction") or json.dumps(said)
+    return Answer(
+        doc_id=int(line["doc_id"]),
+        question_id=first("question_id"),
+        image_id=first("image_id"),
+        prompt=str(line.get("input", "")),
+        target=str(line["target"]),
+        answer=answer,
+        scores=scores,
+    )

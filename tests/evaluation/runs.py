@@ -1,0 +1,63 @@
+"""Run directories as lmms-eval writes them, made without it."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from deem_plugin.evaluation import robustvqa
+
+DATE = "20260101_000000"
+
+
+def robustvqa_log(rows: list[dict], answers: Callable[[int, dict], str]) -> list[dict]:
+    """Returns the lines of a sample log of RobustVQA, answered by row number and row."""
+    lines = []
+    for index, row in enumerate(rows):
+        answer = answers(index, row)
+        lines.append(
+            {
+                "doc_id": index,
+                "target": row["answer"],
+                "filtered_resps": answer,
+                "token_counts": [None],
+                "doc_hash": "74234e98",
+                **robustvqa.process_results(row, [answer]),
+                "input": robustvqa.doc_to_text(row),
+            }
+        )
+    return lines
+
+
+def pope_log(questions: Iterable[tuple[str, str]], answer: str) -> list[dict]:
+    """Returns the lines of a sample log of the stock task `pope`: `(question_id, target)` by row, one answer."""
+    lines = []
+    for index, (question_id, target) in enumerate(questions):
+        row = {"question_id": question_id, "score": float(answer == target), "prediction": answer}
+        metrics = {f"pope_{name}": {**row, "ground_truth": target} for name in ("accuracy", "precision", "recall")}
+        head = {"doc_id": index, "target": target, "filtered_resps": answer, "token_counts": [None]}
+        lines.append({**head, **metrics, "input": "Is there a dog in the image?"})
+    return lines
+
+
+def write_run(
+    folder: Path,
+    logs: dict[str, list[dict]],
+    configs: dict[str, dict[str, Any]] | None = None,
+    groups: dict[str, list[str]] | None = None,
+    model: str = "model",
+    date: str = DATE,
+) -> Path:
+    """Writes a run directory: the sample logs, and a results file with what is read of it."""
+    place = folder / model
+    place.mkdir(parents=True, exist_ok=True)
+    for task, lines in logs.items():
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        (place / f"{date}_samples_{task}.jsonl").write_text(text, encoding="utf-8")
+    results = {
+        "config": {"model": "deem", "model_args": f"pretrained={model}"},
+        "configs": configs or {},
+        "group_subtasks": groups or {task: [] for task in logs},
+    }
+    (place / f"{date}_results.json").write_text(json.dumps(results))
+    return folder
