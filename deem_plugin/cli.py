@@ -33,6 +33,14 @@ def _compare(arguments) -> int:
     return 0
 
 
+def _import_mmvp(arguments) -> int:
+    from .evaluation.mmvp import NUM_QUESTIONS, import_mmvp
+
+    corrected = import_mmvp(arguments.source)
+    print(f"Imported {NUM_QUESTIONS} questions; {corrected} published answers were corrected.")
+    return 0
+
+
 def _reconstruct(arguments) -> int:
     from .feedback.reconstruction import reconstruct_files
 
@@ -78,6 +86,9 @@ def build_parser() -> argparse.ArgumentParser:
     pope.add_argument("source", type=Path, help="folder with coco_pope_*.json, or parquet file(s)", nargs="+")
     pope.add_argument("--images", type=Path, help="folder of the COCO val2014 images (for the JSON files)")
     pope.set_defaults(run=_import_pope)
+    mmvp = benchmarks.add_parser("mmvp", help="MMVP, for the stock task mmvp; swapped labels are corrected")
+    mmvp.add_argument("source", type=Path, help="folder with Questions.csv and `MMVP Images`, as published")
+    mmvp.set_defaults(run=_import_mmvp)
 
     compare = commands.add_parser("compare", help="two evaluations question by question: differences and flips")
     compare.add_argument("base", type=Path, help="folder of lmms-eval's results and sample logs, to compare with")
