@@ -14,7 +14,20 @@ def _train(arguments) -> int:
 def _eval(arguments) -> int:
     from .evaluation.run import evaluate
 
-    evaluate(arguments.pretrained, arguments.tasks, arguments.out, batch_size=arguments.batch_size)
+    evaluate(
+        arguments.pretrained,
+        arguments.tasks,
+        arguments.out,
+        batch_size=arguments.batch_size,
+        use_cache=arguments.use_cache,
+    )
+    return 0
+
+
+def _fingerprint(arguments) -> int:
+    from .evaluation.fingerprint import fingerprint
+
+    print(fingerprint(arguments.pretrained))
     return 0
 
 
@@ -23,6 +36,55 @@ def _import_pope(arguments) -> int:
 
     counts = import_pope(arguments.source, image_dir=arguments.images)
     print(f"Imported {', '.join(f'{count} {category}' for category, count in counts.items())} questions.")
+    return 0
+
+
+def _imagenet_folders(arguments) -> dict[str, Path]:
+    folders = {split: getattr(arguments, f"imagenet_{split}") for split in ("a", "r", "v2")}
+    return {split: folder for split, folder in folders.items() if folder is not None}
+
+
+def _build_robustvqa(arguments) -> int:
+    from .evaluation.robustvqa_build import build_robustvqa
+
+    manifest = build_robustvqa(
+        _imagenet_folders(arguments),
+        arguments.clip,
+        arguments.out,
+        pretrained=arguments.pretrained,
+        protocol=arguments.protocol,
+        candidates=arguments.candidates,
+        skip_unreadable=arguments.skip_unreadable,
+        batch_size=arguments.batch_size,
+    )
+    for split, counts in manifest["splits"].items():
+        versus = ", ".join(f"{count} {name}" for name, count in counts["pictures_by_protocol"].items())
+        print(
+            f"robustvqa_{split}: {counts['questions']} questions about {counts['kept']} of {counts['pictures']} "
+            f"pictures, {counts['unreadable']} unreadable, {counts['refused_pairs']} synonymous pairs refused. "
+            f"Corrected against official protocol, pictures: {versus}."
+        )
+    print(f"Content hash {manifest['content_hash']}; details in {arguments.out / 'manifest.json'}.")
+    return 0
+
+
+def _check_robustvqa(arguments) -> int:
+    from .evaluation.robustvqa_published import check_published
+
+    published = check_published(arguments.file, _imagenet_folders(arguments))
+    for mismatch in published.mismatches:
+        print(mismatch)
+    entries = sum(map(len, published.entries.values()))
+    print(f"{len(published.mismatches)} mismatches in {entries} entries.")
+    return 1 if published.mismatches else 0
+
+
+def _import_robustvqa(arguments) -> int:
+    from .evaluation.robustvqa_published import import_published
+
+    manifest = import_published(arguments.file, _imagenet_folders(arguments), arguments.out)
+    for split, counts in manifest["splits"].items():
+        print(f"robustvqa_{split}: {counts['questions']} questions about {counts['kept']} pictures.")
     return 0
 
 
@@ -76,7 +138,14 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--tasks", default="robustvqa,pope", help="comma-separated lmms-eval tasks")
     evaluate.add_argument("--batch-size", type=int, default=16)
     evaluate.add_argument("--out", type=Path, default=Path("out/eval"), help="folder for results and samples")
+    evaluate.add_argument("--use-cache", type=Path, help="keep answers here, and ask again only what has changed")
     evaluate.set_defaults(run=_eval)
+
+    fingerprint = commands.add_parser(
+        "fingerprint", help="print a hash of a checkpoint, to name a cache of its answers"
+    )
+    fingerprint.add_argument("pretrained", help="checkpoint folder or hub id")
+    fingerprint.set_defaults(run=_fingerprint)
 
     data = commands.add_parser("data", help="bring benchmark data to where lmms-eval finds it offline")
     sources = data.add_subparsers(dest="source", required=True, metavar="ACTION")
@@ -89,6 +158,8 @@ def build_parser() -> argparse.ArgumentParser:
     mmvp = benchmarks.add_parser("mmvp", help="MMVP, for the stock task mmvp; swapped labels are corrected")
     mmvp.add_argument("source", type=Path, help="folder with Questions.csv and `MMVP Images`, as published")
     mmvp.set_defaults(run=_import_mmvp)
+
+    _add_robustvqa(commands)
 
     compare = commands.add_parser("compare", help="two evaluations question by question: differences and flips")
     compare.add_argument("base", type=Path, help="folder of lmms-eval's results and sample logs, to compare with")
@@ -115,6 +186,33 @@ def build_parser() -> argparse.ArgumentParser:
     tasks = commands.add_parser("lmms-tasks-dir", help="print the folder of our lmms-eval tasks")
     tasks.set_defaults(run=_lmms_tasks_dir)
     return parser
+
+
+def _add_robustvqa(commands) -> None:
+    robustvqa = commands.add_parser("robustvqa", help="build RobustVQA from ImageNet-A, -R and -V2")
+    actions = robustvqa.add_subparsers(dest="action", required=True, metavar="ACTION")
+    build = actions.add_parser("build", help="mine the questions with a CLIP; goes on where it was interrupted")
+    check = actions.add_parser("check", help="compare the authors' robustvqa_test.json with its images")
+    convert = actions.add_parser("import", help="convert a robustvqa_test.json that fits its images")
+    for action in (check, convert):
+        action.add_argument("file", type=Path, help="robustvqa_test.json")
+    for action in (build, check, convert):
+        action.add_argument("--imagenet-a", type=Path, metavar="DIR", help="folder of ImageNet-A's wnid folders")
+        action.add_argument("--imagenet-r", type=Path, metavar="DIR", help="folder of ImageNet-R's wnid folders")
+        action.add_argument("--imagenet-v2", type=Path, metavar="DIR", help="folder of ImageNet-V2's folders 0..999")
+    for action in (build, convert):
+        action.add_argument("--out", type=Path, required=True, help="folder for parquet files and manifest.json")
+    build.add_argument("--clip", required=True, help="folder or hub id of a CLIP, or a model name of open_clip")
+    build.add_argument("--pretrained", help="weights of the open_clip model: a checkpoint file or a tag")
+    build.add_argument("--protocol", choices=("corrected", "official"), default="corrected")
+    build.add_argument(
+        "--candidates", choices=("split", "all"), help="wrong classes: of the split (default) or all 1000 (official)"
+    )
+    build.add_argument("--skip-unreadable", action="store_true", help="leave out pictures that cannot be read")
+    build.add_argument("--batch-size", type=int, default=64)
+    build.set_defaults(run=_build_robustvqa)
+    check.set_defaults(run=_check_robustvqa)
+    convert.set_defaults(run=_import_robustvqa)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -20,6 +21,7 @@ class Clip:
         preprocess (`Callable`): Maps RGB pictures to `pixel_values` `(batch, 3, height, width)`.
         embed_images (`Callable`): Maps `pixel_values` to features `(batch, dim)`, of any length.
         embed_texts (`Callable`): Maps texts to features `(batch, dim)`, of any length.
+        preprocessing (`dict`): The settings of `preprocess`, for the record.
         logit_scale (`float`): Factor on the cosine similarity, the inverse of the temperature (100 in OpenAI's).
         device (`torch.device`): Where the model is.
     """
@@ -28,6 +30,7 @@ class Clip:
     preprocess: Callable[[list[Image.Image]], torch.Tensor]
     embed_images: Callable[[torch.Tensor], torch.Tensor]
     embed_texts: Callable[[list[str]], torch.Tensor]
+    preprocessing: dict[str, Any]
     logit_scale: float
     device: torch.device
 
@@ -102,6 +105,7 @@ def _open_clip(name: str, pretrained: str | None, device: torch.device) -> Clip:
         preprocess=lambda images: torch.stack([transform(image) for image in images]),
         embed_images=model.encode_image,
         embed_texts=lambda texts: model.encode_text(tokenizer(texts).to(device)),
+        preprocessing=dict(open_clip.get_model_preprocess_cfg(model)),
         logit_scale=model.logit_scale.exp().item(),
         device=device,
     )
@@ -136,6 +140,7 @@ def _hugging_face(name: str, device: torch.device) -> Clip:
         preprocess=lambda images: processor(images, return_tensors="pt")["pixel_values"],
         embed_images=lambda pixel_values: model.get_image_features(pixel_values).pooler_output,
         embed_texts=embed_texts,
+        preprocessing=processor.to_dict(),
         logit_scale=model.logit_scale.exp().item(),
         device=device,
     )

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from deem_plugin.evaluation import questions
+from deem_plugin.evaluation.manifest import check_manifest
 
 # The three sets that the pictures are from: ImageNet-A, ImageNet-R and ImageNet-V2.
 SPLITS = ("a", "r", "v2")
@@ -36,12 +37,14 @@ def robustvqa_file(split: str) -> str:
 
     Raises:
         ValueError: If there is no such split.
-        QuestionDataError: If the file is missing, unreadable, or lacks columns.
+        QuestionDataError: If the file is missing, unreadable, lacks columns, or does not match the manifest beside it.
     """
     if split not in SPLITS:
         raise ValueError(f"RobustVQA has no split {split!r}; choose one of {', '.join(SPLITS)}.")
-    remedy = "The data is not shipped: write it with `deem_plugin.evaluation.robustvqa.write_robustvqa`."
-    return questions.find_questions("DEEM_ROBUSTVQA", "robustvqa", f"robustvqa_{split}.parquet", COLUMNS, remedy)
+    remedy = "The data is not shipped: build it with `deem robustvqa build` from ImageNet-A, -R and -V2."
+    path = questions.find_questions("DEEM_ROBUSTVQA", "robustvqa", f"robustvqa_{split}.parquet", COLUMNS, remedy)
+    check_manifest(path)
+    return path
 
 
 def doc_to_text(doc: dict, lmms_eval_specific_kwargs: dict | None = None) -> str:
