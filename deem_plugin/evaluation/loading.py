@@ -27,9 +27,9 @@ def load_vlm(pretrained: str, dtype: str = "auto", device: str | torch.device = 
         raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}.")
     import deem_plugin.vision  # noqa: F401  # registers our tower with the Auto classes
 
-    _check_path(pretrained)
+    check_path(pretrained)
     is_adapter = (Path(pretrained) / "adapter_config.json").is_file()
-    base = _base_of_adapter(pretrained) if is_adapter else pretrained
+    base = base_of_adapter(pretrained) if is_adapter else pretrained
     model, report = AutoModelForImageTextToText.from_pretrained(base, dtype=DTYPES[dtype], output_loading_info=True)
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
@@ -43,7 +43,7 @@ def load_vlm(pretrained: str, dtype: str = "auto", device: str | torch.device = 
     return model.to(device).eval(), _load_processor(pretrained, base)
 
 
-def _check_path(pretrained: str) -> None:
+def check_path(pretrained: str) -> None:
     """Raises for a local folder that is missing or holds no model, before it is taken for a hub id."""
     path = Path(pretrained).expanduser()
     if path.is_dir():
@@ -57,7 +57,8 @@ def _check_path(pretrained: str) -> None:
         raise ValueError(f"No such checkpoint folder: {pretrained}. Give the folder that training wrote, or a hub id.")
 
 
-def _base_of_adapter(pretrained: str) -> str:
+def base_of_adapter(pretrained: str) -> str:
+    """Returns the checkpoint that a peft adapter belongs to; raises `ValueError` if it names none that there is."""
     from peft import PeftConfig
 
     base = PeftConfig.from_pretrained(pretrained).base_model_name_or_path
@@ -66,7 +67,7 @@ def _base_of_adapter(pretrained: str) -> str:
             f"The adapter {pretrained} does not say on which model it was trained: set `base_model_name_or_path` in "
             f"its adapter_config.json."
         )
-    _check_path(base)
+    check_path(base)
     return base
 
 

@@ -29,6 +29,7 @@ def evaluate(
     dtype: str | None = None,
     limit: int | None = None,
     env: Mapping[str, str] | None = None,
+    use_cache: str | Path | None = None,
 ) -> dict[str, Any]:
     """
     Evaluates a checkpoint with lmms-eval's model `deem`.
@@ -42,6 +43,9 @@ def evaluate(
         dtype (`str`, *optional*): `float32`, `bfloat16` or `float16`; by default the checkpoint's.
         limit (`int`, *optional*): Only so many samples of each task; an even number keeps pairs of questions whole.
         env (`Mapping[str, str]`, *optional*): Environment variables on top of this process's.
+        use_cache (`str` or `Path`, *optional*):
+            Folder of lmms-eval's response cache: questions that were answered before are not asked again, unless the
+            checkpoint or the data has changed since.
 
     Returns:
         `dict`: lmms-eval's results file; `["results"][task]["metric,none"]` is a score.
@@ -49,6 +53,10 @@ def evaluate(
     Raises:
         EvaluationError: If lmms-eval failed or a task has no results.
     """
+    if use_cache is not None:
+        from deem_plugin.evaluation.fingerprint import fingerprint
+
+        use_cache = Path(use_cache).expanduser() / fingerprint(pretrained)
     model_args = {"pretrained": str(pretrained), "device": device, "dtype": dtype}
     return run_lmms_eval(
         {name: value for name, value in model_args.items() if value is not None},
@@ -57,6 +65,7 @@ def evaluate(
         batch_size=batch_size,
         limit=limit,
         env=env,
+        use_cache=use_cache,
     )
 
 
@@ -69,6 +78,7 @@ def run_lmms_eval(
     model: str = "deem",
     env: Mapping[str, str] | None = None,
     limit: int | None = None,
+    use_cache: str | Path | None = None,
 ) -> dict[str, Any]:
     """
     Runs `python -m lmms_eval` in a process of its own, passes its output on to standard error, and returns its
@@ -82,6 +92,8 @@ def run_lmms_eval(
         model (`str`): Name of the model in lmms-eval.
         env (`Mapping[str, str]`, *optional*): Environment variables on top of this process's.
         limit (`int`, *optional*): Only so many samples of each task.
+        use_cache (`str` or `Path`, *optional*):
+            Folder of lmms-eval's response cache, which does not notice a changed checkpoint: see `fingerprint`.
 
     Returns:
         `dict`: The results file of this run.
@@ -106,6 +118,8 @@ def run_lmms_eval(
     command += ["--log_samples", "--output_path", str(output)]
     if limit is not None:
         command += ["--limit", str(limit)]
+    if use_cache is not None:
+        command += ["--use_cache", str(use_cache)]
     before = set(output.rglob("*_results.json"))
     code, log = _stream(command, {**os.environ, **(env or {})})
 
