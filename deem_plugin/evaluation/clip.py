@@ -63,7 +63,7 @@ def load_clip(name: str, pretrained: str | None = None, device: str | torch.devi
     Args:
         name (`str`):
             A model name of open_clip (with `pretrained`); a folder as open_clip writes it (`open_clip_config.json`);
-            or a folder or hub id of a Hugging Face CLIP.
+            or a folder or hub id of a Hugging Face CLIP or SigLIP.
         pretrained (`str`, *optional*): For a model name of open_clip: a tag of it, or a checkpoint file.
         device (`str` or `torch.device`, *optional*): By default a GPU where there is one, else the CPU.
 
@@ -112,13 +112,15 @@ def _open_clip(name: str, pretrained: str | None, device: torch.device) -> Clip:
 
 
 def _hugging_face(name: str, device: torch.device) -> Clip:
-    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
     try:
         config = AutoConfig.from_pretrained(name)
-        if config.model_type != "clip":
-            raise ValueError(f"{name} is a model of type {config.model_type!r}; expected a whole CLIP ('clip').")
-        model, info = CLIPModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        if config.model_type not in ("clip", "siglip"):
+            raise ValueError(
+                f"{name} is a model of type {config.model_type!r}; expected a whole CLIP ('clip' or 'siglip')."
+            )
+        model, info = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
         tokenizer, processor = AutoTokenizer.from_pretrained(name), AutoImageProcessor.from_pretrained(name)
     except OSError as error:
         raise ValueError(
@@ -132,7 +134,8 @@ def _hugging_face(name: str, device: torch.device) -> Clip:
     def embed_texts(texts: list[str]) -> torch.Tensor:
         length = config.text_config.max_position_embeddings
         tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        mask = tokens["attention_mask"].to(device)
+        # SigLIP has learned to read its padding.
+        mask = tokens["attention_mask"].to(device) if config.model_type == "clip" else None
         return model.get_text_features(tokens["input_ids"].to(device), attention_mask=mask).pooler_output
 
     return Clip(
