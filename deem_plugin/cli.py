@@ -31,6 +31,21 @@ def _fingerprint(arguments) -> int:
     return 0
 
 
+def _eval_encoder(arguments) -> int:
+    from .evaluation.encoder import evaluate_encoder, report
+
+    result = evaluate_encoder(
+        arguments.model,
+        pretrained=arguments.pretrained,
+        mmvp_vlm_dir=arguments.mmvp_vlm,
+        image_folder=arguments.zero_shot,
+        out=arguments.out,
+        batch_size=arguments.batch_size,
+    )
+    print(report(result))
+    return 0
+
+
 def _import_pope(arguments) -> int:
     from .evaluation.pope import import_pope
 
@@ -146,6 +161,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     fingerprint.add_argument("pretrained", help="checkpoint folder or hub id")
     fingerprint.set_defaults(run=_fingerprint)
+
+    encoder = commands.add_parser("eval-encoder", help="score a CLIP by itself: MMVP-VLM, zero-shot classification")
+    encoder.add_argument("model", help="folder or hub id of a whole CLIP or SigLIP, or a model name of open_clip")
+    encoder.add_argument("--pretrained", help="for a model name of open_clip: its checkpoint file or tag")
+    encoder.add_argument("--mmvp-vlm", type=Path, help="folder of MMVP-VLM, as published")
+    encoder.add_argument("--zero-shot", type=Path, help="folder with one subfolder of pictures for each class")
+    encoder.add_argument("--batch-size", type=int, default=32)
+    encoder.add_argument("--out", type=Path, help="JSON file for the scores, picture by picture")
+    encoder.set_defaults(run=_eval_encoder)
 
     data = commands.add_parser("data", help="bring benchmark data to where lmms-eval finds it offline")
     sources = data.add_subparsers(dest="source", required=True, metavar="ACTION")
