@@ -13,6 +13,7 @@ COLUMNS = ("question_id", "image_id", "image", "caption", "answer", "source")
 METRICS = ("accuracy", "pair_acc", "precision", "recall", "f1", "yes_ratio", "unknown_rate")
 # As the authors ask it, misspelling included: another wording gives another benchmark.
 PROMPT = "Is {caption} the main object in this image? Please anwser yes or no"
+REWORDED_PROMPT = "Is {caption} the main object in this image? Please answer yes or no."
 
 
 def write_robustvqa(rows: Iterable[dict[str, Any]], path: str | Path) -> Path:
@@ -50,6 +51,11 @@ def robustvqa_file(split: str) -> str:
 def doc_to_text(doc: dict, lmms_eval_specific_kwargs: dict | None = None) -> str:
     """Returns the question as published."""
     return PROMPT.format(caption=doc["caption"])
+
+
+def reworded_text(doc: dict, lmms_eval_specific_kwargs: dict | None = None) -> str:
+    """Returns the question in correct spelling, with spaces for the underscores of published class names."""
+    return REWORDED_PROMPT.format(caption=doc["caption"].replace("_", " "))
 
 
 def process_results(doc: dict, results: list[str]) -> dict[str, dict]:

@@ -11,7 +11,20 @@ from deem_plugin.evaluation.questions import (  # noqa: F401
     unknown_rate,
     yes_ratio,
 )
-from deem_plugin.evaluation.robustvqa import doc_to_text, process_results, robustvqa_file  # noqa: F401
+from deem_plugin.evaluation.robustvqa import (  # noqa: F401
+    doc_to_text,
+    process_results,
+    reworded_text,
+    robustvqa_file,
+)
+from deem_plugin.evaluation.robustvqa_choice import (  # noqa: F401
+    as_choices,
+    choice_results,
+    choice_text,
+    order_bias,
+    truth_first,
+    truth_second,
+)
 
 
 def __getattr__(name: str) -> str:

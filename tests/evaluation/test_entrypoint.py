@@ -12,7 +12,11 @@ from deem_plugin.resources import lmms_tasks_dir
 
 from .helpers import offline_env
 
-OUR_TASKS = {"robustvqa", "robustvqa_a", "robustvqa_r", "robustvqa_v2", "deem_details"}
+OUR_TASKS = {"deem_details"} | {
+    f"{group}{split}"
+    for group in ("robustvqa", "robustvqa_reworded", "robustvqa_choice")
+    for split in ("", "_a", "_r", "_v2")
+}
 
 
 def python(code: str, tmp_path) -> str:
