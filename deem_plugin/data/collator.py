@@ -41,8 +41,8 @@ class ConversationCollator:
                 f"`tokenizer.pad_token = tokenizer.eos_token`."
             )
         self._specials = sorted(self.tokenizer.all_special_tokens, key=len, reverse=True)
-        # Questions repeat (all of a yes/no set's do), and rendering a Jinja template costs more than tokenising.
-        self._render_cached = lru_cache(maxsize=8192)(self._render)
+        # Conversations come again in every epoch, and rendering a Jinja template costs more than all else here.
+        self._render_cached = lru_cache(maxsize=2**15)(self._render)
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """

@@ -28,12 +28,14 @@ _JOIN_PARTS = """\
 
 def join_parts(chat_template: str, image_token: str) -> str:
     """
-    Returns a language model's chat template, which takes contents as strings, as one that also takes content parts.
+    Returns a tokenizer's chat template as one that takes content parts; it stays as it is if it knows of images.
 
     Args:
-        chat_template (`str`): Jinja template of a tokenizer.
+        chat_template (`str`): Jinja template of a tokenizer. Those of language models take contents as strings only.
         image_token (`str`): What stands for an image in the prompt; a line break follows it.
     """
+    if "image" in chat_template:
+        return chat_template
     return _JOIN_PARTS.replace("IMAGE", repr(image_token + "\n")) + chat_template
 
 
