@@ -295,7 +295,8 @@ def test_runs_of_lmms_eval_itself_are_compared(tmp_path):
     write_all_questions(tmp_path / "home")
     env = {**offline_env(tmp_path), "DEEM_HOME": str(tmp_path / "home")}
     for answer in ("yes", "no"):
-        run_lmms_eval({"response": answer}, "robustvqa,deem_details", tmp_path / answer, model="dummy", env=env)
+        options = {"batch_size": 1, "model": "dummy", "env": env}
+        run_lmms_eval({"response": answer}, "robustvqa,deem_details", tmp_path / answer, **options)
 
     comparisons = compare_runs(tmp_path / "yes", tmp_path / "no")
 
