@@ -14,9 +14,10 @@ from tqdm import tqdm
 from deem_plugin.data.chat import render_chat
 from deem_plugin.evaluation.feature_cache import FeatureCache
 from deem_plugin.evaluation.loading import load_vlm
-from deem_plugin.evaluation.yes_no import settle_answer
+from deem_plugin.evaluation.yes_no import NO, YES, asks_yes_or_no, settle_answer
 
-MODEL_ARGS = ("pretrained", "batch_size", "device", "dtype", "raw_answers", "feature_cache_mb")
+MODEL_ARGS = ("pretrained", "batch_size", "device", "dtype", "raw_answers", "answer_by", "feature_cache_mb")
+ANSWER_BY = ("generation", "loglikelihood")
 
 # For tasks that give no limit, as in lmms-eval's own models.
 _MAX_NEW_TOKENS = 1024
@@ -36,6 +37,9 @@ class _Deem(lmms):
         device (`str`, *optional*): Device of this process; by default the one that accelerate gives it.
         dtype (`str`): `auto` (the checkpoint's), `float32`, `bfloat16` or `float16`.
         raw_answers (`bool`): Whether answers to yes-or-no questions stay as generated, see `yes_no.settle_answer`.
+        answer_by (`str`):
+            `generation`, or `loglikelihood`: a prompt that asks for yes or no (`yes_no.asks_yes_or_no`) is answered by
+            the likelier of "Yes" and "No", so that every answer is one of the two; others are generated as ever.
         feature_cache_mb (`int`):
             Megabytes for image features that questions about one picture share, see `feature_cache`; 0 computes them
             for each question.
@@ -51,6 +55,7 @@ class _Deem(lmms):
         device: str | None = None,
         dtype: str = "auto",
         raw_answers: bool = False,
+        answer_by: str = "generation",
         feature_cache_mb: int = 512,
         **unknown: Any,
     ):
@@ -63,6 +68,8 @@ class _Deem(lmms):
             raise ValueError(f"batch_size is {batch_size!r}; the model `deem` needs a whole number from 1 up.")
         if not isinstance(raw_answers, bool):
             raise ValueError(f"raw_answers is {raw_answers!r}; choose true or false.")
+        if answer_by not in ANSWER_BY:
+            raise ValueError(f"answer_by is {answer_by!r}; choose one of {', '.join(ANSWER_BY)}.")
         if not str(feature_cache_mb).isdecimal():
             raise ValueError(
                 f"feature_cache_mb is {feature_cache_mb!r}; give a whole number of megabytes, 0 for none."
@@ -72,6 +79,7 @@ class _Deem(lmms):
         self.device = torch.device(device) if device is not None else state.device
         self.batch_size = int(batch_size)
         self.raw_answers = raw_answers
+        self.answer_by = answer_by
         self.feature_cache = FeatureCache(int(feature_cache_mb) * 2**20)
         self.model, self.processor = load_vlm(str(pretrained), dtype, self.device)
         self.tokenizer = self.processor.tokenizer
@@ -96,7 +104,7 @@ class _Deem(lmms):
                 for with_images in (True, False):
                     part = [place for place, (_, images) in enumerate(chats) if bool(images) == with_images]
                     for place, answer in zip(
-                        part, self._generate([chats[place] for place in part], kwargs), strict=True
+                        part, self._answer([chats[place] for place in part], kwargs), strict=True
                     ):
                         if not self.raw_answers:
                             answer = settle_answer(_last_text(chats[place][0]), answer)
@@ -145,6 +153,27 @@ class _Deem(lmms):
         )
         return inputs.to(self.device, self.model.dtype)
 
+    def _answer(self, chats: list[tuple[list[dict], list[Image.Image]]], kwargs: dict) -> list[str]:
+        """Answers chats that all have images or that all have none, each in the way that `answer_by` says."""
+        by_verdict = self.answer_by == "loglikelihood"
+        decided = [by_verdict and asks_yes_or_no(_last_text(messages)) for messages, _ in chats]
+        verdicts = iter(self._decide([chat for chat, decide in zip(chats, decided, strict=True) if decide]))
+        texts = iter(self._generate([chat for chat, decide in zip(chats, decided, strict=True) if not decide], kwargs))
+        return [next(verdicts if decide else texts) for decide in decided]
+
+    def _decide(self, chats: list[tuple[list[dict], list[Image.Image]]]) -> list[str]:
+        """Returns yes for chats after which "Yes" is likelier than "No", else no."""
+        if not chats:
+            return []
+        prompt = render_chat(self.processor, chats[0][0], add_generation_prompt=True)
+        # After "ASSISTANT:" some models go on with a space and some do not; after a line break, none does.
+        leads = ("",) if prompt[-1].isspace() else ("", " ")
+        yes, no = (
+            torch.tensor([[-cost for cost, _ in self._score(chats, [lead + word] * len(chats))] for lead in leads])
+            for word in ("Yes", "No")
+        )  # (leads, chats)
+        return [YES if likelier else NO for likelier in yes.logsumexp(0) > no.logsumexp(0)]
+
     @torch.inference_mode()
     def _generate(self, chats: list[tuple[list[dict], list[Image.Image]]], kwargs: dict) -> list[str]:
         """Generates answers to chats that all have images or that all have none."""
@@ -159,6 +188,27 @@ class _Deem(lmms):
         new_tokens = output[:, inputs["input_ids"].shape[1] :]
         answers = self.processor.batch_decode(new_tokens, skip_special_tokens=True)
         return [_cut(answer, [until] if isinstance(until, str) else until) for answer in answers]
+
+    @torch.inference_mode()
+    def _score(self, chats: list, targets: list[str]) -> list[tuple[float, bool]]:
+        """Scores targets after chats that all have images or that all have none."""
+        if not chats:
+            return []
+        prompts = [render_chat(self.processor, messages, add_generation_prompt=True) for messages, _ in chats]
+        full = [prompt + target for prompt, target in zip(prompts, targets, strict=True)]
+        # Padding goes to the right, where causal attention hides it whatever kind of positions the model has.
+        inputs = self._encode(full, [images for _, images in chats], padding_side="right")
+        shared = self.feature_cache.share(self.model, inputs)
+        log_probs = self.model(**shared).logits.float().log_softmax(-1)  # (batch, tokens, vocabulary)
+        results = []
+        for row, (prompt, text) in enumerate(zip(prompts, full, strict=True)):
+            stop = int(inputs["attention_mask"][row].sum())
+            start = stop - (len(self.tokenizer(text)["input_ids"]) - len(self.tokenizer(prompt)["input_ids"]))
+            tokens = inputs["input_ids"][row, start:stop]
+            predicted = log_probs[row, start - 1 : stop - 1]  # (target tokens, vocabulary)
+            chosen = predicted.gather(-1, tokens[:, None])
+            results.append((-chosen.sum().item(), bool((predicted.argmax(-1) == tokens).all())))
+        return results
 
     def _generation_config(self, kwargs: dict):
         """Returns the model's generation config with a task's settings; those of other models' tasks are left out."""
@@ -224,27 +274,6 @@ class DeemSimple(_Deem):
     def _target(self, request: Instance) -> str:
         _, target, _, doc_id, task, split = request.args
         return target if isinstance(target, str) else target(self.task_dict[task][split][doc_id])
-
-    @torch.inference_mode()
-    def _score(self, chats: list, targets: list[str]) -> list[tuple[float, bool]]:
-        """Scores targets after chats that all have images or that all have none."""
-        if not chats:
-            return []
-        prompts = [render_chat(self.processor, messages, add_generation_prompt=True) for messages, _ in chats]
-        full = [prompt + target for prompt, target in zip(prompts, targets, strict=True)]
-        # Padding goes to the right, where causal attention hides it whatever kind of positions the model has.
-        inputs = self._encode(full, [images for _, images in chats], padding_side="right")
-        shared = self.feature_cache.share(self.model, inputs)
-        log_probs = self.model(**shared).logits.float().log_softmax(-1)  # (batch, tokens, vocabulary)
-        results = []
-        for row, (prompt, text) in enumerate(zip(prompts, full, strict=True)):
-            stop = int(inputs["attention_mask"][row].sum())
-            start = stop - (len(self.tokenizer(text)["input_ids"]) - len(self.tokenizer(prompt)["input_ids"]))
-            tokens = inputs["input_ids"][row, start:stop]
-            predicted = log_probs[row, start - 1 : stop - 1]  # (target tokens, vocabulary)
-            chosen = predicted.gather(-1, tokens[:, None])
-            results.append((-chosen.sum().item(), bool((predicted.argmax(-1) == tokens).all())))
-        return results
 
 
 def _chunks(items: list[int], size: int) -> list[list[int]]:

@@ -45,18 +45,27 @@ def parse_yes_no(answer: str) -> str:
     return YES if says_yes else NO
 
 
-def settle_answer(prompt: str, answer: str) -> str:
+def asks_yes_or_no(prompt: str) -> bool:
     """
-    Reduces the answer to a yes-or-no question to that word, for tasks that compare it letter by letter.
+    Tells whether a prompt wants the one word yes or no.
 
-    POPE, for one, counts "Yes." and "Yes, there is a dog" as wrong. The answer is left as it is unless the prompt asks
-    for one of the two words ("yes or no"), or asks a question that opens with an auxiliary verb ("Is there ...?") and
-    wants one word, and never when the prompt also asks for an explanation; nor when the verdict is not clear.
+    It does when it asks for one of the two ("yes or no"), or asks a question that opens with an auxiliary verb ("Is
+    there ...?") and wants one word; never when it also asks for an explanation.
     """
     wants_verdict = _ASKS_FOR_EITHER.search(prompt) or (
         _ASKS_FOR_A_WORD.search(prompt) and _POLAR_QUESTION.search(prompt)
     )
-    if not wants_verdict or _ASKS_FOR_MORE.search(prompt):
+    return bool(wants_verdict) and not _ASKS_FOR_MORE.search(prompt)
+
+
+def settle_answer(prompt: str, answer: str) -> str:
+    """
+    Reduces the answer to a yes-or-no question to that word, for tasks that compare it letter by letter.
+
+    POPE, for one, counts "Yes." and "Yes, there is a dog" as wrong. The answer is left as it is unless the prompt
+    `asks_yes_or_no`, and also when the verdict is not clear.
+    """
+    if not asks_yes_or_no(prompt):
         return answer
     verdict = parse_yes_no(answer)
     return answer if verdict == UNKNOWN else verdict

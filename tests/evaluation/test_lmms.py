@@ -1,12 +1,16 @@
 """The model class: batches answer as single prompts do, prompts are those of training, bad arguments are named."""
 
 import copy
+import itertools
+import math
 
+import numpy as np
 import pytest
 import torch
 
 from deem_plugin.data.chat import render_chat
 from deem_plugin.evaluation.lmms import DeemChat, DeemSimple
+from deem_plugin.evaluation.yes_no import parse_yes_no, unknown_rate
 
 from ..tiny import tiny_image, tiny_llava, tiny_processor
 from .helpers import request
@@ -167,6 +171,54 @@ def test_log_likelihoods_are_those_of_the_target_tokens(checkpoint, docs):
         assert is_greedy == all(log_probs[place - 1].argmax() == tokens[place] for place in places)
 
 
+@pytest.mark.parametrize(("ending", "leads"), [("\n", [""]), (":", ["", " "])])
+def test_by_log_likelihood_the_likelier_of_yes_and_no_answers_what_asks_for_them(checkpoint, ending, leads):
+    """Against the logits of each prompt alone; the tokenizer is byte-level, so the words are several tokens."""
+    words = ("a cat", "it", "a sofa", "a very big dog", "red", "8")
+    asked = [f"Is {word} the main object in this image? Please anwser yes or no" for word in words]
+    questions = [*asked, "What is it?", "Is it red? Answer with yes or no."]
+    docs = [
+        {"images": [] if question == questions[-1] else [tiny_image(index)], "question": question}
+        for index, question in enumerate(questions)
+    ]
+    model, generating = chat(checkpoint, docs, batch_size=3, answer_by="loglikelihood"), chat(checkpoint, docs)
+    for each in (model, generating):
+        each.processor.chat_template = each.processor.chat_template.replace("assistant\n", f"assistant{ending}")
+    expected = []
+    for doc in docs:
+        content = [*({"type": "image"} for _ in doc["images"]), {"type": "text", "text": doc["question"]}]
+        text = render_chat(model.processor, [{"role": "user", "content": content}], add_generation_prompt=True)
+        totals = dict.fromkeys(("yes", "no"), -math.inf)
+        for word, lead in itertools.product(("Yes", "No"), leads):
+            inputs = model.processor(
+                text=text + lead + word, images=doc["images"] or None, return_tensors="pt", add_special_tokens=False
+            )
+            with torch.no_grad():
+                log_probs = model.model(**inputs).logits[0].log_softmax(-1)
+            tokens = inputs["input_ids"][0]
+            places = range(-len(lead + word), 0)
+            total = sum(log_probs[k - 1, tokens[k]].item() for k in places)
+            totals[word.lower()] = float(np.logaddexp(totals[word.lower()], total))
+        assert text.endswith(f"assistant{ending}")
+        expected.append(max(totals, key=totals.get))
+    expected[-2] = generating.generate_until(chat_requests(docs))[-2]
+
+    answers = model.generate_until(chat_requests(docs))
+
+    assert answers == expected
+    yes_or_no = [answer for answer, question in zip(answers, questions, strict=True) if "no" in question.split()[-1]]
+    assert len(yes_or_no) == 7 and unknown_rate([parse_yes_no(answer) for answer in yes_or_no]) == 0
+
+
+def test_each_question_gets_the_verdict_of_its_own_likelihoods(checkpoint, monkeypatch):
+    costs = {"Yes": [0.5, 2.0, 1.0], "No": [1.5, 0.2, 1.0]}  # minus log-probabilities; the last tie
+    docs = [{"images": [], "question": f"Is it {index}? Answer yes or no."} for index in range(3)]
+    model = chat(checkpoint, docs, batch_size=3, answer_by="loglikelihood")
+    monkeypatch.setattr(model, "_score", lambda chats, targets: [(cost, False) for cost in costs[targets[0]]])
+
+    assert model.generate_until(chat_requests(docs)) == ["yes", "no", "no"]
+
+
 def test_what_the_classes_cannot_do_is_refused_with_the_way_out(checkpoint, docs):
     model = chat(checkpoint, docs)
 
@@ -191,6 +243,8 @@ def test_what_the_classes_cannot_do_is_refused_with_the_way_out(checkpoint, docs
         ),
         ({"dtype": "int8"}, "dtype is 'int8'; choose one of auto, float32, bfloat16, float16"),
         ({"raw_answers": "maybe"}, "raw_answers is 'maybe'"),
+        ({"answer_by": "guess"}, "answer_by is 'guess'; choose one of generation, loglikelihood"),
+        ({"feature_cache_mb": -1}, "feature_cache_mb is -1; give a whole number of megabytes"),
         ({"pretrained": None}, "needs a checkpoint"),
     ],
 )
