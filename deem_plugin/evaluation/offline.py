@@ -5,7 +5,6 @@ A task loads its data set by name. Without a network, `datasets` looks for that 
 import writes what a download would have left there.
 """
 
-import io
 import os
 import shutil
 import time
@@ -16,6 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from deem_plugin.data.images import load_image
 from deem_plugin.evaluation.questions import QuestionDataError
 
 _ROWS_A_CHUNK = 64
@@ -147,12 +147,9 @@ def _write(staging: Path, name: str, columns: Mapping[str, str], rows: Iterable[
 
 def decodes(data: bytes) -> bool:
     """Tells whether the bytes are a whole image file."""
-    import PIL.Image
-
     try:
-        with PIL.Image.open(io.BytesIO(data)) as image:
-            image.load()
-    except (OSError, ValueError, SyntaxError):  # PIL reports broken PNG chunks as SyntaxError
+        load_image(data)
+    except ValueError:
         return False
     return True
 
