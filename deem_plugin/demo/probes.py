@@ -24,7 +24,7 @@ QUANTITIES = {"position": ("x", "y"), "size": ("scale",)}
 RIDGE = 60.0
 # The first pictures of the second half are painted.
 SHOWN = 12
-READER_STEPS = 300
+READER_STEPS = 200
 READER_BATCH = 64
 READER_LEARNING_RATE = 1e-2
 
