@@ -111,7 +111,7 @@ def run_arm(folder: Path, name: str):
     from deem_plugin.evaluation.run import evaluate
     from deem_plugin.feedback.generator import load_generator
 
-    from .generator import shipped_generator
+    from .generator import load_code, shipped_generator
     from .probes import look_into
     from .sets import probe_scenes
 
@@ -123,7 +123,8 @@ def run_arm(folder: Path, name: str):
     _announce("tokens")
     model, processor = load_vlm(str(checkpoint), "auto", "cpu")
     scenes, pictures = probe_scenes(settings.probe_count)
-    report = look_into(model, processor, load_generator(str(shipped_generator())), scenes, pictures, settings.fast)
+    generator, code = load_generator(str(shipped_generator())), load_code(shipped_generator())
+    report = look_into(model, processor, generator, code, scenes, pictures)
     save_file({"painted": report.reconstructions}, folder / name / PAINTED_FILE)
     tokens = {"probes": report.probes, "denoising_error": report.denoising_error}
     (folder / name / TOKENS_FILE).write_text(json.dumps(tokens), encoding="utf-8")

@@ -5,10 +5,14 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import torch
 from safetensors.torch import load_file
 
+from deem_plugin.feedback.generator import load_generator
+
 from .arms import PAINTED_FILE, STAGES, START, Arm
-from .probes import SHOWN
+from .generator import load_code, shipped_generator
+from .probes import SHOWN, paint
 from .scores import HEADLINES, Metric
 from .sets import probe_scenes
 
@@ -70,18 +74,20 @@ def draw_scores(path: Path, metrics: list[dict[str, dict[str, Metric]]], arms: d
 
 
 def draw_reconstructions(path: Path, folder: Path, arms: dict[str, Arm], probe_count: int):
-    """Draws held-out scenes and, row by row, what the generator paints from the tokens of each arm."""
+    """Draws held-out scenes and below them what the generator paints from its own code and from each arm's tokens."""
     _, pictures = probe_scenes(probe_count)
-    rows = [("original", pictures[probe_count // 2 :][:SHOWN]), *_painted(folder, {START: Arm("before"), **arms})]
+    pictures = pictures[probe_count // 2 :][:SHOWN]
+    generator = load_generator(str(shipped_generator()))
+    with torch.no_grad():
+        best = paint(generator, load_code(shipped_generator())(generator.encode(pictures)))
+    rows = [("original", pictures), ("from its own code\n(best case)", best)]
+    for name, arm in {START: Arm("before"), **arms}.items():
+        rows.append((arm.title.replace(", ", ",\n"), load_file(folder / name / PAINTED_FILE)["painted"]))
     figure, axes = plt.subplots(len(rows), SHOWN, figsize=(0.85 * SHOWN + 1.6, 0.9 * len(rows)), layout="constrained")
     for line, (title, row) in zip(axes, rows, strict=True):
         for axis, picture in zip(line, row, strict=True):
             axis.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
-        line[0].set_ylabel(title.replace(", ", ",\n"), rotation=0, ha="right", va="center", fontsize=8)
+        line[0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-def _painted(folder: Path, arms: dict[str, Arm]) -> list[tuple[str, object]]:
-    return [(arm.title, load_file(folder / name / PAINTED_FILE)["painted"]) for name, arm in arms.items()]

@@ -5,8 +5,9 @@ Trains the demo's generator, a pixel-space diffusion transformer of half a milli
 
 writes the diffusers folder that ships as `deem_plugin/demo/pretrained_generator/`: two minutes on one CPU core. The
 generator has seen scenes in which nothing gives anything else away (the vision-language model never does), and a
-linear code of each picture as its condition. The code is thrown away: like a Stable Diffusion whose text encoder is
-left out, the generator keeps the knowledge of what pictures look like and the habit of reading eight tokens.
+linear code of each picture as its condition. Training with feedback never uses the code: like a Stable Diffusion whose
+text encoder is left out, the generator brings the knowledge of what pictures look like and the habit of reading eight
+tokens. Only the report uses it, to read all arms' tokens alike.
 """
 
 import json
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, PixArtTransformer2DModel
+from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -33,6 +35,7 @@ WARMUP_STEPS = 50
 # Share of pictures whose condition is left out, so that the generator also knows pictures in general.
 DROP_RATE = 0.1
 SEED = 123
+CODE_FILE = "picture_code.safetensors"
 
 
 def shipped_generator() -> Path:
@@ -128,9 +131,13 @@ def train_generator(
     return transformer.eval(), scheduler, code.eval()
 
 
-def save_generator(transformer: PixArtTransformer2DModel, scheduler: DDPMScheduler, out: str | Path) -> Path:
-    """Writes the two parts as a diffusers folder without a VAE, which makes it a pixel-space generator."""
+def save_generator(
+    transformer: PixArtTransformer2DModel, scheduler: DDPMScheduler, code: PictureCode, out: str | Path
+) -> Path:
+    """Writes a diffusers folder without a VAE, which makes it a pixel-space generator, and the code beside it."""
     out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(code.state_dict(), out / CODE_FILE)
     transformer.save_pretrained(out / "transformer")
     scheduler.save_pretrained(out / "scheduler")
     index = {
@@ -142,13 +149,19 @@ def save_generator(transformer: PixArtTransformer2DModel, scheduler: DDPMSchedul
     return out
 
 
+def load_code(folder: str | Path) -> PictureCode:
+    """Returns the code of a saved generator."""
+    code = PictureCode()
+    code.load_state_dict(load_file(Path(folder) / CODE_FILE))
+    return code.eval()
+
+
 def main(arguments: list[str]) -> int:
     """Trains the generator and writes it to the folder named by the only argument."""
     if len(arguments) != 1:
         sys.stderr.write("usage: python -m deem_plugin.demo.generator OUT\n")
         return 2
-    transformer, scheduler, _ = train_generator()
-    save_generator(transformer, scheduler, arguments[0])
+    save_generator(*train_generator(), arguments[0])
     return 0
 
 

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 
 import torch
 from sklearn.linear_model import Ridge, RidgeClassifier
-from tqdm.auto import tqdm
 
 from deem_plugin.data.scenes import Scenes
-from deem_plugin.feedback.conditioner import Conditioner
 from deem_plugin.feedback.diffusion_feedback import DiffusionFeedback
 from deem_plugin.feedback.generator import Generator
-from deem_plugin.feedback.reconstruction import reconstruct
 from deem_plugin.vision.hosts import find_tower
+
+from .generator import PictureCode
 
 # What is read from the tokens, and from which attributes: the accuracy of a class, or the mean R2 of quantities.
 CLASSES = {"shape": "shape", "background": "texture"}
@@ -24,9 +23,7 @@ QUANTITIES = {"position": ("x", "y"), "size": ("scale",)}
 RIDGE = 60.0
 # The first pictures of the second half are painted.
 SHOWN = 12
-READER_STEPS = 200
-READER_BATCH = 64
-READER_LEARNING_RATE = 1e-2
+PAINTING_NOISES = 8
 
 
 @dataclass
@@ -55,11 +52,16 @@ def visual_tokens(model, processor, pictures: torch.Tensor, batch_size: int = 10
     return torch.cat([tower((part - mean) / std).last_hidden_state for part in pictures.split(batch_size)])
 
 
+def standardized(tokens: torch.Tensor, fitted: int) -> torch.Tensor:
+    """Returns tokens as one row a picture, with mean 0 and standard deviation 1 over the first `fitted` rows."""
+    values = tokens.flatten(1)
+    return (values - values[:fitted].mean(dim=0)) / (values[:fitted].std(dim=0) + 1e-4)
+
+
 def probe(tokens: torch.Tensor, scenes: Scenes) -> dict[str, float]:
     """Fits linear probes on the first half of the scenes and returns their scores on the second."""
     half = len(scenes) // 2
-    values = tokens.flatten(1)
-    values = (values - values[:half].mean(dim=0)) / (values[:half].std(dim=0) + 1e-4)
+    values = standardized(tokens, half)
     seen, unseen = values[:half].numpy(), values[half:].numpy()
 
     def score(model, attribute: str) -> float:
@@ -72,28 +74,54 @@ def probe(tokens: torch.Tensor, scenes: Scenes) -> dict[str, float]:
     return scores
 
 
-def fit_reader(generator: Generator, tokens: torch.Tensor, pictures: torch.Tensor, steps: int) -> Conditioner:
-    """Fits a linear layer through which the frozen generator reads frozen tokens."""
-    rng = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        reader = Conditioner(tokens.shape[-1], generator.denoiser.context_dim)
-    feedback = DiffusionFeedback(generator.denoiser)
-    latents = generator.encode(pictures)
-    optimizer = torch.optim.Adam(reader.parameters(), lr=READER_LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in tqdm(range(steps), desc="reading tokens", dynamic_ncols=True):
-        chosen = torch.randint(len(tokens), (READER_BATCH,), generator=rng)
-        loss = feedback(latents[chosen], reader(tokens[chosen]), generator=rng).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return reader
+@torch.no_grad()
+def read_context(code: PictureCode, tokens: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
+    """
+    Reads the generator's context from tokens: a ridge regression to the code that the generator was trained with.
+
+    Args:
+        code (`PictureCode`): The code.
+        tokens (`torch.Tensor`): Tokens of all pictures, `(pictures, tokens, dim)`.
+        pictures (`torch.Tensor`): The first pictures, to which the regression is fitted; in [0, 1], of 16 pixels.
+
+    Returns:
+        `torch.Tensor`: Context of the other pictures, `(pictures, 8, 64)`.
+    """
+    fitted = len(pictures)
+    values = standardized(tokens, fitted)
+    codes = code(pictures * 2 - 1)
+    reader = Ridge(RIDGE).fit(values[:fitted].numpy(), codes.flatten(1).numpy())
+    context = torch.from_numpy(reader.predict(values[fitted:].numpy())).float().unflatten(1, codes.shape[1:])
+    # What cannot be read is near zero; the generator knows contexts of unit scale only.
+    return code.norm(context)
+
+
+@torch.no_grad()
+def paint(generator: Generator, context: torch.Tensor) -> torch.Tensor:
+    """
+    Paints what the generator expects of a picture of which it knows the context only: its estimate of the clean
+    picture from pure noise (Salimans & Ho 2022, https://arxiv.org/abs/2202.00512, Eq. 8), averaged over noises.
+
+    Drawing samples step by step would add details that are not in the context.
+
+    Returns:
+        `torch.Tensor`: Pictures `(batch, 3, 16, 16)` in [0, 1].
+    """
+    denoiser = generator.denoiser
+    last = denoiser.num_train_timesteps - 1
+    alpha = denoiser.scheduler.alphas_cumprod[last]
+    rng = torch.Generator().manual_seed(2)
+    shape = (len(context), denoiser.channels, denoiser.sample_size, denoiser.sample_size)
+    estimates = []
+    for _ in range(PAINTING_NOISES):
+        noise = torch.randn(shape, generator=rng)
+        velocity = denoiser(noise, torch.full((len(context),), last), context)
+        estimates.append(alpha.sqrt() * noise - (1 - alpha).sqrt() * velocity)
+    return generator.codec.decode(torch.stack(estimates).mean(dim=0)) / 2 + 0.5
 
 
 def look_into(
-    model, processor, generator: Generator, scenes: Scenes, pictures: torch.Tensor, fast: bool = False
+    model, processor, generator: Generator, code: PictureCode, scenes: Scenes, pictures: torch.Tensor
 ) -> TokenReport:
     """
     Measures a VLM's visual tokens on scenes; the first half fits probes and reader, the second half judges them.
@@ -101,16 +129,14 @@ def look_into(
     Args:
         model, processor: The VLM.
         generator (`Generator`): Paints from the tokens.
+        code (`PictureCode`): The generator's code.
         scenes (`Scenes`), pictures (`torch.Tensor`): Held-out scenes without correlations; pictures in [0, 1].
-        fast (`bool`): Whether a few steps must do.
     """
     half = len(scenes) // 2
     tokens = visual_tokens(model, processor, pictures)
-    reader = fit_reader(generator, tokens[:half], pictures[:half], steps=5 if fast else READER_STEPS)
+    latents = generator.encode(pictures)
+    context = read_context(code, tokens, latents[:half] / 2 + 0.5)
     with torch.no_grad():
         rng = torch.Generator().manual_seed(1)
-        feedback = DiffusionFeedback(generator.denoiser)
-        errors = feedback(generator.encode(pictures[half:]), reader(tokens[half:]), generator=rng)
-        context = reader(tokens[half : half + SHOWN])
-    painted = reconstruct(generator, context, steps=5 if fast else 50, rng=torch.Generator().manual_seed(2))
-    return TokenReport(probe(tokens, scenes), errors.mean().item(), painted)
+        errors = DiffusionFeedback(generator.denoiser)(latents[half:], context, generator=rng)
+    return TokenReport(probe(tokens, scenes), errors.mean().item(), paint(generator, context[:SHOWN]))

@@ -32,8 +32,8 @@ differences is of the differences within a seed. The test pictures are the same 
 TOKENS = """\
 Linear probes on frozen tokens of held-out scenes: accuracy for shape (chance 0.13) and background texture (0.25), R2
 for position and size. *Before* is the tower that the arms of seed 0 start from. *Denoising error* is that of the
-generator when it reads the tokens through a linear layer fitted afterwards, alike for every arm: the lower, the
-more of the picture is in the tokens. The pictures are painted from noise through that layer."""
+generator when its condition is read from the tokens by one more linear probe: the lower, the more of the picture is in
+the tokens. The pictures are what it then expects to see before it is shown anything."""
 COMMANDS = """\
 The arm with feedback by hand; the other one has `feedback=null` in place of the generator:
 

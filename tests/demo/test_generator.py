@@ -9,8 +9,10 @@ from deem_plugin.demo.generator import (
     CONTEXT_DIM,
     CONTEXT_TOKENS,
     IMAGE_SIZE,
+    PictureCode,
     build_scheduler,
     build_transformer,
+    load_code,
     main,
     save_generator,
     shipped_generator,
@@ -78,8 +80,8 @@ def test_training_is_deterministic_and_leaves_the_global_generator_alone():
 
 
 def test_saved_generator_comes_back_through_the_feedback_room(tmp_path):
-    transformer = build_transformer()
-    save_generator(transformer, build_scheduler(), tmp_path)
+    transformer, code = build_transformer(), PictureCode()
+    save_generator(transformer, build_scheduler(), code, tmp_path)
     loaded = load_generator(str(tmp_path)).denoiser.model
     pictures, context = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE), torch.randn(2, CONTEXT_TOKENS, CONTEXT_DIM)
     timesteps = torch.tensor([10, 900])
@@ -89,6 +91,7 @@ def test_saved_generator_comes_back_through_the_feedback_room(tmp_path):
             for model in (transformer.eval(), loaded)
         ]
     assert torch.equal(*outputs)
+    assert torch.equal(load_code(tmp_path).linear.weight, code.linear.weight)
 
 
 def test_command_without_a_folder_says_how_it_is_used(capsys):

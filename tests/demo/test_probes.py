@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from deem_plugin.data.scenes import SHAPES, TEXTURES
-from deem_plugin.demo.generator import shipped_generator
+from deem_plugin.demo.generator import load_code, shipped_generator
 from deem_plugin.demo.models import build_vlm
-from deem_plugin.demo.probes import SHOWN, fit_reader, look_into, probe, visual_tokens
+from deem_plugin.demo.probes import SHOWN, look_into, paint, probe, read_context, visual_tokens
 from deem_plugin.demo.sets import probe_scenes
 from deem_plugin.feedback.generator import load_generator
 
@@ -14,6 +14,16 @@ from deem_plugin.feedback.generator import load_generator
 @pytest.fixture(scope="module")
 def scenes_and_pictures():
     return probe_scenes(200)
+
+
+@pytest.fixture(scope="module")
+def generator():
+    return load_generator(str(shipped_generator()))
+
+
+@pytest.fixture(scope="module")
+def code():
+    return load_code(shipped_generator())
 
 
 def test_probes_read_what_the_tokens_hold(scenes_and_pictures):
@@ -43,22 +53,30 @@ def test_visual_tokens_are_those_of_the_tower(scenes_and_pictures):
     torch.testing.assert_close(tokens, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_reader_leaves_generator_and_tokens_alone_and_gives_the_same_twice():
-    _, pictures = probe_scenes(70)
-    generator = load_generator(str(shipped_generator()))
-    tokens = torch.randn(70, 8, 64, generator=torch.Generator().manual_seed(0))
-    before = [parameter.clone() for parameter in generator.denoiser.model.parameters()]
-    first, second = (fit_reader(generator, tokens, pictures, steps=2) for _ in range(2))
-    assert torch.equal(first.head.weight, second.head.weight)
-    assert all(torch.equal(a, b) for a, b in zip(before, generator.denoiser.model.parameters(), strict=True))
+def test_context_is_read_where_the_tokens_hold_it(generator, code):
+    _, pictures = probe_scenes(300)
+    latents = generator.encode(pictures)
+    with torch.no_grad():
+        codes = code(latents)
+    context = read_context(code, codes * 3 + 1, latents[:200] / 2 + 0.5)
+    assert context.shape == (100, 8, 64)
+    assert (context - codes[200:]).square().mean() < 0.2 * codes[200:].square().mean()
 
 
-def test_report_of_a_model_has_probes_and_pictures(scenes_and_pictures):
+def test_paintings_from_the_code_show_the_picture(generator, code):
+    _, pictures = probe_scenes(40)
+    latents = generator.encode(pictures)
+    with torch.no_grad():
+        painted = paint(generator, code(latents))
+    errors = (painted - (latents / 2 + 0.5)).square().mean(dim=(1, 2, 3))
+    mismatched = (painted - (latents / 2 + 0.5).roll(1, 0)).square().mean(dim=(1, 2, 3))
+    assert errors.mean() < 0.4 * mismatched.mean()
+
+
+def test_report_of_a_model_has_probes_and_pictures(scenes_and_pictures, generator, code):
     scenes, pictures = scenes_and_pictures
     model, processor = build_vlm(0)
-    report = look_into(
-        model, processor, load_generator(str(shipped_generator())), scenes[:40], pictures[:40], fast=True
-    )
+    report = look_into(model, processor, generator, code, scenes[:40], pictures[:40])
     assert report.reconstructions.shape == (SHOWN, 3, 16, 16)
     assert set(report.probes) == {"shape", "background", "position", "size"}
     assert report.denoising_error > 0
