@@ -72,7 +72,7 @@ def train_arm(folder: Path, name: str, settings: Settings) -> Path:
     from deem_plugin.training.recipes import load_recipe
     from deem_plugin.training.run import train
 
-    from .controls import train_control
+    from .controls import CONTROLS
     from .generator import shipped_generator
 
     arm = {**ARMS, **CONTROL_ARMS}[name]
@@ -92,7 +92,7 @@ def train_arm(folder: Path, name: str, settings: Settings) -> Path:
             recipe.training.logging_steps = 1
         recipe.training.max_steps = round(steps * arm.step_factor)
         _announce(stage)
-        checkpoint = train_control(recipe, arm.control) if arm.control else train(recipe)
+        checkpoint = train(recipe, CONTROLS[arm.control] if arm.control else None)
     return checkpoint
 
 

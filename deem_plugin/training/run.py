@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from deem_plugin.training.checkpoint import (
@@ -30,7 +30,7 @@ def main(name: str, overrides: Sequence[str] = ()) -> int:
     return 0
 
 
-def train(recipe: Recipe) -> Path:
+def train(recipe: Recipe, make_feedback: Callable | None = None) -> Path:
     """
     Trains a recipe.
 
@@ -41,6 +41,8 @@ def train(recipe: Recipe) -> Path:
 
     Args:
         recipe (`Recipe`): What to train.
+        make_feedback (`Callable`, *optional*):
+            `(denoiser, sample_timesteps) -> feedback`, to put something else in the place of `DiffusionFeedback`.
 
     Returns:
         `Path`: The folder `final`.
@@ -57,7 +59,8 @@ def train(recipe: Recipe) -> Path:
     _resolve_resume(args)
     # New weights (projector, LoRA) are drawn before the Trainer exists, which seeds only itself.
     set_seed(args.seed)
-    trainer, save = _prepare_encoder(recipe) if recipe.model.encoder else _prepare_vlm(recipe)
+    prepare = _prepare_encoder if recipe.model.encoder else _prepare_vlm
+    trainer, save = prepare(recipe, make_feedback)
     try:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     except BaseException:
@@ -100,13 +103,21 @@ def _resolve_resume(args):
         )
 
 
-def _feedback_callback(recipe: Recipe, model, processing_class):
+def _feedback_callback(recipe: Recipe, make_feedback, model, processing_class):
     """Returns the feedback callback attached to the model, or None."""
-    if recipe.feedback is None:
+    config = recipe.feedback
+    if config is None:
         return None
     from deem_plugin.feedback.callback import DiffusionFeedbackCallback
+    from deem_plugin.feedback.generator import load_generator
+    from deem_plugin.feedback.timesteps import TIMESTEP_SAMPLERS
 
-    callback = DiffusionFeedbackCallback(recipe.feedback)
+    if make_feedback is None:
+        callback = DiffusionFeedbackCallback(config)
+    else:
+        generator = load_generator(config.denoiser, config.dtype)
+        feedback = make_feedback(generator.denoiser, TIMESTEP_SAMPLERS[config.timestep_sampling])
+        callback = DiffusionFeedbackCallback(config, generator, feedback)
     # Before the Trainer is made: it seeds all random numbers, so that a run without feedback draws the same ones.
     callback.attach(model, processing_class)
     return callback
@@ -121,7 +132,7 @@ def _move_conditioner(args, folder: str):
         os.replace(written, os.path.join(folder, FILE_NAME))
 
 
-def _prepare_vlm(recipe: Recipe):
+def _prepare_vlm(recipe: Recipe, make_feedback):
     """Returns the Trainer of a VLM and the function that saves it."""
     from deem_plugin.data.collator import ConversationCollator
     from deem_plugin.data.conversations import load_conversations
@@ -134,7 +145,7 @@ def _prepare_vlm(recipe: Recipe):
     with args.main_process_first(desc="reading conversations"):
         dataset = load_conversations(data.path, data.image_dir, data.cache_dir)
     model, processor = make_model(recipe.model)
-    callback = _feedback_callback(recipe, model, processor)
+    callback = _feedback_callback(recipe, make_feedback, model, processor)
     base = model.get_base_model() if recipe.model.lora_r else model
     callbacks = [MovementCheck(find_tower(base))] + ([callback] if callback else [])
     trainer = RecipeTrainer(
@@ -160,7 +171,7 @@ def _prepare_vlm(recipe: Recipe):
     return trainer, save
 
 
-def _prepare_encoder(recipe: Recipe):
+def _prepare_encoder(recipe: Recipe, make_feedback):
     """Returns the Trainer of an encoder alone and the function that saves it."""
     from deem_plugin.data.collator import ImageCollator
     from deem_plugin.data.images import load_image_folder
@@ -174,7 +185,7 @@ def _prepare_encoder(recipe: Recipe):
         dataset = load_image_folder(data.path, data.cache_dir)
     whole, tower, image_processor = load_encoder(recipe.model)
     freeze(tower, recipe.model.freeze)
-    callback = _feedback_callback(recipe, tower, image_processor)
+    callback = _feedback_callback(recipe, make_feedback, tower, image_processor)
     trainer = EncoderTrainer(
         model=tower,
         args=args,
