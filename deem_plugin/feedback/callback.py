@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..vision.hosts import find_tower
-from .checkpoint import load_conditioner, save_conditioner
+from .checkpoint import FILE_NAME, load_conditioner, save_conditioner
 from .conditioner import Conditioner
 from .config import FeedbackConfig
 from .denoisers import check_context_dim
@@ -154,19 +154,30 @@ class DiffusionFeedbackCallback(TrainerCallback):
 
     def load(self, folder):
         """
-        Loads the conditioner from the `feedback.safetensors` in `folder`.
+        Loads the conditioner of a run to resume from the `feedback.safetensors` in `folder`.
 
         A resumed run does so by itself for the checkpoints of its own `output_dir`; call it before `trainer.train`
         when you resume from elsewhere.
+        """
+        self.start_from(folder)
+        self._resume_from = folder
+
+    def start_from(self, folder):
+        """
+        Starts a new run with the conditioner that an earlier one left in `folder`, such as its first stage.
+
+        Raises:
+            FileNotFoundError: If `folder` holds no `feedback.safetensors`.
+            ValueError: If it was made with other settings than this run's.
         """
         loaded, _ = load_conditioner(folder)
         if loaded.arguments != self.conditioner.arguments:
             raise ValueError(
                 f"The conditioner in {folder} was made with {loaded.arguments}, this run's with "
-                f"{self.conditioner.arguments}. Use the settings of the first run, or start anew."
+                f"{self.conditioner.arguments}. Use the settings of the first run; or, to start with a new "
+                f"conditioner, move the file {FILE_NAME} out of that folder."
             )
         self.conditioner.load_state_dict(loaded.state_dict())
-        self._resume_from = folder
 
     def on_init_end(self, args, state, control, model=None, processing_class=None, **kwargs):
         """Attaches to the Trainer's model."""

@@ -109,6 +109,7 @@ def _feedback_callback(recipe: Recipe, make_feedback, model, processing_class):
     if config is None:
         return None
     from deem_plugin.feedback.callback import DiffusionFeedbackCallback
+    from deem_plugin.feedback.checkpoint import FILE_NAME
     from deem_plugin.feedback.generator import load_generator
     from deem_plugin.feedback.timesteps import TIMESTEP_SAMPLERS
 
@@ -120,6 +121,11 @@ def _feedback_callback(recipe: Recipe, make_feedback, model, processing_class):
         callback = DiffusionFeedbackCallback(config, generator, feedback)
     # Before the Trainer is made: it seeds all random numbers, so that a run without feedback draws the same ones.
     callback.attach(model, processing_class)
+    # A later stage goes on with the conditioner of the stage before, or its first steps would only learn that again.
+    start = recipe.model.model or recipe.model.encoder
+    if start and (Path(start) / FILE_NAME).is_file():
+        callback.start_from(start)
+        logger.info("The conditioner of the feedback goes on from %s.", Path(start) / FILE_NAME)
     return callback
 
 

@@ -228,6 +228,22 @@ def test_resuming_gives_the_weights_of_an_uninterrupted_run(parts, tmp_path, nam
     assert changed(weights(parts / START.get(name, "llava")), weights(whole), "vision")
 
 
+def test_a_second_stage_goes_on_with_the_conditioner_of_the_first(parts, tmp_path):
+    first = train(recipe_for("tiny-align", parts, tmp_path / "first"))
+    second = {"model__model": first, "model__learning_rates": "{feedback_conditioner: 0.0}", "feedback__seed": 7}
+    last = train(recipe_for("tiny-tune", parts, tmp_path / "second", **second))
+
+    one, two = load_file(first / "feedback.safetensors"), load_file(last / "feedback.safetensors")
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_conditioner_of_other_settings_is_an_error_with_the_remedy(parts, tmp_path):
+    first = train(recipe_for("tiny-align", parts, tmp_path / "first"))
+    other = recipe_for("tiny-tune", parts, tmp_path / "second", model__model=first, feedback__num_queries=3)
+    with pytest.raises(ValueError, match="move the file feedback.safetensors"):
+        train(other)
+
+
 def test_resuming_from_nothing_starts_anew_and_from_a_wrong_folder_is_an_error(parts, tmp_path):
     train(recipe_for("tiny-tune", parts, tmp_path, training__resume_from_checkpoint="last"))
     with pytest.raises(ValueError, match="no checkpoint nowhere to resume from"):
