@@ -1,0 +1,73 @@
+"""The feedback reaches the tower of every kind of vision-language model, with its own tower and with DEEM's."""
+
+import pytest
+from transformers import AutoModelForImageTextToText
+
+from deem_plugin.feedback.views import TokenReading, image_views
+from deem_plugin.vision import HOSTS, find_tower, mount_tower
+
+from ..vision.test_hosts import IMAGE, make_host, prompt
+from ..vision.towers import tiny_tower
+from .helpers import keyed_callback, relative_difference
+
+NORMALIZATION = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+# Large, so that the feedback is a fair share of the gradients that are compared.
+WEIGHT = 5000.0
+
+
+def host_and_inputs(model_type, with_deem_tower):
+    """Makes a host with its own tower or DEEM's, and a batch of one sample with its labels."""
+    model = make_host(model_type)
+    tower = tiny_tower("convnext", class_token=model_type != "cohere2_vision")
+    if with_deem_tower:
+        model, _ = mount_tower(model, tower)
+        inputs = prompt(model_type, tower)
+    else:
+        own = find_tower(model).config
+        # Stands for the tower's shape: what `prompt` counts image tokens by.
+        stand_in = tiny_tower("clip" if own.model_type.startswith("clip") else "siglip", class_token=False)
+        stand_in.config.image_size = own.image_size
+        side = own.image_size // own.patch_size
+        inputs = prompt(model_type, stand_in, tokens=side**2)
+    if model_type == "paligemma":
+        inputs["token_type_ids"] = (inputs["input_ids"] == 12).long()
+    return model.train(), inputs | {"labels": inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, -100)}
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("with_deem_tower", [False, True], ids=["own tower", "DEEM's tower"])
+@pytest.mark.parametrize("model_type", HOSTS)
+def test_the_gradient_is_that_of_the_sum_of_both_losses(model_type, with_deem_tower, tmp_path):
+    model, inputs = host_and_inputs(model_type, with_deem_tower)
+    callback = keyed_callback(**NORMALIZATION)
+    callback.attach(model)
+    callback.hook.scale = WEIGHT
+    both = gradients(model, model(**inputs).loss)
+    callback.hook.check_injected()
+
+    # By hand, on the tower's own output.
+    callback.hook.scale = 0.0
+    calls = []
+    handle = find_tower(model).register_forward_hook(
+        lambda tower, args, kwargs, output: calls.append((args, kwargs, output)), with_kwargs=True
+    )
+    lm_loss = model(**inputs).loss
+    handle.remove()
+    ((args, kwargs, output),) = calls
+    pixel_values = args[0] if args else kwargs["pixel_values"]
+    views = image_views({"pixel_values": pixel_values}, output, TokenReading.of(model.config))
+    by_hand = gradients(model, lm_loss + WEIGHT * callback.hook.per_image_loss(views).mean())
+    lm_only = gradients(model, model(**inputs).loss)
+
+    assert relative_difference(by_hand, both) < 1e-5
+    tower = {name: value for name, value in both.items() if name in lm_only and "vision_tower" in name}
+    assert relative_difference({name: lm_only[name] for name in tower}, tower) > 0.01
+
+    model.save_pretrained(tmp_path)
+    _, info = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
