@@ -7,13 +7,15 @@ from .config import FeedbackConfig
 from .denoisers import DENOISERS, Denoiser, PixArtDenoiser, UNetDenoiser
 from .diffusion_feedback import DiffusionFeedback
 from .generator import Generator, load_generator
-from .latents import PixelCodec, VaeCodec
+from .latents import CODECS, DeepCompressionCodec, PixelCodec, VaeCodec
 from .timesteps import TIMESTEP_SAMPLERS
 
 __all__ = [
+    "CODECS",
     "DENOISERS",
     "TIMESTEP_SAMPLERS",
     "Conditioner",
+    "DeepCompressionCodec",
     "Denoiser",
     "DiffusionFeedback",
     "DiffusionFeedbackCallback",

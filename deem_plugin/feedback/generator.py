@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from .denoisers import DENOISERS, Denoiser, torch_dtype
-from .latents import PixelCodec, VaeCodec
+from .latents import CODECS, PixelCodec, VaeCodec
 
 
 @dataclass
@@ -60,8 +60,8 @@ def load_generator(path_or_id: str, dtype: str = "float32") -> Generator:
 
     Args:
         path_or_id (`str`):
-            A folder or hub id in diffusers' layout. Known networks: Stable Diffusion 1.x / 2.x UNets and PixArt's
-            transformer, with any `AutoencoderKL`, or without a VAE for a pixel-space generator.
+            A folder or hub id in diffusers' layout. Known networks are those of `DENOISERS`, with an autoencoder of
+            `CODECS`, or without one for a pixel-space generator.
         dtype (`str`, *optional*, defaults to `"float32"`):
             Precision of the denoiser. The VAE stays in float32: in half precision it overflows on some pictures.
 
@@ -86,26 +86,57 @@ def load_generator(path_or_id: str, dtype: str = "float32") -> Generator:
             f"`denoiser: {path_or_id}` is a {index.get('_class_name')} whose network is {network_name}. "
             f"Known networks: {', '.join(DENOISERS)}."
         )
-    _, scheduler_name = index.get("scheduler") or (None, "none")
-    if "FlowMatch" in scheduler_name:
-        raise ValueError(
-            f"`denoiser: {path_or_id}` was trained by flow matching ({scheduler_name}). Known are generators with "
-            f"a DDPM noise schedule (epsilon, v_prediction, sample)."
-        )
-
+    codec = _load_codec(path_or_id, index)
     network = getattr(diffusers, network_name).from_pretrained(
         path_or_id, subfolder=folder, torch_dtype=torch_dtype(dtype), use_safetensors=True
     )
-    # The published folders name the sampler that drew the nicest pictures; training needs the forward process alone.
-    scheduler = diffusers.DDPMScheduler.from_pretrained(path_or_id, subfolder="scheduler")
-    denoiser = DENOISERS[network_name](network, scheduler)
+    denoiser = DENOISERS[network_name](network, _load_scheduler(path_or_id, index), codec.downscale)
+    if isinstance(codec, VaeCodec) and codec.vae.config.latent_channels != denoiser.channels:
+        raise ValueError(
+            f"`denoiser: {path_or_id}` reads {denoiser.channels} channels, but its autoencoder makes latents of "
+            f"{codec.vae.config.latent_channels}. Expected a text-to-image generator; inpainting, editing and control "
+            f"variants ask for more than noisy latents."
+        )
+    return Generator(denoiser, codec)
 
-    _, vae_name = index.get("vae") or (None, None)
-    if vae_name is None:
-        return Generator(denoiser, PixelCodec())
-    if vae_name != "AutoencoderKL":
-        raise ValueError(f"`denoiser: {path_or_id}` has a {vae_name}; expected an AutoencoderKL, or no VAE at all.")
-    vae = diffusers.AutoencoderKL.from_pretrained(
+
+def _load_codec(path_or_id, index):
+    """Loads the autoencoder that `model_index.json` names, in float32; a [`PixelCodec`] if it names none."""
+    import diffusers
+
+    _, name = index.get("vae") or (None, None)
+    if name is None:
+        return PixelCodec()
+    if name not in CODECS:
+        raise ValueError(
+            f"`denoiser: {path_or_id}` has a {name}; expected one of {', '.join(CODECS)}, or no VAE at all."
+        )
+    vae = getattr(diffusers, name).from_pretrained(
         path_or_id, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True
     )
-    return Generator(denoiser, VaeCodec(vae))
+    return CODECS[name](vae)
+
+
+def _load_scheduler(path_or_id, index):
+    """
+    Loads the forward process, whichever sampler the folder names.
+
+    The published folders name the sampler that drew the nicest pictures (Sana's is a DPM solver with flow sigmas);
+    training needs the forward process alone.
+    """
+    import diffusers
+
+    _, name = index.get("scheduler") or (None, "none")
+    if name.startswith("EDM"):
+        raise ValueError(
+            f"`denoiser: {path_or_id}` was trained with EDM's preconditioning ({name}). Known are generators with a "
+            f"DDPM noise schedule (epsilon, v_prediction, sample) and those of flow matching."
+        )
+    if "FlowMatch" in name:
+        return diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(path_or_id, subfolder="scheduler")
+    scheduler = diffusers.DDPMScheduler.from_pretrained(path_or_id, subfolder="scheduler")
+    if scheduler.config.prediction_type != "flow_prediction":
+        return scheduler
+    return diffusers.FlowMatchEulerDiscreteScheduler(
+        num_train_timesteps=scheduler.config.num_train_timesteps, shift=scheduler.config.get("flow_shift", 1.0)
+    )

@@ -56,6 +56,30 @@ class VaeCodec:
         return pictures.float().clamp(-1, 1)
 
 
+class DeepCompressionCodec(VaeCodec):
+    """A frozen `AutoencoderDC` (Sana's, https://arxiv.org/abs/2410.10733), which has no posterior to draw from."""
+
+    def __init__(self, vae):
+        self.vae = vae.requires_grad_(False).eval()
+        self.shift = 0.0
+        self.scale = vae.config.scaling_factor
+
+    @property
+    def downscale(self) -> int:
+        """Pixels a latent cell spans along each side: 32 for Sana."""
+        return self.vae.spatial_compression_ratio
+
+    @torch.no_grad()
+    def encode(self, pictures, *, noise=None, generator=None):
+        """Encodes pictures `(batch, 3, height, width)` in [-1, 1] to scaled latents in float32. Nothing is drawn."""
+        with torch.autocast(pictures.device.type, enabled=False):
+            return self.vae.encode(pictures.to(self.vae.dtype)).latent.float() * self.scale
+
+
+# The autoencoders we know, by the class name in `model_index.json`.
+CODECS = {"AutoencoderKL": VaeCodec, "AutoencoderDC": DeepCompressionCodec}
+
+
 class PixelCodec:
     """The codec of a generator that has no VAE: its latents are the pictures themselves, in [-1, 1]."""
 

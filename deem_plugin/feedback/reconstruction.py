@@ -13,7 +13,8 @@ from .views import TokenReading
 @torch.no_grad()
 def reconstruct(generator, context, *, steps=50, rng=None):
     """
-    Paints pictures from context alone, from pure noise, by DDIM (https://arxiv.org/abs/2010.02502).
+    Paints pictures from context alone, from pure noise, by DDIM (https://arxiv.org/abs/2010.02502), or by Euler steps
+    where the generator was trained by flow matching.
 
     Args:
         generator (`Generator`): The frozen generator.
@@ -24,15 +25,13 @@ def reconstruct(generator, context, *, steps=50, rng=None):
     Returns:
         `torch.Tensor`: Pictures in [0, 1], shape `(batch, 3, size, size)`.
     """
-    from diffusers import DDIMScheduler
-
     denoiser = generator.denoiser
-    scheduler = DDIMScheduler.from_config(denoiser.scheduler.config, clip_sample=False)
+    scheduler = denoiser.process.sampler()
     scheduler.set_timesteps(steps, device=context.device)
     shape = (len(context), denoiser.channels, denoiser.sample_size, denoiser.sample_size)
     latents = torch.randn(shape, generator=rng, device=context.device)
     for timestep in scheduler.timesteps:
-        prediction = denoiser(latents, timestep.expand(len(context)), context).float()
+        prediction = denoiser.at_times(latents, timestep.expand(len(context)), context).float()
         latents = scheduler.step(prediction, timestep, latents).prev_sample
     return generator.codec.decode(latents) / 2 + 0.5
 

@@ -1,10 +1,10 @@
-"""Frozen diffusion networks behind one contract: `(noisy_latents, timesteps, context) -> prediction`."""
+"""The one contract of frozen diffusion networks: `(noisy_latents, timesteps, context) -> prediction`."""
 
 from abc import ABC, abstractmethod
 
 import torch
 
-from .objectives import denoising_target
+from ..processes import FlowProcess, forward_process
 
 
 class Denoiser(ABC):
@@ -17,12 +17,17 @@ class Denoiser(ABC):
 
     Args:
         model (`nn.Module`): The diffusers network. Frozen and put in eval mode here.
-        scheduler (`DDPMScheduler`): The forward process that the network was trained with.
+        scheduler (`DDPMScheduler` or `FlowMatchEulerDiscreteScheduler`):
+            The forward process that the network was trained with.
+        downscale (`int`, *optional*, defaults to `8`):
+            Pixels of a latent cell along each side, for networks that are told the picture's size in pixels.
     """
 
-    def __init__(self, model, scheduler):
+    def __init__(self, model, scheduler, downscale=8):
         self.model = model.requires_grad_(False).eval()
         self.scheduler = scheduler
+        self.process = forward_process(scheduler)
+        self.downscale = downscale
 
     @property
     @abstractmethod
@@ -45,12 +50,12 @@ class Denoiser(ABC):
         return self.scheduler.config.num_train_timesteps
 
     def noise(self, latents, noise, timesteps):
-        """Adds noise to clean latents: sqrt(a_t) x0 + sqrt(1 - a_t) noise; all `(batch, channels, height, width)`."""
-        return self.scheduler.add_noise(latents, noise, timesteps)
+        """Adds noise to clean latents at integer timesteps; all latents `(batch, channels, height, width)`."""
+        return self.process.noise(latents, noise, timesteps)
 
     def target(self, latents, noise, timesteps):
         """Returns what the network should predict, by its prediction type."""
-        return denoising_target(self.scheduler, latents, noise, timesteps)
+        return self.process.target(latents, noise, timesteps)
 
     def to(self, device):
         """Moves the network to `device` and returns the denoiser."""
@@ -69,59 +74,41 @@ class Denoiser(ABC):
         Returns:
             `torch.Tensor`: Shape of `noisy_latents`.
         """
+        return self.at_times(noisy_latents, self.process.times(timesteps), context)
+
+    def at_times(self, noisy_latents, times, context):
+        """As a call, at `times` as a diffusers scheduler counts them while it samples: (0, T], not only integers."""
         dtype = self.model.dtype
-        return self._predict(noisy_latents.to(dtype), timesteps, context.to(dtype))
+        return self._predict(noisy_latents.to(dtype), times, context.to(dtype))
 
     @abstractmethod
-    def _predict(self, noisy_latents, timesteps, context): ...
+    def _predict(self, noisy_latents, times, context): ...
+
+    def _zeros(self, latents, width):
+        """Returns the neutral value of a pooled text embedding, shape `(batch, width)`."""
+        return latents.new_zeros(len(latents), width)
+
+    def _picture_size(self, latents):
+        """Returns height and width of the picture in pixels, shape `(batch, 2)`."""
+        size = [side * self.downscale for side in latents.shape[-2:]]
+        return torch.tensor([size] * len(latents), device=latents.device, dtype=torch.float32)
 
 
-class UNetDenoiser(Denoiser):
-    """Stable Diffusion 1.x and 2.x (`UNet2DConditionModel`)."""
+class FlowDenoiser(Denoiser):
+    """A network that was trained by flow matching alone; a noise schedule of another kind is refused."""
 
-    def __init__(self, model, scheduler):
-        super().__init__(model, scheduler)
-        if model.config.addition_embed_type is not None:
+    def __init__(self, model, scheduler, downscale=8):
+        super().__init__(model, scheduler, downscale)
+        if not isinstance(self.process, FlowProcess):
             raise ValueError(
-                f"The UNet asks for extra conditions (addition_embed_type={model.config.addition_embed_type!r}, as in "
-                f"SDXL). Known UNets are those of Stable Diffusion 1.x and 2.x."
-            )
-        if not isinstance(model.config.cross_attention_dim, int):
-            raise ValueError(
-                f"The UNet has a different context width in each block ({model.config.cross_attention_dim}); "
-                f"expected one width."
+                f"{type(model).__name__} was trained by flow matching, but its scheduler is a "
+                f"{type(scheduler).__name__}; expected a FlowMatchEulerDiscreteScheduler. Correct `scheduler` in "
+                f"`model_index.json` and its `scheduler_config.json`, or choose another generator."
             )
 
-    @property
-    def context_dim(self) -> int:
-        """Width of the text states that the UNet was trained on: 768 (SD 1.x) or 1024 (SD 2.x)."""
-        return self.model.config.cross_attention_dim
-
-    def _predict(self, noisy_latents, timesteps, context):
-        return self.model(noisy_latents, timesteps, encoder_hidden_states=context).sample
-
-
-class PixArtDenoiser(Denoiser):
-    """PixArt's cross-attention diffusion transformer (`PixArtTransformer2DModel`)."""
-
-    @property
-    def context_dim(self) -> int:
-        """Width of the caption states that the transformer projects."""
-        return self.model.config.caption_channels
-
-    def _predict(self, noisy_latents, timesteps, context):
-        prediction = self.model(
-            noisy_latents,
-            encoder_hidden_states=context,
-            timestep=timesteps,
-            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
-        ).sample
-        # The published weights also predict a variance, in the second half of the channels.
-        return prediction[:, : self.channels]
-
-
-# The networks we know, by the class name in `model_index.json`.
-DENOISERS = {"UNet2DConditionModel": UNetDenoiser, "PixArtTransformer2DModel": PixArtDenoiser}
+    def _sigma(self, times):
+        """Returns the share of noise, in (0, 1], of times in (0, T]."""
+        return times / self.num_train_timesteps
 
 
 def check_context_dim(context_dim, denoiser):

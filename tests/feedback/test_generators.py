@@ -1,0 +1,120 @@
+"""Every known generator, from its folder to the gradient at the context."""
+
+import pytest
+import torch
+
+from deem_plugin.feedback import Conditioner, DiffusionFeedback, load_generator
+from deem_plugin.feedback.processes import FlowProcess
+
+from .tiny_generators import CONTEXT_DIM, GENERATORS, SIZE, save_generator
+
+FLOWS = {"sd3": 3.0, "flux-dev": 1.0, "flux-schnell": 1.0, "sana": 3.0, "lumina2": 6.0, "auraflow": 1.73}
+
+
+@pytest.fixture(scope="module", params=GENERATORS)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def generator(name, tmp_path_factory):
+    return load_generator(save_generator(tmp_path_factory.mktemp(name), name))
+
+
+@pytest.fixture
+def latents():
+    return torch.randn(2, 4, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_gradient_reaches_every_context_token_and_not_the_denoiser(generator, latents):
+    denoiser = generator.denoiser
+    before = {key: value.clone() for key, value in denoiser.model.state_dict().items()}
+    context = torch.randn(2, 5, CONTEXT_DIM, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+    loss = DiffusionFeedback(denoiser)(latents, context, generator=torch.Generator().manual_seed(2))
+    loss.mean().backward()
+
+    assert denoiser.context_dim == CONTEXT_DIM and denoiser.channels == 4
+    assert loss.shape == (2,) and loss.dtype == torch.float32
+    assert (context.grad.abs().sum(-1) > 0).all()
+    assert all(p.grad is None and not p.requires_grad for p in denoiser.model.parameters())
+    assert not denoiser.model.training
+    assert all(torch.equal(value, before[key]) for key, value in denoiser.model.state_dict().items())
+
+
+def test_noise_and_target_are_those_of_the_prediction_type(generator, name, latents):
+    denoiser = generator.denoiser
+    noise, timesteps = torch.randn_like(latents), torch.tensor([9, 799])
+
+    noisy, target = denoiser.noise(latents, noise, timesteps), denoiser.target(latents, noise, timesteps)
+
+    if name in FLOWS:
+        u = (timesteps + 1) / 1000
+        sigma = (FLOWS[name] * u / (1 + (FLOWS[name] - 1) * u)).view(-1, 1, 1, 1)
+        torch.testing.assert_close(noisy, (1 - sigma) * latents + sigma * noise)
+        torch.testing.assert_close(target, noise - latents)
+    else:
+        alpha = denoiser.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
+        torch.testing.assert_close(noisy, alpha.sqrt() * latents + (1 - alpha).sqrt() * noise)
+        torch.testing.assert_close(target, velocity if name == "sd2" else noise)
+
+
+def test_a_perfect_prediction_costs_nothing(generator, latents, monkeypatch):
+    denoiser = generator.denoiser
+    noise, timesteps = torch.randn_like(latents), torch.tensor([9, 799])
+    perfect = denoiser.target(latents, noise, timesteps)
+    monkeypatch.setattr(denoiser, "_predict", lambda noisy, times, context: perfect)
+
+    loss = DiffusionFeedback(denoiser)(latents, torch.zeros(2, 5, CONTEXT_DIM), timesteps=timesteps, noise=noise)
+
+    assert torch.equal(loss, torch.zeros(2))
+
+
+def test_training_the_conditioner_alone_lowers_the_loss(generator, latents):
+    """The plumbing is right, not only the shapes: 50 steps on one batch, always the same noise."""
+    feedback = DiffusionFeedback(generator.denoiser)
+    torch.manual_seed(0)
+    tokens, noise, timesteps = torch.randn(2, 5, 8), torch.randn_like(latents), torch.tensor([300, 600])
+    conditioner = Conditioner(8, CONTEXT_DIM)
+    optimizer = torch.optim.Adam(conditioner.parameters(), lr=0.05)
+    losses = []
+    for _ in range(50):
+        loss = feedback(latents, conditioner(tokens), timesteps=timesteps, noise=noise).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+
+    assert losses[-1] < losses[0] * 0.995
+    assert losses[-1] < min(losses[:20])
+
+
+def test_pictures_go_to_latents_of_the_networks_shape_and_back(generator, name):
+    codec = generator.codec
+    pictures = torch.rand(2, 3, 2 * SIZE, 2 * SIZE) * 2 - 1
+
+    latents = codec.encode(pictures, noise=torch.zeros(2, 4, SIZE, SIZE))
+
+    encoded = codec.vae.encode(pictures)
+    mean = encoded.latent if name == "sana" else encoded.latent_dist.mean
+    shift = {"sd3": 0.0609, "flux-dev": 0.1159, "flux-schnell": 0.1159, "lumina2": 0.1159}.get(name, 0.0)
+    torch.testing.assert_close(latents, (mean - shift) * codec.vae.config.scaling_factor)
+    assert codec.downscale == 2 and codec.decode(latents).shape == pictures.shape
+
+
+def test_a_flow_network_with_another_noise_schedule_is_refused(tmp_path):
+    from diffusers import DDPMScheduler
+
+    save_generator(tmp_path, "sana")
+    DDPMScheduler().save_pretrained(tmp_path / "scheduler")
+
+    with pytest.raises(ValueError, match="flow matching, but its scheduler is a DDPMScheduler"):
+        load_generator(tmp_path)
+
+
+def test_dynamic_shifting_leaves_the_training_grid_alone(tmp_path):
+    process = load_generator(save_generator(tmp_path, "flux-dev")).denoiser.process
+
+    assert isinstance(process, FlowProcess)
+    torch.testing.assert_close(process.sigmas, torch.arange(1, 1001) / 1000)

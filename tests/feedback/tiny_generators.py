@@ -1,0 +1,211 @@
+"""Tiny generators of every known class in diffusers' layout, with random weights wherever the class has zeros."""
+
+import json
+
+import torch
+from diffusers import (
+    AuraFlowTransformer2DModel,
+    AutoencoderDC,
+    AutoencoderKL,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    Lumina2Transformer2DModel,
+    PixArtTransformer2DModel,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
+
+from ..tiny import tiny_unet
+
+CONTEXT_DIM = 16
+SIZE = 8  # latent cells along each side
+
+
+def sdxl():
+    return UNet2DConditionModel(
+        sample_size=SIZE,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=CONTEXT_DIM,
+        attention_head_dim=4,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=4 * 6 + 12,
+    )
+
+
+def pixart(use_additional_conditions):
+    return PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        cross_attention_dim=24,
+        sample_size=SIZE,
+        patch_size=2,
+        norm_num_groups=4,
+        caption_channels=CONTEXT_DIM,
+        use_additional_conditions=use_additional_conditions,
+    )
+
+
+def sd3():
+    return SD3Transformer2DModel(
+        sample_size=SIZE,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=CONTEXT_DIM,
+        caption_projection_dim=16,
+        pooled_projection_dim=12,
+        pos_embed_max_size=16,
+    )
+
+
+def flux(guidance_embeds):
+    return FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=1,
+        joint_attention_dim=CONTEXT_DIM,
+        pooled_projection_dim=12,
+        guidance_embeds=guidance_embeds,
+        axes_dims_rope=(4, 6, 6),
+    )
+
+
+def sana():
+    return SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=CONTEXT_DIM,
+        sample_size=SIZE,
+    )
+
+
+def lumina2():
+    return Lumina2Transformer2DModel(
+        sample_size=SIZE,
+        in_channels=4,
+        hidden_size=24,
+        num_layers=1,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=8,
+        axes_dim_rope=(4, 4, 4),
+        axes_lens=(16, 16, 16),
+        cap_feat_dim=CONTEXT_DIM,
+    )
+
+
+def auraflow():
+    model = AuraFlowTransformer2DModel(
+        sample_size=SIZE,
+        in_channels=4,
+        out_channels=4,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=CONTEXT_DIM,
+        caption_projection_dim=16,
+        pos_embed_max_size=16,
+    )
+    with torch.no_grad():
+        # Its gates are products of a time embedding that is next to nothing at this width.
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    return model
+
+
+def vae(**settings):
+    """An `AutoencoderKL` of 16 x 16 pixels to 4 x 8 x 8 latents."""
+    return AutoencoderKL(
+        sample_size=2 * SIZE,
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=4,
+        **settings,
+    )
+
+
+def deep_compression():
+    return AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=4,
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), ()),
+        decoder_qkv_multiscales=((), ()),
+        scaling_factor=0.41407,
+    )
+
+
+def flow(**settings):
+    return FlowMatchEulerDiscreteScheduler(**settings)
+
+
+# Name: network, scheduler, autoencoder; as the published folder combines them.
+GENERATORS = {
+    "sd1": lambda: (tiny_unet(CONTEXT_DIM), DDPMScheduler(), vae()),
+    "sd2": lambda: (tiny_unet(CONTEXT_DIM), DDPMScheduler(prediction_type="v_prediction"), vae()),
+    "sdxl": lambda: (sdxl(), DDPMScheduler(), vae()),
+    "pixart": lambda: (pixart(False), DDPMScheduler(), vae()),
+    "pixart-1024": lambda: (pixart(True), DDPMScheduler(), vae()),
+    "sd3": lambda: (sd3(), flow(shift=3.0), vae(shift_factor=0.0609, scaling_factor=1.5305)),
+    "flux-dev": lambda: (flux(True), flow(shift=3.0, use_dynamic_shifting=True), vae(shift_factor=0.1159)),
+    "flux-schnell": lambda: (flux(False), flow(), vae(shift_factor=0.1159)),
+    "sana": lambda: (
+        sana(),
+        DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        deep_compression(),
+    ),
+    "lumina2": lambda: (lumina2(), flow(shift=6.0), vae(shift_factor=0.1159)),
+    "auraflow": lambda: (auraflow(), flow(shift=1.73), vae()),
+}
+
+
+@torch.no_grad()
+def randomise_zeros(model):
+    """Gives every weight that is all zeros (outputs, gates) small random values, so that gradients flow."""
+    for parameter in model.parameters():
+        if not parameter.any():
+            parameter.normal_(std=0.2)
+    return model
+
+
+def save_generator(path, name):
+    """Saves the tiny generator `name` at `path` in diffusers' layout and returns the path."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network, scheduler, autoencoder = GENERATORS[name]()
+        randomise_zeros(network)
+    folder = "unet" if isinstance(network, UNet2DConditionModel) else "transformer"
+    parts = {folder: network, "scheduler": scheduler, "vae": autoencoder}
+    for part, value in parts.items():
+        value.save_pretrained(path / part)
+    index = {part: ["diffusers", type(value).__name__] for part, value in parts.items()}
+    (path / "model_index.json").write_text(json.dumps({"_class_name": name, **index}))
+    return path
