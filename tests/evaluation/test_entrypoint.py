@@ -17,6 +17,7 @@ OUR_TASKS = {"deem_details"} | {
     for group in ("robustvqa", "robustvqa_reworded", "robustvqa_choice")
     for split in ("", "_a", "_r", "_v2")
 }
+OUR_TASKS |= {f"deem_pope{split}" for split in ("", "_random", "_popular", "_adversarial")}
 
 
 def python(code: str, tmp_path) -> str:

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from deem_plugin.evaluation import details, questions, robustvqa
+from deem_plugin.evaluation import details, pope_task, questions, robustvqa
 from deem_plugin.evaluation.questions import QuestionDataError
 
 from ..tiny import tiny_image
@@ -176,6 +176,25 @@ def test_metric_rows_carry_ids_and_only_the_accuracy_a_score():
         assert (row["question_id"], row["image_id"], row["category"]) == ("0-left-yes", "0", "left")
         assert ("score" in row) == (name == "deem_details_accuracy")
     assert rows["deem_details_accuracy"]["score"] == 1.0
+
+
+def test_pope_tells_the_models_own_yes_ratio_and_the_answers_it_could_not_read():
+    docs = [
+        {"question_id": str(number), "category": "random", "image_source": "COCO_1", "answer": answer}
+        for number, answer in enumerate(("yes", "no", "yes", "no"))
+    ]
+    answers = ["Yes, there is.", "yes", "I cannot tell", "No."]
+    rows = [pope_task.process_results(doc, [answer]) for doc, answer in zip(docs, answers, strict=True)]
+
+    def metric(name, aggregate):
+        return aggregate([row[f"deem_pope_{name}"] for row in rows])
+
+    assert metric("accuracy", questions.accuracy) == 0.5
+    assert metric("yes_ratio", questions.yes_ratio) == 0.5
+    assert metric("unknown_rate", questions.unknown_rate) == 0.25
+    assert metric("precision", questions.precision) == metric("recall", questions.recall) == 0.5
+    first = rows[0]["deem_pope_accuracy"]
+    assert (first["question_id"], first["image_id"], first["score"]) == ("random-0", "COCO_1", 1.0)
 
 
 def test_categories_are_scored_apart_and_pair_within_one():

@@ -8,11 +8,13 @@ import sys
 import pytest
 
 from deem_plugin.evaluation import run
+from deem_plugin.evaluation.mmvp import import_mmvp
 from deem_plugin.evaluation.pope import import_pope
+from deem_plugin.evaluation.robustvqa import SPLITS
 from deem_plugin.evaluation.run import EvaluationError, evaluate, run_lmms_eval
 
 from ..tiny import tiny_llava
-from .helpers import offline_env, write_all_questions, write_pope_files
+from .helpers import offline_env, write_all_questions, write_mmvp_files, write_pope_files
 
 FAILED_QUIETLY = """
 Traceback (most recent call last):
@@ -111,6 +113,7 @@ def workplace(tmp_path_factory):
     tiny_llava(folder / "llava")
     pope = write_pope_files(folder / "pope")
     import_pope(pope, pope / "images", folder / "hf" / "datasets")
+    import_mmvp(write_mmvp_files(folder / "mmvp"), folder / "hf" / "datasets")
     write_all_questions(folder / "home")
     env = {**offline_env(folder), "DEEM_HOME": str(folder / "home")}
     for name in ("DEEM_ROBUSTVQA", "DEEM_DETAILS", "LMMS_EVAL_DATASETS_CACHE", "HF_DATASETS_CACHE"):
@@ -118,21 +121,38 @@ def workplace(tmp_path_factory):
     return folder, env
 
 
+BENCHMARKS = "pope,pope_adv,pope_pop,pope_random,robustvqa,mmvp"
+OUR_VARIANTS = "robustvqa_reworded,robustvqa_choice,deem_details,deem_pope,deem_pope_random,deem_pope_popular,deem_pope_adversarial"
+
+
 @pytest.mark.slow
-def test_every_task_runs_offline_by_name_alone(workplace):
+@pytest.mark.parametrize("model", ["deem", "dummy"])
+def test_every_task_runs_offline_by_name_alone_with_any_model(workplace, model):
     folder, env = workplace
-    tasks = "robustvqa,pope,pope_adv,pope_pop,pope_random,deem_details"
+    tasks, out = f"{BENCHMARKS},{OUR_VARIANTS}", folder / model
+    model_args = {"pretrained": folder / "llava"} if model == "deem" else {"response": "yes"}
 
-    results = run_lmms_eval({"pretrained": folder / "llava"}, tasks, folder / "out", batch_size=4, env=env)
+    results = run_lmms_eval(model_args, tasks, out, batch_size=4, model=model, env=env)
 
-    samples = {path.name.split("_samples_")[1] for path in folder.glob("out/*/*_samples_*.jsonl")}
-    assert samples == {
-        f"{task}.jsonl" for task in tasks.replace("robustvqa", "robustvqa_a,robustvqa_r,robustvqa_v2").split(",")
-    }
+    groups = ("robustvqa", "robustvqa_reworded", "robustvqa_choice")
+    single = set(tasks.split(",")) - set(groups) | {f"{group}_{split}" for group in groups for split in SPLITS}
+    samples = {path.name.split("_samples_")[1] for path in out.rglob("*_samples_*.jsonl")}
+    assert samples == {f"{task}.jsonl" for task in single}
     assert results["n-samples"]["robustvqa_a"]["effective"] == 6
+    assert results["n-samples"]["mmvp"]["effective"] == 300
+    assert results["n-samples"]["deem_pope"]["effective"] == 3 * results["n-samples"]["deem_pope_random"]["effective"]
     assert set(results["results"]["deem_details"]["deem_details_by_category,none"]) == {"left", "big"}
-    log = next(folder.glob("out/*/*_samples_robustvqa_r.jsonl")).read_text().splitlines()
+    log = next(out.rglob("*_samples_robustvqa_r.jsonl")).read_text().splitlines()
     assert [json.loads(line)["robustvqa_accuracy"]["question_id"] for line in log][:2] == ["r-0-yes", "r-0-no"]
+    if model == "dummy":
+        # Always yes: right for one question of two, and told by the ratio of the answers, not of the labels.
+        for task in ("robustvqa_v2", "robustvqa_reworded_v2", "deem_pope", "deem_pope_adversarial"):
+            name = "robustvqa" if "robustvqa" in task else "deem_pope"
+            scores = results["results"][task]
+            assert (scores[f"{name}_accuracy,none"], scores[f"{name}_yes_ratio,none"]) == (0.5, 1.0), task
+            assert scores[f"{name}_unknown_rate,none"] == 0.0
+        assert results["results"]["pope"]["pope_yes_ratio,none"] == 0.5  # lmms-eval's own counts the labels
+        assert results["results"]["robustvqa_choice_a"]["robustvqa_choice_unknown_rate,none"] == 1.0
 
 
 @pytest.mark.slow
