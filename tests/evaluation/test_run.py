@@ -122,7 +122,10 @@ def workplace(tmp_path_factory):
 
 
 BENCHMARKS = "pope,pope_adv,pope_pop,pope_random,robustvqa,mmvp"
-OUR_VARIANTS = "robustvqa_reworded,robustvqa_choice,deem_details,deem_pope,deem_pope_random,deem_pope_popular,deem_pope_adversarial"
+POPE_SPLITS = ("random", "popular", "adversarial")
+OUR_VARIANTS = "robustvqa_reworded,robustvqa_choice,deem_details,deem_pope," + ",".join(
+    f"deem_pope_{split}" for split in POPE_SPLITS
+)
 
 
 @pytest.mark.slow
