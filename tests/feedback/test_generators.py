@@ -118,3 +118,72 @@ def test_dynamic_shifting_leaves_the_training_grid_alone(tmp_path):
 
     assert isinstance(process, FlowProcess)
     torch.testing.assert_close(process.sigmas, torch.arange(1, 1001) / 1000)
+
+
+@pytest.mark.parametrize(
+    ("name", "time"),
+    [
+        ("sd1", 499),
+        ("sd3", 750.0),
+        ("flux-schnell", 0.5),
+        ("sana", 750.0),
+        ("lumina2", 1 - 6 / 7),
+        ("auraflow", 0.6337),
+    ],
+)
+def test_each_network_is_told_the_time_as_its_own_pipeline_does(tmp_path, monkeypatch, name, time):
+    """Timestep 499 is sigma 0.5 before the shift."""
+    denoiser = load_generator(save_generator(tmp_path, name)).denoiser
+    told, forward = [], denoiser.model.forward
+
+    def listen(latents, timestep=None, *args, **kwargs):
+        told.append(timestep)
+        return forward(latents, timestep, *args, **kwargs)
+
+    def listen_by_name(latents, *, timestep, **kwargs):
+        told.append(timestep)
+        return forward(latents, timestep=timestep, **kwargs)
+
+    monkeypatch.setattr(denoiser.model, "forward", listen if name == "sd1" else listen_by_name)
+    denoiser(torch.randn(1, 4, SIZE, SIZE), torch.tensor([499]), torch.randn(1, 5, CONTEXT_DIM))
+
+    assert told[0].item() == pytest.approx(time, abs=1e-4)
+
+
+def test_flux_packs_latents_as_its_pipeline_does():
+    from diffusers import FluxPipeline
+
+    from deem_plugin.feedback.denoisers.transformers import pack, unpack
+
+    latents = torch.randn(2, 4, 6, 8)
+
+    torch.testing.assert_close(pack(latents), FluxPipeline._pack_latents(latents, 2, 4, 6, 8))
+    torch.testing.assert_close(unpack(pack(latents), 6, 8), latents)
+
+
+def test_a_network_that_reads_more_than_noisy_latents_is_refused(tmp_path):
+    """As inpainting variants do: 9 channels, 4 of them noisy latents."""
+    from diffusers import UNet2DConditionModel
+
+    save_generator(tmp_path, "sd1")
+    config = UNet2DConditionModel.load_config(tmp_path / "unet")
+    UNet2DConditionModel.from_config(config, in_channels=9).save_pretrained(tmp_path / "unet")
+
+    with pytest.raises(ValueError, match=r"reads 9 channels.*latents of 4"):
+        load_generator(tmp_path)
+
+
+def test_sdxl_is_told_the_size_of_the_picture_in_pixels(tmp_path):
+    denoiser = load_generator(save_generator(tmp_path, "sdxl")).denoiser
+
+    conditions = denoiser._size_conditions(torch.randn(2, 4, SIZE, SIZE))
+
+    assert conditions["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]] * 2
+    assert conditions["text_embeds"].shape == (2, 12) and not conditions["text_embeds"].any()
+
+
+def test_more_context_than_lumina_has_positions_for_is_refused(tmp_path):
+    denoiser = load_generator(save_generator(tmp_path, "lumina2")).denoiser
+
+    with pytest.raises(ValueError, match=r"20 tokens.*15 at most.*num_queries"):
+        denoiser(torch.randn(1, 4, SIZE, SIZE), torch.tensor([1]), torch.randn(1, 20, CONTEXT_DIM))
