@@ -86,6 +86,11 @@ def load_generator(path_or_id: str, dtype: str = "float32") -> Generator:
             f"`denoiser: {path_or_id}` is a {index.get('_class_name')} whose network is {network_name}. "
             f"Known networks: {', '.join(DENOISERS)}."
         )
+    if index.get("requires_aesthetics_score"):
+        raise ValueError(
+            f"`denoiser: {path_or_id}` is the refiner of Stable Diffusion XL, which also asks for an aesthetic score. "
+            f"Give the base model."
+        )
     codec = _load_codec(path_or_id, index)
     network = getattr(diffusers, network_name).from_pretrained(
         path_or_id, subfolder=folder, torch_dtype=torch_dtype(dtype), use_safetensors=True

@@ -15,6 +15,11 @@ class VaeCodec:
 
     def __init__(self, vae):
         self.vae = vae.requires_grad_(False).eval()
+        if vae.config.latents_mean is not None or vae.config.latents_std is not None:
+            raise ValueError(
+                "The VAE normalises its latents channel by channel (its config has latents_mean and latents_std). "
+                "Known are VAEs with one scaling_factor and shift_factor; choose another VAE or generator."
+            )
         # Some VAEs (SD3's, FLUX's) also shift; SD's do not.
         self.shift = vae.config.shift_factor or 0.0
         self.scale = vae.config.scaling_factor

@@ -1,5 +1,7 @@
 """Every known generator, from its folder to the gradient at the context."""
 
+import json
+
 import pytest
 import torch
 
@@ -180,6 +182,24 @@ def test_sdxl_is_told_the_size_of_the_picture_in_pixels(tmp_path):
 
     assert conditions["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]] * 2
     assert conditions["text_embeds"].shape == (2, 12) and not conditions["text_embeds"].any()
+
+
+def test_the_refiner_of_sdxl_is_refused(tmp_path):
+    save_generator(tmp_path, "sdxl")
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"requires_aesthetics_score": True}))
+
+    with pytest.raises(ValueError, match="refiner.*Give the base model"):
+        load_generator(tmp_path)
+
+
+def test_a_vae_that_normalises_by_channel_is_refused(tmp_path):
+    save_generator(tmp_path, "sd1")
+    config = json.loads((tmp_path / "vae" / "config.json").read_text())
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config | {"latents_mean": [0.0] * 4}))
+
+    with pytest.raises(ValueError, match="latents_mean.*choose another VAE"):
+        load_generator(tmp_path)
 
 
 def test_more_context_than_lumina_has_positions_for_is_refused(tmp_path):
