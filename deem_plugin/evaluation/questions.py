@@ -109,7 +109,8 @@ def write_questions(rows: Iterable[dict[str, Any]], path: str | Path, columns: I
 
     path, columns = Path(path).expanduser(), list(columns)
     schema = Features({name: Image() if name == "image" else Value("string") for name in columns}).arrow_schema
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # One name for all runs, so that the next one overwrites what a killed one left.
+    partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with pq.ParquetWriter(partial, schema, compression="zstd") as writer:

@@ -77,6 +77,14 @@ def test_a_failed_write_leaves_the_earlier_file_as_it_was(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_the_next_write_clears_what_a_killed_one_left(tmp_path):
+    (tmp_path / ".details.parquet.partial").write_bytes(b"half a file")
+
+    path = details.write_details(details_rows(), tmp_path / "details.parquet")
+
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_an_unwritable_output_is_an_error_that_names_it(tmp_path):
     (tmp_path / "file").write_text("in the way")
 
