@@ -7,6 +7,7 @@ import torch
 
 from deem_plugin.feedback import Conditioner, DiffusionFeedback, load_generator
 from deem_plugin.feedback.processes import FlowProcess
+from deem_plugin.feedback.reconstruction import reconstruct
 
 from .tiny_generators import CONTEXT_DIM, GENERATORS, SIZE, save_generator
 
@@ -150,6 +151,33 @@ def test_each_network_is_told_the_time_as_its_own_pipeline_does(tmp_path, monkey
     denoiser(torch.randn(1, 4, SIZE, SIZE), torch.tensor([499]), torch.randn(1, 5, CONTEXT_DIM))
 
     assert told[0].item() == pytest.approx(time, abs=1e-4)
+
+
+def test_every_generator_paints_pictures_reproducibly(generator, name):
+    if name.startswith("flux"):
+        pytest.skip("FLUX's config names no size, so that it paints 1024 pixels")
+    context = torch.randn(2, 5, CONTEXT_DIM, generator=torch.Generator().manual_seed(0))
+
+    first, second = (reconstruct(generator, context, steps=2, rng=torch.Generator().manual_seed(1)) for _ in range(2))
+
+    assert first.shape == (2, 3, generator.image_size, generator.image_size)
+    assert first.min() >= 0 and first.max() <= 1 and first.std() > 0
+    assert torch.equal(first, second)
+
+
+def test_a_flow_that_predicts_perfectly_is_painted_to_the_very_latents(tmp_path, monkeypatch):
+    generator = load_generator(save_generator(tmp_path, "sd3"))
+    denoiser = generator.denoiser
+    latents = torch.randn(1, 4, denoiser.sample_size, denoiser.sample_size)
+
+    def perfect(noisy, times, context):
+        """(x - x0) / sigma is noise - x0; the sampler's times are 1000 sigma."""
+        return (noisy - latents) / (times.view(-1, 1, 1, 1) / 1000)
+
+    monkeypatch.setattr(denoiser, "at_times", perfect)
+    painted = reconstruct(generator, torch.randn(1, 5, CONTEXT_DIM), steps=4)
+
+    torch.testing.assert_close(painted, generator.codec.decode(latents) / 2 + 0.5, atol=1e-4, rtol=0)
 
 
 def test_flux_packs_latents_as_its_pipeline_does():
