@@ -1,7 +1,6 @@
 """Reads lmms-eval's own files, and says how far a score may be trusted."""
 
 import json
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,10 +8,10 @@ import numpy as np
 
 from deem_plugin.evaluation.pope import CATEGORIES
 from deem_plugin.evaluation.robustvqa import SPLITS
+from deem_plugin.evaluation.statistics import bootstrap_means, cluster_totals
 
 from .sets import DETAIL_CATEGORIES
 
-RESAMPLES = 2000
 # Of the differences between arms, the ones that the demo is about.
 HEADLINES = ("details", "POPE", "RobustVQA")
 
@@ -33,31 +32,16 @@ class Metric:
     @classmethod
     def of(cls, *sets: list[tuple[str, float]]) -> "Metric":
         """Makes a metric of sets of `(image, score)`, one entry a question."""
-        totals = []
-        for rows in sets:
-            images: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-            for image, score in rows:
-                images[image][0] += score
-                images[image][1] += 1
-            totals.append(np.array([images[image] for image in sorted(images)]))
+        totals = [cluster_totals([score for _, score in rows], [image for image, _ in rows]) for rows in sets]
         return cls(float(np.mean([total[:, 0].sum() / total[:, 1].sum() for total in totals])), totals)
 
-    def resampled(self) -> np.ndarray:
-        """
-        Returns the score on `RESAMPLES` bootstrap samples of images.
-
-        The same images are drawn for every metric with the same images, so that differences between arms are paired.
-        """
-        rng = np.random.default_rng(0)
-        means = []
-        for totals in self.sets:
-            drawn = rng.multinomial(len(totals), np.full(len(totals), 1 / len(totals)), size=RESAMPLES) @ totals
-            means.append(drawn[:, 0] / drawn[:, 1])
-        return np.mean(means, axis=0)
-
     def interval(self, other: "Metric | None" = None) -> tuple[float, float]:
-        """Returns the 95 % interval of the score, or of its difference to `other` on the same images."""
-        samples = self.resampled() - (0 if other is None else other.resampled())
+        """
+        Returns the 95 % interval of the score, or of its difference to `other` on the same images.
+
+        The same images are drawn for both, so that the difference is paired.
+        """
+        samples = bootstrap_means(*self.sets) - (0 if other is None else bootstrap_means(*other.sets))
         low, high = np.quantile(samples, (0.025, 0.975))
         return float(low), float(high)
 
