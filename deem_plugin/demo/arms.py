@@ -14,6 +14,7 @@ STAGES = ("tiny-align", "tiny-tune")
 TASKS = ("robustvqa", "pope", "deem_details")
 SETTINGS_FILE = "settings.json"
 RESULTS_FOLDER = "evaluation"
+COMPARE_FOLDER = "compare"
 TOKENS_FILE = "tokens.json"
 PAINTED_FILE = "painted.safetensors"
 # Precedes in an arm's log the name of what it does next.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .arms import RESULTS_FOLDER, SETTINGS_FILE, STAGES, START, TASKS, TOKENS_FILE, Arm
+from .arms import COMPARE_FOLDER, RESULTS_FOLDER, SETTINGS_FILE, STAGES, START, TASKS, TOKENS_FILE, Arm
 from .figures import draw_losses, draw_reconstructions, draw_scores
 from .scores import HEADLINES, Metric, read_metrics
 
@@ -78,6 +78,7 @@ def write_report(out: Path, folders: list[Path], arms: dict[str, Arm], fast: boo
         "![scores](scores.png)",
         "## What holds",
         _verdicts(metrics, arms),
+        _comparisons(out, folders),
         "## What is in the tokens",
         _tokens_table(tokens, start, arms),
         TOKENS,
@@ -90,6 +91,11 @@ def write_report(out: Path, folders: list[Path], arms: dict[str, Arm], fast: boo
     report = out / "report.md"
     report.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return report
+
+
+def _comparisons(out: Path, folders: list[Path]) -> str:
+    pages = [f"[{folder.name}]({(folder / COMPARE_FOLDER / 'compare.html').relative_to(out)})" for folder in folders]
+    return f"Every answer that differs between without and with feedback, beside its picture: {', '.join(pages)}."
 
 
 def _read(path: Path) -> dict:

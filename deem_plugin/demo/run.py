@@ -34,8 +34,8 @@ def main(out_dir: str | Path, seeds: int = 1, controls: bool = False, fast: bool
     """
     if seeds < 1:
         raise ValueError(f"`seeds` is the number of trainings of each arm and must be at least 1, got {seeds}.")
-    from .report import write_report
-    from .runner import run_arms
+    from .report import BASELINE, MAIN_ARM, write_report
+    from .runner import compare_arms, run_arms
 
     out = Path(out_dir).absolute()
     arms = ARMS | CONTROL_ARMS if controls else ARMS
@@ -43,6 +43,8 @@ def main(out_dir: str | Path, seeds: int = 1, controls: bool = False, fast: bool
     prepare(out, folders, fast)
     jobs = [(folder, name) for folder in folders for name in arms]
     run_arms(out, [*jobs, (folders[0], START)])
+    for folder in folders:
+        compare_arms(out, folder, BASELINE, MAIN_ARM)
     report = write_report(out, folders, arms, fast)
     sys.stdout.write(f"Report: {report}\n")
     return 0

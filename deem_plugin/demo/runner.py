@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from .arms import PHASE
+from .arms import COMPARE_FOLDER, PHASE, RESULTS_FOLDER
 
 # Two processes of one thread each beat one of two threads: OpenMP's barriers wait for whoever else uses the machine.
 PARALLEL = 2
@@ -120,3 +120,18 @@ def run_arms(out: Path, jobs: list[tuple[Path, str]]):
         finally:
             for arm in running:
                 arm.close()
+
+
+def compare_arms(out: Path, folder: Path, base: str, new: str):
+    """
+    Runs `deem compare --html` on the evaluations of two arms of a seed; writes to `compare` in the seed's folder.
+
+    Raises:
+        RuntimeError: If it fails, with what it said.
+    """
+    command = [sys.executable, "-m", "deem_plugin", "compare"]
+    command += [str(folder / name / RESULTS_FOLDER) for name in (base, new)]
+    command += ["--out", str(folder / COMPARE_FOLDER), "--html"]
+    done = subprocess.run(command, env=child_environment(out), capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"`deem compare` failed on {folder} (exit code {done.returncode}):\n{done.stderr}")

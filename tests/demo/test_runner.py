@@ -44,3 +44,5 @@ def test_short_form_goes_through_everything(tmp_path, controls):
         assert arm.title in report
     for picture in ("losses.png", "scores.png", "reconstructions.png"):
         assert (tmp_path / picture).stat().st_size > 5000
+    assert "(seed-0/compare/compare.html)" in report
+    assert "deem_details" in (tmp_path / "seed-0/compare/compare.html").read_text()
