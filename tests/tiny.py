@@ -176,8 +176,12 @@ def tiny_llava(path: str | Path | None = None, seed: int = 0) -> tuple[LlavaForC
     return model, processor
 
 
-def tiny_unet(context_dim: int = 16, seed: int = 0) -> UNet2DConditionModel:
-    """Makes a UNet of Stable Diffusion's class for latents of 4 x 16 x 16 and contexts of width `context_dim`."""
+def tiny_unet(context_dim: int = 16, seed: int = 0, **settings) -> UNet2DConditionModel:
+    """
+    Makes a UNet of Stable Diffusion's class for latents of 4 x 16 x 16 and contexts of width `context_dim`.
+
+    `settings` are further ones of its config, such as the conditions of Stable Diffusion XL.
+    """
     torch.manual_seed(seed)
     return UNet2DConditionModel(
         sample_size=LATENT_SIZE,
@@ -188,11 +192,12 @@ def tiny_unet(context_dim: int = 16, seed: int = 0) -> UNet2DConditionModel:
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=context_dim,
         attention_head_dim=4,
+        **settings,
     )
 
 
-def tiny_vae(seed: int = 0) -> AutoencoderKL:
-    """Makes a VAE of Stable Diffusion's class: 3 x 32 x 32 pixels to 4 x 16 x 16 latents."""
+def tiny_vae(seed: int = 0, **settings) -> AutoencoderKL:
+    """Makes a VAE of Stable Diffusion's class: 3 x 32 x 32 pixels to 4 x 16 x 16 latents, but for `settings`."""
     torch.manual_seed(seed)
     return AutoencoderKL(
         sample_size=IMAGE_SIZE,
@@ -201,6 +206,7 @@ def tiny_vae(seed: int = 0) -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * 2,
         norm_num_groups=4,
         latent_channels=4,
+        **settings,
     )
 
 

@@ -15,13 +15,13 @@ class VaeCodec:
 
     def __init__(self, vae):
         self.vae = vae.requires_grad_(False).eval()
-        if vae.config.latents_mean is not None or vae.config.latents_std is not None:
+        if vae.config.get("latents_mean") is not None or vae.config.get("latents_std") is not None:
             raise ValueError(
                 "The VAE normalises its latents channel by channel (its config has latents_mean and latents_std). "
                 "Known are VAEs with one scaling_factor and shift_factor; choose another VAE or generator."
             )
         # Some VAEs (SD3's, FLUX's) also shift; SD's do not.
-        self.shift = vae.config.shift_factor or 0.0
+        self.shift = vae.config.get("shift_factor") or 0.0
         self.scale = vae.config.scaling_factor
 
     @property
@@ -63,11 +63,6 @@ class VaeCodec:
 
 class DeepCompressionCodec(VaeCodec):
     """A frozen `AutoencoderDC` (Sana's, https://arxiv.org/abs/2410.10733), which has no posterior to draw from."""
-
-    def __init__(self, vae):
-        self.vae = vae.requires_grad_(False).eval()
-        self.shift = 0.0
-        self.scale = vae.config.scaling_factor
 
     @property
     def downscale(self) -> int:

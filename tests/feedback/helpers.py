@@ -146,3 +146,16 @@ def relative_difference(first, second, contains=""):
     assert names and set(first) == set(second)
     difference = sum((first[n] - second[n]).double().square().sum() for n in names).sqrt()
     return (difference / sum(first[n].double().square().sum() for n in names).sqrt()).item()
+
+
+def losses_of_training(loss, parameters, steps, learning_rate):
+    """Minimises `loss()` over `parameters` by Adam and returns its value before each step."""
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
+    losses = []
+    for _ in range(steps):
+        value = loss()
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    return losses

@@ -1,30 +1,13 @@
 import pytest
 import torch
-from diffusers import DDPMScheduler, PixArtTransformer2DModel
+from diffusers import DDPMScheduler
 
 from deem_plugin.feedback import DiffusionFeedback, PixArtDenoiser, UNetDenoiser, load_generator
 from deem_plugin.feedback.latents import PixelCodec, VaeCodec
 
 from ..tiny import LATENT_SIZE, tiny_sd_folder, tiny_unet, tiny_vae
-
-CONTEXT_DIM = 16
-
-
-def tiny_pixart(out_channels=8):
-    """PixArt's transformer; like the published weights it predicts a variance too."""
-    return PixArtTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=out_channels,
-        num_layers=2,
-        cross_attention_dim=16,
-        sample_size=LATENT_SIZE,
-        patch_size=2,
-        norm_num_groups=4,
-        caption_channels=CONTEXT_DIM,
-        use_additional_conditions=False,
-    )
+from .helpers import losses_of_training
+from .tiny_generators import CONTEXT_DIM, pixart
 
 
 def make(name, prediction_type="epsilon"):
@@ -32,7 +15,7 @@ def make(name, prediction_type="epsilon"):
     torch.manual_seed(0)
     if name == "unet":
         return UNetDenoiser(tiny_unet(CONTEXT_DIM), scheduler)
-    return PixArtDenoiser(tiny_pixart(), scheduler)
+    return PixArtDenoiser(pixart(False, LATENT_SIZE), scheduler)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
@@ -69,17 +52,16 @@ def test_the_loss_of_a_sample_does_not_depend_on_its_batch(name):
 @pytest.mark.parametrize("name", ["unet", "pixart"])
 def test_training_the_context_alone_lowers_the_loss(name):
     """The plumbing is right, not only the shapes: 40 steps on the context, always the same noise."""
-    denoiser = make(name)
+    feedback = DiffusionFeedback(make(name))
     latents, noise = torch.randn(2, 2, 4, LATENT_SIZE, LATENT_SIZE).unbind()
     timesteps, context = torch.tensor([300, 600]), torch.zeros(2, 5, CONTEXT_DIM, requires_grad=True)
-    optimizer = torch.optim.Adam([context], lr=0.3)
-    losses = []
-    for _ in range(40):
-        loss = DiffusionFeedback(denoiser)(latents, context, timesteps=timesteps, noise=noise).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+
+    losses = losses_of_training(
+        lambda: feedback(latents, context, timesteps=timesteps, noise=noise).mean(),
+        [context],
+        steps=40,
+        learning_rate=0.3,
+    )
 
     assert losses[-1] < losses[0] * 0.995
     assert losses[-1] < min(losses[:20])
@@ -110,7 +92,7 @@ def test_a_folder_without_a_vae_is_a_pixel_space_generator(tmp_path):
 def save_pixart(path):
     import json
 
-    tiny_pixart().save_pretrained(path / "transformer")
+    pixart(False, LATENT_SIZE).save_pretrained(path / "transformer")
     DDPMScheduler().save_pretrained(path / "scheduler")
     index = {
         "_class_name": "PixArtAlphaPipeline",

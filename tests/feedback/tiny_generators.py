@@ -6,7 +6,6 @@ import torch
 from diffusers import (
     AuraFlowTransformer2DModel,
     AutoencoderDC,
-    AutoencoderKL,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -18,29 +17,23 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
-from ..tiny import tiny_unet
+from ..tiny import tiny_unet, tiny_vae
 
 CONTEXT_DIM = 16
 SIZE = 8  # latent cells along each side
 
 
 def sdxl():
-    return UNet2DConditionModel(
-        sample_size=SIZE,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=CONTEXT_DIM,
-        attention_head_dim=4,
+    return tiny_unet(
+        CONTEXT_DIM,
         addition_embed_type="text_time",
         addition_time_embed_dim=4,
         projection_class_embeddings_input_dim=4 * 6 + 12,
     )
 
 
-def pixart(use_additional_conditions):
+def pixart(use_additional_conditions, sample_size=SIZE):
+    """PixArt's transformer; like the published weights it predicts a variance too."""
     return PixArtTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=12,
@@ -48,7 +41,7 @@ def pixart(use_additional_conditions):
         out_channels=8,
         num_layers=2,
         cross_attention_dim=24,
-        sample_size=SIZE,
+        sample_size=sample_size,
         patch_size=2,
         norm_num_groups=4,
         caption_channels=CONTEXT_DIM,
@@ -136,19 +129,6 @@ def auraflow():
     return model
 
 
-def vae(**settings):
-    """An `AutoencoderKL` of 16 x 16 pixels to 4 x 8 x 8 latents."""
-    return AutoencoderKL(
-        sample_size=2 * SIZE,
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        latent_channels=4,
-        **settings,
-    )
-
-
 def deep_compression():
     return AutoencoderDC(
         latent_channels=4,
@@ -169,21 +149,21 @@ def flow(**settings):
 
 # Name: network, scheduler, autoencoder; as the published folder combines them.
 GENERATORS = {
-    "sd1": lambda: (tiny_unet(CONTEXT_DIM), DDPMScheduler(), vae()),
-    "sd2": lambda: (tiny_unet(CONTEXT_DIM), DDPMScheduler(prediction_type="v_prediction"), vae()),
-    "sdxl": lambda: (sdxl(), DDPMScheduler(), vae()),
-    "pixart": lambda: (pixart(False), DDPMScheduler(), vae()),
-    "pixart-1024": lambda: (pixart(True), DDPMScheduler(), vae()),
-    "sd3": lambda: (sd3(), flow(shift=3.0), vae(shift_factor=0.0609, scaling_factor=1.5305)),
-    "flux-dev": lambda: (flux(True), flow(shift=3.0, use_dynamic_shifting=True), vae(shift_factor=0.1159)),
-    "flux-schnell": lambda: (flux(False), flow(), vae(shift_factor=0.1159)),
+    "sd1": lambda: (tiny_unet(CONTEXT_DIM), DDPMScheduler(), tiny_vae()),
+    "sd2": lambda: (tiny_unet(CONTEXT_DIM), DDPMScheduler(prediction_type="v_prediction"), tiny_vae()),
+    "sdxl": lambda: (sdxl(), DDPMScheduler(), tiny_vae()),
+    "pixart": lambda: (pixart(False), DDPMScheduler(), tiny_vae()),
+    "pixart-1024": lambda: (pixart(True), DDPMScheduler(), tiny_vae()),
+    "sd3": lambda: (sd3(), flow(shift=3.0), tiny_vae(shift_factor=0.0609, scaling_factor=1.5305)),
+    "flux-dev": lambda: (flux(True), flow(shift=3.0, use_dynamic_shifting=True), tiny_vae(shift_factor=0.1159)),
+    "flux-schnell": lambda: (flux(False), flow(), tiny_vae(shift_factor=0.1159)),
     "sana": lambda: (
         sana(),
         DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
         deep_compression(),
     ),
-    "lumina2": lambda: (lumina2(), flow(shift=6.0), vae(shift_factor=0.1159)),
-    "auraflow": lambda: (auraflow(), flow(shift=1.73), vae()),
+    "lumina2": lambda: (lumina2(), flow(shift=6.0), tiny_vae(shift_factor=0.1159)),
+    "auraflow": lambda: (auraflow(), flow(shift=1.73), tiny_vae()),
 }
 
 
