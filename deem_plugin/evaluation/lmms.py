@@ -14,7 +14,7 @@ from tqdm import tqdm
 from deem_plugin.data.chat import render_chat
 from deem_plugin.evaluation.feature_cache import FeatureCache
 from deem_plugin.evaluation.loading import load_vlm
-from deem_plugin.evaluation.yes_no import NO, YES, asks_yes_or_no, settle_answer
+from deem_plugin.evaluation.yes_no import asks_yes_or_no, settle_answer, write_margin
 
 MODEL_ARGS = ("pretrained", "batch_size", "device", "dtype", "raw_answers", "answer_by", "feature_cache_mb")
 ANSWER_BY = ("generation", "loglikelihood")
@@ -36,7 +36,9 @@ class _Deem(lmms):
         batch_size (`int` or `str`): Prompts answered at once. lmms-eval hands it over as text.
         device (`str`, *optional*): Device of this process; by default the one that accelerate gives it.
         dtype (`str`): `auto` (the checkpoint's), `float32`, `bfloat16` or `float16`.
-        raw_answers (`bool`): Whether answers to yes-or-no questions stay as generated, see `yes_no.settle_answer`.
+        raw_answers (`bool`):
+            Whether answers to yes-or-no questions stay as they are made, see `yes_no.settle_answer`. Those made by
+            log-likelihood then carry their margin (`yes_no.write_margin`), of which our own tasks make the AUC.
         answer_by (`str`):
             `generation`, or `loglikelihood`: a prompt that asks for yes or no (`yes_no.asks_yes_or_no`) is answered by
             the likelier of "Yes" and "No", so that every answer is one of the two; others are generated as ever.
@@ -155,14 +157,14 @@ class _Deem(lmms):
 
     def _answer(self, chats: list[tuple[list[dict], list[Image.Image]]], kwargs: dict) -> list[str]:
         """Answers chats that all have images or that all have none, each in the way that `answer_by` says."""
-        by_verdict = self.answer_by == "loglikelihood"
+        by_verdict = self.answer_by != "generation"
         decided = [by_verdict and asks_yes_or_no(_last_text(messages)) for messages, _ in chats]
         verdicts = iter(self._decide([chat for chat, decide in zip(chats, decided, strict=True) if decide]))
         texts = iter(self._generate([chat for chat, decide in zip(chats, decided, strict=True) if not decide], kwargs))
         return [next(verdicts if decide else texts) for decide in decided]
 
     def _decide(self, chats: list[tuple[list[dict], list[Image.Image]]]) -> list[str]:
-        """Returns yes for chats after which "Yes" is likelier than "No", else no."""
+        """Returns yes for chats after which "Yes" is likelier than "No", else no, each with its margin."""
         if not chats:
             return []
         prompt = render_chat(self.processor, chats[0][0], add_generation_prompt=True)
@@ -172,7 +174,7 @@ class _Deem(lmms):
             torch.tensor([[-cost for cost, _ in self._score(chats, [lead + word] * len(chats))] for lead in leads])
             for word in ("Yes", "No")
         )  # (leads, chats)
-        return [YES if likelier else NO for likelier in yes.logsumexp(0) > no.logsumexp(0)]
+        return [write_margin(margin) for margin in (yes.logsumexp(0) - no.logsumexp(0)).tolist()]
 
     @torch.inference_mode()
     def _generate(self, chats: list[tuple[list[dict], list[Image.Image]]], kwargs: dict) -> list[str]:

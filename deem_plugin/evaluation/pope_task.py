@@ -2,7 +2,7 @@
 
 from deem_plugin.evaluation import questions
 
-METRICS = ("accuracy", "precision", "recall", "f1", "yes_ratio", "unknown_rate")
+METRICS = ("accuracy", "precision", "recall", "f1", "auc", "yes_ratio", "unknown_rate")
 # As lmms-eval's own POPE tasks ask, so that the accuracies compare.
 INSTRUCTION = "\nAnswer the question using a single word or phrase."
 

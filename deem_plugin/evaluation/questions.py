@@ -195,7 +195,7 @@ def score(doc: dict, results: list[str], name: str, metrics: Iterable[str]) -> d
     """
     prediction = yes_no.parse_yes_no(results[0])
     ids = {key: doc[key] for key in ("question_id", "image_id", "category") if key in doc}
-    row = {**ids, "prediction": prediction, "target": doc["answer"]}
+    row = {**ids, "prediction": prediction, "target": doc["answer"], "margin": yes_no.read_margin(results[0])}
     rows = {f"{name}_{metric}": row for metric in metrics}
     return {**rows, f"{name}_accuracy": {**row, "score": float(prediction == doc["answer"])}}
 
@@ -227,6 +227,11 @@ def recall(rows: list[dict]) -> float:
 def f1(rows: list[dict]) -> float:
     """Aggregates rows of `score` to the F1 of yes."""
     return yes_no.f1(*_columns(rows))
+
+
+def auc(rows: list[dict]) -> float:
+    """Aggregates rows of `score` to the area under the ROC curve; threshold-free with `answer_by=margin`."""
+    return yes_no.auc([row["margin"] for row in rows], [row["target"] for row in rows])
 
 
 def yes_ratio(rows: list[dict]) -> float:

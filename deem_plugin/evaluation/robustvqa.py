@@ -10,7 +10,7 @@ from deem_plugin.evaluation.manifest import check_manifest
 # The three sets that the pictures are from: ImageNet-A, ImageNet-R and ImageNet-V2.
 SPLITS = ("a", "r", "v2")
 COLUMNS = ("question_id", "image_id", "image", "caption", "answer", "source")
-METRICS = ("accuracy", "pair_acc", "precision", "recall", "f1", "yes_ratio", "unknown_rate")
+METRICS = ("accuracy", "pair_acc", "precision", "recall", "f1", "auc", "yes_ratio", "unknown_rate")
 # As the authors ask it, misspelling included: another wording gives another benchmark.
 PROMPT = "Is {caption} the main object in this image? Please anwser yes or no"
 REWORDED_PROMPT = "Is {caption} the main object in this image? Please answer yes or no."

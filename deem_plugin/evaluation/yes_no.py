@@ -17,6 +17,7 @@ _NO = re.compile(
           | (?=[ ](?:and|or|but|because|since|as)\b) )""",
     re.VERBOSE,
 )
+_MARGIN = re.compile(r"\(margin (-?[\d.]+(?:e[+-]\d+)?)\)$")
 _OPENING = " \t\r\n\"'`*_([{:.,-<>"
 
 _AUXILIARIES = (
@@ -43,6 +44,23 @@ def parse_yes_no(answer: str) -> str:
     if says_yes == says_no:
         return UNKNOWN
     return YES if says_yes else NO
+
+
+def write_margin(margin: float) -> str:
+    """
+    Writes a verdict that carries how sure it is: "yes (margin 1.25)", "no (margin -0.5)".
+
+    Args:
+        margin (`float`): log P(yes) - log P(no). No margin of zero is a no.
+    """
+    return f"{YES if margin > 0 else NO} (margin {margin:.6g})"
+
+
+def read_margin(answer: str) -> float:
+    """Returns the margin that an answer carries; of one that carries none 1 for yes, -1 for no, 0 for neither."""
+    if carried := _MARGIN.search(answer):
+        return float(carried[1])
+    return {YES: 1.0, NO: -1.0, UNKNOWN: 0.0}[parse_yes_no(answer)]
 
 
 def asks_yes_or_no(prompt: str) -> bool:
@@ -106,6 +124,19 @@ def f1(predictions: Sequence[str], targets: Sequence[str]) -> float:
     """Returns the harmonic mean of precision and recall; 0 when both are 0."""
     p, r = precision(predictions, targets), recall(predictions, targets)
     return 2 * p * r / (p + r) if p + r else 0.0
+
+
+def auc(margins: Sequence[float], targets: Sequence[str]) -> float:
+    """
+    Returns the area under the ROC curve: how often a question answered by yes has the larger margin.
+
+    Threshold-free, so a model that leans to yes or to no loses nothing. Of answers without margins (see `read_margin`)
+    it is the mean of both classes' accuracies, an unknown one half right. `nan` where all targets are the same.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    truths = [target == YES for target in targets]
+    return float(roc_auc_score(truths, margins)) if len(set(truths)) == 2 else float("nan")
 
 
 def yes_ratio(predictions: Sequence[str]) -> float:

@@ -3,6 +3,7 @@
 from deem_plugin.evaluation.pope_task import doc_to_text, process_results  # noqa: F401
 from deem_plugin.evaluation.questions import (  # noqa: F401
     accuracy,
+    auc,
     doc_to_visual,
     f1,
     precision,

@@ -2,6 +2,7 @@
 
 from deem_plugin.evaluation.questions import (  # noqa: F401
     accuracy,
+    auc,
     content_hash,
     doc_to_visual,
     f1,

@@ -217,6 +217,8 @@ def test_each_question_gets_the_verdict_of_its_own_likelihoods(checkpoint, monke
     monkeypatch.setattr(model, "_score", lambda chats, targets: [(cost, False) for cost in costs[targets[0]]])
 
     assert model.generate_until(chat_requests(docs)) == ["yes", "no", "no"]
+    model.raw_answers = True
+    assert model.generate_until(chat_requests(docs)) == ["yes (margin 1)", "no (margin -1.8)", "no (margin 0)"]
 
 
 def test_what_the_classes_cannot_do_is_refused_with_the_way_out(checkpoint, docs):

@@ -200,6 +200,8 @@ def test_pope_tells_the_models_own_yes_ratio_and_the_answers_it_could_not_read()
     assert metric("accuracy", questions.accuracy) == 0.5
     assert metric("yes_ratio", questions.yes_ratio) == 0.5
     assert metric("unknown_rate", questions.unknown_rate) == 0.25
+    # Of the four pairs of a yes and a no one is a tie and one is in the wrong order.
+    assert metric("auc", questions.auc) == pytest.approx((1 / 2 + 1 + 0 + 1) / 4)
     assert metric("precision", questions.precision) == metric("recall", questions.recall) == 0.5
     first = rows[0]["deem_pope_accuracy"]
     assert (first["question_id"], first["image_id"], first["score"]) == ("random-0", "COCO_1", 1.0)

@@ -153,9 +153,24 @@ def test_every_task_runs_offline_by_name_alone_with_any_model(workplace, model):
             name = "robustvqa" if "robustvqa" in task else "deem_pope"
             scores = results["results"][task]
             assert (scores[f"{name}_accuracy,none"], scores[f"{name}_yes_ratio,none"]) == (0.5, 1.0), task
-            assert scores[f"{name}_unknown_rate,none"] == 0.0
+            assert (scores[f"{name}_unknown_rate,none"], scores[f"{name}_auc,none"]) == (0.0, 0.5)
         assert results["results"]["pope"]["pope_yes_ratio,none"] == 0.5  # lmms-eval's own counts the labels
         assert results["results"]["robustvqa_choice_a"]["robustvqa_choice_unknown_rate,none"] == 1.0
+
+
+@pytest.mark.slow
+def test_by_log_likelihood_the_auc_is_that_of_the_margins_in_the_log(workplace):
+    folder, env = workplace
+    model_args = {"pretrained": folder / "llava", "answer_by": "loglikelihood", "raw_answers": True}
+
+    results = run_lmms_eval(model_args, "robustvqa_a", folder / "margins", batch_size=4, env=env)
+
+    log = next((folder / "margins").rglob("*_samples_robustvqa_a.jsonl")).read_text().splitlines()
+    rows = [json.loads(line)["robustvqa_accuracy"] for line in log]
+    yes, no = ([row["margin"] for row in rows if row["target"] == target] for target in ("yes", "no"))
+    assert len({row["margin"] for row in rows} - {1.0, -1.0}) > 1
+    expected = sum((y > n) + (y == n) / 2 for y in yes for n in no) / (len(yes) * len(no))
+    assert results["results"]["robustvqa_a"]["robustvqa_auc,none"] == pytest.approx(expected)
 
 
 @pytest.mark.slow

@@ -1,18 +1,22 @@
 """Strict parsing, what answers are reduced to, and the scores against their definitions."""
 
 import json
+import math
 
 import pytest
 
 from deem_plugin.evaluation.yes_no import (
     accuracy,
+    auc,
     f1,
     pair_accuracy,
     parse_yes_no,
     precision,
+    read_margin,
     recall,
     settle_answer,
     unknown_rate,
+    write_margin,
     yes_ratio,
 )
 
@@ -119,6 +123,25 @@ def test_always_yes_scores_half_but_no_pair():
     assert accuracy(predictions, targets) == 0.5
     assert pair_accuracy(predictions, targets, [index // 2 for index in range(8)]) == 0.0
     assert yes_ratio(predictions) == 1.0
+
+
+@pytest.mark.parametrize("margin", [12.5, -0.25, 0.0, 3e-9, -1.5e-7, 123456.0])
+def test_a_margin_is_read_as_it_was_written_beside_the_verdict(margin):
+    answer = write_margin(margin)
+
+    assert parse_yes_no(answer) == ("yes" if margin > 0 else "no")
+    assert read_margin(answer) == pytest.approx(margin)
+    assert [read_margin(text) for text in ("Yes.", "No, it is not", "maybe (margin call)")] == [1.0, -1.0, 0.0]
+
+
+def test_auc_is_the_share_of_pairs_in_the_right_order_wherever_the_threshold_lies():
+    targets = ["yes", "yes", "no", "no"]
+
+    assert auc([-1.0, -3.0, -4.0, -5.0], targets) == 1.0  # every answer a no, accuracy one half
+    assert auc([2.0, -1.0, 1.0, -2.0], targets) == pytest.approx(3 / 4)  # of four pairs only (-1, 1) is wrong
+    assert auc([1.0, -1.0, -1.0, -1.0], targets) == pytest.approx((1 / 2 + 1) / 2)  # verdicts alone
+    assert auc([0.0] * 4, targets) == 0.5
+    assert math.isnan(auc([1.0, 2.0], ["yes", "yes"]))
 
 
 def test_scores_of_nothing_are_zero_and_lists_of_other_lengths_are_refused():
