@@ -1,0 +1,152 @@
+"""Where pictures stand in a row of tokens, and what follows from it. Pure functions, checked against fixture F4."""
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+IGNORE_INDEX = -100
+
+
+def document_starts(input_ids, bos_token_id):
+    """
+    Returns for each token where its document begins, shape `(batch, tokens)`.
+
+    A row may hold several packed documents; each begins with `bos`. Tokens before the first `bos` get -1: a padding on
+    the left, or a document without `bos` that begins with the row.
+    """
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    return positions.masked_fill(input_ids != bos_token_id, -1).cummax(dim=1).values
+
+
+def make_labels(
+    input_ids, attention_mask, *, bos_token_id, image_token_id, image_start_token_id, prompt_lengths=None, after=None
+):
+    """
+    Makes the labels of next-token prediction by the official rules.
+
+    Nothing is learned of padding, of image slots, of `bos`, of the prompt, and of an image start that follows `bos`
+    directly (nothing could tell that a picture comes). An image start after text is learned: that is how the model
+    learns to draw. The last image slot predicts the first token of the text behind the picture.
+
+    Args:
+        input_ids, attention_mask (`torch.Tensor`): Shape `(batch, tokens)`.
+        bos_token_id, image_token_id, image_start_token_id (`int`): Ids of the special tokens.
+        prompt_lengths (`list[int]`, *optional*): For each row the number of its first tokens that are prompt.
+        after (`int`, *optional*):
+            A token id: text of a document is learned from its first such token on only. With the image start, text
+            that no picture goes before is left out.
+
+    Returns:
+        `torch.Tensor`: Token ids and -100, shape `(batch, tokens)`. As everywhere in transformers `labels[i]` is the
+        token at `i`; the model shifts.
+    """
+    labels = input_ids.clone()
+    ignored = (attention_mask == 0) | (input_ids == image_token_id) | (input_ids == bos_token_id)
+    follows_bos = torch.zeros_like(ignored)
+    follows_bos[:, 1:] = input_ids[:, :-1] == bos_token_id
+    ignored |= follows_bos & (input_ids == image_start_token_id)
+    if prompt_lengths is not None:
+        if len(prompt_lengths) != len(input_ids):
+            raise ValueError(f"Got {len(prompt_lengths)} prompt lengths for {len(input_ids)} rows; expected one each.")
+        lengths = torch.as_tensor(prompt_lengths, device=input_ids.device)
+        ignored |= torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
+    if after is not None:
+        last_seen = document_starts(input_ids, after)  # the latest such token, -1 before the first
+        ignored |= (last_seen < document_starts(input_ids, bos_token_id).clamp(min=0)) | (last_seen == -1)
+    return labels.masked_fill(ignored, IGNORE_INDEX)
+
+
+def fill_image_slots(embeddings, input_ids, image_token_id, images):
+    """
+    Puts the tokens of pictures into their slots.
+
+    Args:
+        embeddings (`torch.Tensor`): Of all tokens, shape `(batch, tokens, dim)`. Not changed.
+        input_ids (`torch.Tensor`): Shape `(batch, tokens)`.
+        image_token_id (`int`): Id of an image slot.
+        images (`torch.Tensor`): In reading order, shape `(images, slots, dim)`.
+
+    Raises:
+        ValueError: If there are not as many slots as tokens of pictures.
+    """
+    slots = input_ids == image_token_id
+    if int(slots.sum()) != images.shape[0] * images.shape[1]:
+        raise ValueError(
+            f"The text has {int(slots.sum())} image slots, but {images.shape[0]} pictures of {images.shape[1]} tokens "
+            f"fill {images.shape[0] * images.shape[1]}. Give one picture for each mark, and make the inputs with the "
+            f"processor of this model."
+        )
+    return embeddings.masked_scatter(slots[..., None], images.to(embeddings.dtype))
+
+
+def image_places(input_ids, image_start_token_id):
+    """Returns row and position of each image start in reading order, two tensors of shape `(images,)`."""
+    return (input_ids == image_start_token_id).nonzero(as_tuple=True)
+
+
+def visible_images(input_ids, *, bos_token_id, image_start_token_id):
+    """
+    Tells which pictures of its row each token can look back at: those of its own document that began before it.
+
+    Returns:
+        `torch.Tensor`: Boolean, shape `(batch, tokens, most images of a row)`.
+    """
+    rows, places = image_places(input_ids, image_start_token_id)
+    counts = torch.bincount(rows, minlength=len(input_ids))
+    first_slots = pad_sequence(torch.split(places + 1, counts.tolist()), batch_first=True, padding_value=-1)
+    first_slots = first_slots[:, None, :]  # (batch, 1, images)
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None, :, None]
+    starts = document_starts(input_ids, bos_token_id)[..., None]
+    return (first_slots > starts) & (first_slots <= positions) & (first_slots != -1)
+
+
+def previous_images(rows, places, starts):
+    """
+    Finds for each picture the one directly before it in the same document.
+
+    Args:
+        rows, places (`torch.Tensor`): Of each picture, see `image_places`.
+        starts (`torch.Tensor`): Position in its row where the document of each picture begins, shape `(images,)`.
+
+    Returns:
+        `torch.Tensor`: Index of the picture before, -1 where there is none, shape `(images,)`.
+    """
+    before = torch.arange(len(rows), device=rows.device) - 1
+    if len(rows) == 0:
+        return before
+    same = (rows[before] == rows) & (places[before] >= starts)
+    same[0] = False
+    return torch.where(same, before, -1)
+
+
+def reversed_contexts(hidden_states, rows, places, starts):
+    """
+    Cuts out what stands before each picture, the nearest first.
+
+    Args:
+        hidden_states (`torch.Tensor`): Of the language model, shape `(batch, tokens, dim)`.
+        rows, places, starts (`torch.Tensor`): As in `previous_images`.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: From the image start back to the document's first token, shape
+        `(images, longest, dim)`, zero behind its end; and the mask `(images, longest)`, True where a token counts.
+    """
+    contexts = [
+        hidden_states[row, start : place + 1].flip(0)
+        for row, place, start in zip(rows.tolist(), places.tolist(), starts.tolist(), strict=True)
+    ]
+    lengths = places - starts + 1
+    padded = pad_sequence(contexts, batch_first=True)
+    return padded, torch.arange(padded.shape[1], device=places.device) < lengths[:, None]
+
+
+def sincos_positions(length, dim, device=None):
+    """
+    Makes the 1-D sine-cosine position embedding (https://arxiv.org/abs/1706.03762, Sec. 3.5; all sines first).
+
+    Returns:
+        `torch.Tensor`: Shape `(length, dim)`, float32.
+    """
+    half = dim // 2
+    frequencies = 10000 ** -(torch.arange(half, device=device, dtype=torch.float64) / half)
+    angles = torch.arange(length, device=device, dtype=torch.float64)[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1).float()
