@@ -36,26 +36,30 @@ class DeemVisionOutput(BaseModelOutputWithPooling):
     maps: dict[str, torch.Tensor] | None = None
 
 
-def sincos_position_embedding(dim: int, height: int, width: int, device=None) -> torch.Tensor:
+def sincos_position_embedding(
+    dim: int, height: int, width: int, device=None, grid: int = POSITION_GRID
+) -> torch.Tensor:
     """
-    Makes the 2-D sine-cosine position embedding of DEEM: a 16 x 16 grid, resized bicubically.
+    Makes the 2-D sine-cosine position embedding of DEEM: that of a square grid, resized bicubically.
 
     Args:
         dim (`int`): Width, a multiple of four.
         height, width (`int`): Grid to make it for.
+        device (`torch.device`, *optional*): Where to make it.
+        grid (`int`, *optional*, defaults to 16): Side of the grid that it is defined on.
 
     Returns:
         `torch.Tensor`: Shape `(height * width, dim)`, float32.
     """
     frequencies = 10000 ** -(torch.arange(dim // 4, device=device, dtype=torch.float64) / (dim // 4))
-    angles = torch.arange(POSITION_GRID, device=device, dtype=torch.float64)[:, None] * frequencies
-    axis = torch.cat([angles.sin(), angles.cos()], dim=1).float()  # (16, dim / 2)
-    columns = axis[None, :].expand(POSITION_GRID, -1, -1)
-    rows = axis[:, None].expand(-1, POSITION_GRID, -1)
-    grid = torch.cat([rows, columns], dim=2).permute(2, 0, 1)[None]
-    if (height, width) != (POSITION_GRID, POSITION_GRID):
-        grid = F.interpolate(grid, size=(height, width), mode="bicubic", align_corners=False)
-    return grid[0].flatten(1).T
+    angles = torch.arange(grid, device=device, dtype=torch.float64)[:, None] * frequencies
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1).float()  # (grid, dim / 2)
+    columns = axis[None, :].expand(grid, -1, -1)
+    rows = axis[:, None].expand(-1, grid, -1)
+    embedding = torch.cat([rows, columns], dim=2).permute(2, 0, 1)[None]
+    if (height, width) != (grid, grid):
+        embedding = F.interpolate(embedding, size=(height, width), mode="bicubic", align_corners=False)
+    return embedding[0].flatten(1).T
 
 
 def region_to_patches(region_masks: torch.Tensor, height: int, width: int) -> torch.Tensor:
