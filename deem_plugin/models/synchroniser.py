@@ -1,0 +1,166 @@
+"""The multi-scale synchroniser: a frozen UNet, or a language model, looks at the vision tower's maps while it runs."""
+
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..vision.tower import sincos_position_embedding
+from .deformable import DeformableAttention, ImageFeatures, image_features
+
+# Side of the largest map at the encoder's 256 pixels, for which the official code scales offsets at any resolution.
+OFFSET_MAP = 64
+
+
+def cell_centres(height: int, width: int, device=None) -> torch.Tensor:
+    """Returns the centres of a grid's cells in row-major order, x and y as fractions, `(1, height * width, 2)`."""
+    rows = (torch.arange(height, device=device) + 0.5) / height
+    columns = (torch.arange(width, device=device) + 0.5) / width
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
+    return torch.stack([x, y], dim=-1).flatten(0, 1)[None]
+
+
+class UNetSynchroniserBlock(GradientCheckpointingLayer):
+    """
+    Lets every cell of one of the UNet's feature maps look at the images around its own place.
+
+    Args:
+        channels (`int`): Channels of the UNet's map.
+        grid (`int`): Side of the map at the UNet's training resolution; offsets are counted in its cells.
+        position_grid (`int`): Side of the grid that the position embedding is defined on.
+        feature_dim (`int`): Channels of the images' maps.
+        options: `inner_dim`, `num_heads`, `num_levels`, `num_points` and `max_images` of [`DeformableAttention`].
+    """
+
+    def __init__(self, channels: int, grid: int, position_grid: int, feature_dim: int, **options):
+        super().__init__()
+        self.position_grid = position_grid
+        self.query_norm = nn.LayerNorm(channels, eps=1e-6)
+        self.feature_norm = nn.LayerNorm(feature_dim, eps=1e-6)
+        self.attention = DeformableAttention(
+            channels, feature_dim, offset_grid=grid, offset_init=1.0, offset_map=OFFSET_MAP, **options
+        )
+        self.zero = nn.Linear(channels, channels)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Zeroes the last layer, so that the UNet is what it was."""
+        init.zeros_(self.zero.weight)
+        init.zeros_(self.zero.bias)
+
+    def forward(self, hidden: torch.Tensor, images: ImageFeatures) -> torch.Tensor:
+        """Returns what to add to `hidden` `(batch, channels, height, width)`, in its dtype."""
+        channels, *size = hidden.shape[1:]
+        dtype = self.query_norm.weight.dtype
+        positions = sincos_position_embedding(channels, *size, device=hidden.device, grid=self.position_grid)
+        queries = self.query_norm(hidden.flatten(2).transpose(1, 2).to(dtype)) + positions.to(dtype)
+        images = images._replace(tokens=self.feature_norm(images.tokens.to(dtype)))
+        update = self.zero(self.attention(queries, cell_centres(*size, device=hidden.device), images))
+        return update.transpose(1, 2).unflatten(2, size).to(hidden.dtype)
+
+
+class UNetSynchroniser(nn.Module):
+    """
+    Adds what the images show to a UNet's skip features and to its middle (MMFS, https://arxiv.org/abs/2401.10208).
+
+    The UNet's own way down and its middle block see none of it: only the way up does. Each block starts at zero.
+
+    Args:
+        unet_config: The `config` of a `UNet2DConditionModel`, which says how many maps there are and how wide.
+        feature_dim (`int`): Channels of the images' maps.
+        inner_dim (`int`, *optional*, defaults to 1024): Width of the values, over all heads.
+        num_heads (`int`, *optional*, defaults to 16): Number of heads; must divide `inner_dim`.
+        num_levels (`int`, *optional*, defaults to 4): Number of maps an image.
+        num_points (`int`, *optional*, defaults to 8): Points that each head looks at on each map.
+        max_images (`int`, *optional*, defaults to 10): Images a sample may have, plus one.
+    """
+
+    def __init__(
+        self, unet_config, feature_dim, inner_dim=1024, num_heads=16, num_levels=4, num_points=8, max_images=10
+    ):
+        super().__init__()
+        options = {
+            "inner_dim": inner_dim,
+            "num_heads": num_heads,
+            "num_levels": num_levels,
+            "num_points": num_points,
+            "max_images": max_images,
+        }
+        side = unet_config.sample_size
+        skips = skip_features(unet_config)
+        self.skip_blocks = nn.ModuleList(
+            UNetSynchroniserBlock(channels, side >> level, side, feature_dim, **options) for channels, level in skips
+        )
+        channels, level = skips[-1]
+        self.middle_block = UNetSynchroniserBlock(channels, side >> level, side, feature_dim, **options)
+
+    @contextmanager
+    def attached(self, unet, maps, image_mask):
+        """
+        Lets `unet` look at the images for as long as the context lasts.
+
+        Args:
+            unet (`UNet2DConditionModel`): Its weights are left alone.
+            maps (`Sequence[torch.Tensor]`): One a level, each `(batch, images, feature_dim, height, width)`.
+            image_mask (`torch.Tensor`): Nonzero where an image may be looked at, `(batch, images)`.
+
+        Example:
+
+        ```python
+        with synchroniser.attached(denoiser.model, maps, image_mask):
+            loss = feedback(latents, context)
+        ```
+        """
+        images = image_features(maps, image_mask)
+        sizes = [len(block.resnets) for block in unet.up_blocks]
+        if unet.mid_block is None or sum(sizes) != len(self.skip_blocks):
+            raise ValueError(
+                f"The synchroniser was made for a UNet with a middle block and {len(self.skip_blocks)} skip features, "
+                f"but this one has {'no' if unet.mid_block is None else 'a'} middle block and {sum(sizes)} skip "
+                f"features. Build it from the `config` of the UNet that it is attached to."
+            )
+
+        def add_to_middle(module, args, output):
+            return output + self.middle_block(output, images)
+
+        def add_to_skips(blocks):
+            def hook(module, args, kwargs):
+                skips = kwargs["res_hidden_states_tuple"]
+                added = tuple(skip + block(skip, images) for skip, block in zip(skips, blocks, strict=True))
+                return args, kwargs | {"res_hidden_states_tuple": added}
+
+            return hook
+
+        # Not by diffusers' own `down_block_additional_residuals`: those must be known before the UNet runs, while
+        # these depend on what it finds.
+        with ExitStack() as hooks:
+            hooks.callback(unet.mid_block.register_forward_hook(add_to_middle).remove)
+            blocks = list(self.skip_blocks)
+            for up_block, size in zip(unet.up_blocks, sizes, strict=True):
+                blocks, own = blocks[:-size], blocks[-size:]
+                hook = up_block.register_forward_pre_hook(add_to_skips(own), with_kwargs=True)
+                hooks.callback(hook.remove)
+            yield
+
+
+def skip_features(unet_config) -> list[tuple[int, int]]:
+    """
+    Lists the skip features of a `UNet2DConditionModel` on its way down.
+
+    Args:
+        unet_config: Its `config`.
+
+    Returns:
+        `list[tuple[int, int]]`: Channels and level of each; a level halves the side `level` times.
+    """
+    widths = unet_config.block_out_channels
+    depths = unet_config.layers_per_block
+    depths = [depths] * len(widths) if isinstance(depths, int) else depths
+    skips = [(widths[0], 0)]
+    for level, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+        skips += [(width, level)] * depth
+        if level < len(widths) - 1:
+            skips.append((width, level + 1))
+    return skips
