@@ -54,7 +54,7 @@ class Generator:
         return self.codec.encode(self.resize(pictures) * 2 - 1, noise=noise, generator=generator)
 
 
-def load_generator(path_or_id: str, dtype: str = "float32") -> Generator:
+def load_generator(path_or_id: str, dtype: str = "float32", *, weights: bool = True) -> Generator:
     """
     Loads the frozen generator that gives the feedback.
 
@@ -64,6 +64,8 @@ def load_generator(path_or_id: str, dtype: str = "float32") -> Generator:
             `CODECS`, or without one for a pixel-space generator.
         dtype (`str`, *optional*, defaults to `"float32"`):
             Precision of the denoiser. The VAE stays in float32: in half precision it overflows on some pictures.
+        weights (`bool`, *optional*, defaults to `True`):
+            `False` reads the configs alone and puts both networks on the meta device, to plan a run with.
 
     Raises:
         ValueError: If the folder holds no known network, VAE or scheduler; the message lists the known ones.
@@ -91,10 +93,8 @@ def load_generator(path_or_id: str, dtype: str = "float32") -> Generator:
             f"`denoiser: {path_or_id}` is the refiner of Stable Diffusion XL, which also asks for an aesthetic score. "
             f"Give the base model."
         )
-    codec = _load_codec(path_or_id, index)
-    network = getattr(diffusers, network_name).from_pretrained(
-        path_or_id, subfolder=folder, torch_dtype=torch_dtype(dtype), use_safetensors=True
-    )
+    codec = _load_codec(path_or_id, index, weights)
+    network = _load_network(network_name, path_or_id, folder, torch_dtype(dtype), weights)
     denoiser = DENOISERS[network_name](network, _load_scheduler(path_or_id, index), codec.downscale)
     if isinstance(codec, VaeCodec) and codec.vae.config.latent_channels != denoiser.channels:
         raise ValueError(
@@ -105,10 +105,24 @@ def load_generator(path_or_id: str, dtype: str = "float32") -> Generator:
     return Generator(denoiser, codec)
 
 
-def _load_codec(path_or_id, index):
-    """Loads the autoencoder that `model_index.json` names, in float32; a [`PixelCodec`] if it names none."""
+def _load_network(name, path_or_id, subfolder, dtype, weights):
+    """Loads the diffusers network `name`, or makes it without weights on the meta device."""
     import diffusers
 
+    network_class = getattr(diffusers, name)
+    if weights:
+        return network_class.from_pretrained(path_or_id, subfolder=subfolder, torch_dtype=dtype, use_safetensors=True)
+    with torch.device("meta"):
+        network = network_class.from_config(network_class.load_config(path_or_id, subfolder=subfolder))
+    kept = set(network_class._keep_in_fp32_modules or ())  # as `from_pretrained` does
+    for name, parameter in network.named_parameters():
+        if kept.isdisjoint(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
+    return network
+
+
+def _load_codec(path_or_id, index, weights=True):
+    """Loads the autoencoder that `model_index.json` names, in float32; a [`PixelCodec`] if it names none."""
     _, name = index.get("vae") or (None, None)
     if name is None:
         return PixelCodec()
@@ -116,10 +130,7 @@ def _load_codec(path_or_id, index):
         raise ValueError(
             f"`denoiser: {path_or_id}` has a {name}; expected one of {', '.join(CODECS)}, or no VAE at all."
         )
-    vae = getattr(diffusers, name).from_pretrained(
-        path_or_id, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True
-    )
-    return CODECS[name](vae)
+    return CODECS[name](_load_network(name, path_or_id, "vae", torch.float32, weights))
 
 
 def _load_scheduler(path_or_id, index):

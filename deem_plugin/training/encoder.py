@@ -27,14 +27,19 @@ def load_encoder(arguments: ModelArguments):
         options["attn_implementation"] = arguments.attn_implementation
     whole = AutoModel.from_pretrained(arguments.encoder, **options)
     # CLIP and SigLIP: the text tower stays as it is and is kept, so that zero-shot evaluation remains possible.
+    tower = vision_part(whole)
+    return whole, tower, AutoImageProcessor.from_pretrained(arguments.encoder)
+
+
+def vision_part(whole):
+    """Returns the vision encoder of what [`load_encoder`] loads; what the feedback does not read of it is frozen."""
     tower = whole.vision_model if hasattr(whole.config, "vision_config") else whole
-    image_processor = AutoImageProcessor.from_pretrained(arguments.encoder)
     size = tower.config.image_size
     with torch.enable_grad():
-        blank = torch.zeros(1, 3, size, size, dtype=tower.dtype)
+        blank = torch.zeros(1, 3, size, size, dtype=tower.dtype, device=tower.device)
         # CLIP's last norm, for example, serves the pooled vector only, which the feedback does not read.
         freeze_unused(tower.named_parameters(), tower(pixel_values=blank).last_hidden_state)
-    return whole, tower, image_processor
+    return tower
 
 
 def save_encoder(whole, image_processor, folder: str):

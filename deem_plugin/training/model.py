@@ -125,17 +125,21 @@ def freeze_unused_layers(model, processor) -> list[str]:
     """
     from PIL import Image
 
+    return freeze_unread_layers(model, processor.image_processor([Image.new("RGB", (64, 64))], return_tensors="pt"))
+
+
+def freeze_unread_layers(model, inputs) -> list[str]:
+    """As [`freeze_unused_layers`], of one picture as the image processor gives it (`pixel_values`, ...)."""
     from deem_plugin.vision.hosts import find_tower
 
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     tower = find_tower(base)
     if not any(parameter.requires_grad for parameter in tower.parameters()):
         return []
-    blank = processor.image_processor([Image.new("RGB", (64, 64))], return_tensors="pt")
     was_training = model.training
     model.eval()  # no stochastic depth: every parameter that can be used is used
     with torch.enable_grad():
-        features = base.get_image_features(**{**blank, "pixel_values": blank["pixel_values"].to(tower.dtype)})
+        features = base.get_image_features(**{**inputs, "pixel_values": inputs["pixel_values"].to(tower.dtype)})
         features = getattr(features, "pooler_output", features)
         if isinstance(features, list | tuple):
             features = torch.cat([item.flatten() for item in features])

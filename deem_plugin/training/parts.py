@@ -78,12 +78,18 @@ def freeze_unused(parameters: Iterable[tuple[str, nn.Parameter]], features: torc
     return [name for name, _ in unused]
 
 
-def parameter_table(model: nn.Module) -> str:
-    """Returns a table of trainable and frozen parameters by part."""
+def count_parameters(model: nn.Module) -> dict[str, list[int]]:
+    """Returns for each part the number of trainable and of frozen parameters."""
     counts: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():
         row = counts.setdefault(part_of(name), [0, 0])
         row[0 if parameter.requires_grad else 1] += parameter.numel()
+    return counts
+
+
+def parameter_table(counts: dict[str, list[int]]) -> str:
+    """Returns a table of what [`count_parameters`] returned, with a line for the total."""
+    counts = dict(counts)
     counts["total"] = [sum(row[0] for row in counts.values()), sum(row[1] for row in counts.values())]
     width = max(map(len, counts))
     lines = [f"{'part':<{width}}  {'trainable':>15}  {'frozen':>15}"]

@@ -6,7 +6,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from deem_plugin.training.parts import parameter_table, part_of
+from deem_plugin.training.parts import count_parameters, parameter_table, part_of
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class MovementCheck(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Logs the table and remembers a sample of every parameter."""
         if state.is_world_process_zero:
-            logger.info("Parameters by part:\n%s", parameter_table(model))
+            logger.info("Parameters by part:\n%s", parameter_table(count_parameters(model)))
         self._before = {name: _sample(parameter) for name, parameter in model.named_parameters()}
         self._handle = self.tower.register_forward_hook(self._note)
 

@@ -3,7 +3,7 @@ import torch
 
 from deem_plugin.training.arguments import ModelArguments
 from deem_plugin.training.model import add_lora, freeze_unused_layers
-from deem_plugin.training.parts import find, freeze, list_parts, matches, parameter_table
+from deem_plugin.training.parts import count_parameters, find, freeze, list_parts, matches, parameter_table
 
 from ..tiny import tiny_llava
 
@@ -97,7 +97,7 @@ def test_the_table_counts_every_parameter_once():
     model, _ = tiny_llava()
     freeze(model, ["language_model"])
 
-    rows = {line.split()[0]: line.split()[1:] for line in parameter_table(model).splitlines()}
+    rows = {line.split()[0]: line.split()[1:] for line in parameter_table(count_parameters(model)).splitlines()}
 
     assert list(rows) == ["part", *list_parts(model), "total"]
     assert rows["language_model"][0] == "0"

@@ -1,0 +1,155 @@
+"""The model of a recipe without weights: made of configs alone, on the meta device, where a tensor takes no memory."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+
+from deem_plugin.training.arguments import ModelArguments
+from deem_plugin.training.encoder import vision_part
+from deem_plugin.training.model import add_lora, freeze_unread_layers
+from deem_plugin.training.parts import freeze
+from deem_plugin.training.recipes import Recipe
+from deem_plugin.vision import build_vision_tower
+from deem_plugin.vision.hosts import assemble_llava, crops_class_token, find_tower, mount_tower
+
+# VLMs whose tower gets one row of `pixel_values` a picture, whatever the picture's size.
+PLANNED_HOSTS = ("llava", "vipllava", "paligemma")
+
+
+@dataclass
+class Skeleton:
+    """
+    All modules of a run, on the meta device, frozen and wrapped as the run would have them.
+
+    Args:
+        model (`nn.Module`): What the Trainer would get, the feedback's conditioner in it.
+        tower (`PreTrainedModel`): Its vision tower.
+        generator (`Generator`, *optional*): The frozen generator; its scheduler is real.
+        hook (`FeedbackHook`, *optional*): The feedback's hook on the tower.
+        image_tokens (`int`): Tokens that a picture takes in the language model; 0 for an encoder alone.
+        notes (`list[str]`): What had to be supposed.
+    """
+
+    model: nn.Module
+    tower: nn.Module
+    generator: object | None
+    hook: object | None
+    image_tokens: int
+    notes: list[str]
+
+
+def build_skeleton(recipe: Recipe) -> Skeleton:
+    """
+    Makes the modules of a run without their weights.
+
+    Args:
+        recipe (`Recipe`): Folders and hub ids that it names need to hold their configs only.
+
+    Raises:
+        ValueError: If a config cannot be found, or the recipe does not fit together.
+    """
+    arguments, notes = recipe.model, []
+    if arguments.encoder is not None:
+        model = tower = vision_part(_from_config(AutoModel, arguments.encoder, "model.encoder", arguments))
+        freeze(tower, arguments.freeze)
+        image_tokens = 0
+    else:
+        with torch.device("meta"):
+            model = _vlm(arguments, notes)
+            tower = find_tower(model)
+            size = tower.config.image_size
+            inputs = {"pixel_values": torch.zeros(1, 3, size, size)}
+            image_tokens = _count_image_tokens(model, inputs)
+            if arguments.lora_r:
+                model = add_lora(model, arguments)
+        freeze(model, arguments.freeze)
+        freeze_unread_layers(model, inputs)
+    generator, hook = _attach_feedback(recipe, model)
+    return Skeleton(model, tower, generator, hook, image_tokens, notes)
+
+
+def _vlm(arguments: ModelArguments, notes: list[str]):
+    """Makes the VLM that `training.model.make_model` would load or assemble."""
+    options = {"pretrained": False, "image_size": arguments.image_size, "num_queries": arguments.num_queries}
+    if arguments.language_model is not None:
+        language_model = _from_config(
+            AutoModelForCausalLM, arguments.language_model, "model.language_model", arguments
+        )
+        tokenizer = _tokenizer(arguments.language_model, language_model.config.vocab_size, notes)
+        tower = _tower(arguments.vision_tower, **options)
+        return assemble_llava(language_model, tokenizer, tower)[0]
+    model = _from_config(AutoModelForImageTextToText, arguments.model, "model.model", arguments)
+    if model.config.model_type not in PLANNED_HOSTS:
+        raise ValueError(
+            f"`model.model: {arguments.model}` is of type '{model.config.model_type}', which takes a number of tiles "
+            f"or patches that depends on each picture. A plan is made for {', '.join(PLANNED_HOSTS)}, for a language "
+            f"model with `model.vision_tower`, and for an encoder alone."
+        )
+    if arguments.vision_tower is None:
+        return model
+    tower = _tower(arguments.vision_tower, class_token=crops_class_token(model.config), **options)
+    return mount_tower(model, tower)[0]
+
+
+def _from_config(auto_class, path: str, setting: str, arguments: ModelArguments):
+    """Makes a transformers model on the meta device."""
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except OSError as error:
+        raise ValueError(
+            f"The config of `{setting}: {path}` cannot be read: it is neither a folder with a config.json nor a hub "
+            f"id that can be reached from here. A plan needs no weights: give a folder that holds the config.json "
+            f"alone (`{setting}=FOLDER`), or go online."
+        ) from error
+    options = {} if arguments.attn_implementation is None else {"attn_implementation": arguments.attn_implementation}
+    dtype = config.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    with torch.device("meta"):
+        return auto_class.from_config(config, dtype=dtype or torch.float32, **options)
+
+
+def _tower(name: str, **options):
+    """Makes the tower that [`build_vision_tower`] would, without weights."""
+    with torch.device("meta"):
+        return build_vision_tower(name, **options)
+
+
+def _tokenizer(path: str, vocabulary_size: int, notes: list[str]):
+    """Loads the tokenizer, or makes one of as many words where only the model's config is at hand."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError):
+        notes.append(
+            f"{path} holds no tokenizer: supposed is one of {vocabulary_size:,} words without `<image>`, so "
+            f"that the embeddings grow by a row."
+        )
+        words = {str(index): index for index in range(vocabulary_size)}
+        return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="0")))
+
+
+def _count_image_tokens(model, inputs) -> int:
+    """Returns the number of tokens that the language model gets of one picture."""
+    with torch.no_grad():
+        features = model.get_image_features(**{**inputs, "pixel_values": inputs["pixel_values"].to(model.dtype)})
+    features = getattr(features, "pooler_output", features)
+    features = torch.cat(list(features)) if isinstance(features, list | tuple) else features
+    return features.numel() // features.shape[-1]
+
+
+def _attach_feedback(recipe: Recipe, model):
+    """Loads the generator without weights and puts conditioner and hook on the model; `(None, None)` without one."""
+    from deem_plugin.feedback.callback import DiffusionFeedbackCallback
+    from deem_plugin.feedback.generator import load_generator
+
+    if recipe.feedback is None:
+        return None, None
+    generator = load_generator(recipe.feedback.denoiser, recipe.feedback.dtype, weights=False)
+    # The processor may be missing, and whatever the normalisation is, the work is the same.
+    config = replace(recipe.feedback, image_mean=[0.0] * 3, image_std=[1.0] * 3)
+    callback = DiffusionFeedbackCallback(config, generator)
+    callback.attach(model)
+    return generator, callback.hook
