@@ -6,15 +6,35 @@ from torch.nn.utils.rnn import pad_sequence
 IGNORE_INDEX = -100
 
 
-def document_starts(input_ids, bos_token_id):
-    """
-    Returns for each token where its document begins, shape `(batch, tokens)`.
+def latest_places(input_ids, token_id):
+    """Returns for each token the place of the latest `token_id` up to it, -1 before the first, `(batch, tokens)`."""
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    return positions.masked_fill(input_ids != token_id, -1).cummax(dim=1).values
 
-    A row may hold several packed documents; each begins with `bos`. Tokens before the first `bos` get -1: a padding on
-    the left, or a document without `bos` that begins with the row.
+
+def row_starts(input_ids, attention_mask=None, document_ids=None):
+    """
+    Returns for each token where its document begins in its row, shape `(batch, tokens)`.
+
+    Args:
+        input_ids (`torch.Tensor`): Shape `(batch, tokens)`.
+        attention_mask (`torch.Tensor`, *optional*): Zero at padding; a row then begins at its first other token.
+        document_ids (`torch.Tensor`, *optional*): Numbers of packed documents; without them a row is one document.
     """
     positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-    return positions.masked_fill(input_ids != bos_token_id, -1).cummax(dim=1).values
+    if document_ids is not None:
+        return positions - positions_in_documents(document_ids)
+    if attention_mask is None:
+        return torch.zeros_like(positions)
+    return attention_mask.long().argmax(dim=1, keepdim=True).expand_as(positions)
+
+
+def positions_in_documents(document_ids):
+    """Returns positions that start anew at each packed document, shape of `document_ids` `(batch, tokens)`."""
+    positions = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    begins = torch.ones_like(document_ids, dtype=torch.bool)
+    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return positions - positions.masked_fill(~begins, 0).cummax(dim=1).values
 
 
 def make_labels(
@@ -50,8 +70,8 @@ def make_labels(
         lengths = torch.as_tensor(prompt_lengths, device=input_ids.device)
         ignored |= torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
     if after is not None:
-        last_seen = document_starts(input_ids, after)  # the latest such token, -1 before the first
-        ignored |= (last_seen < document_starts(input_ids, bos_token_id).clamp(min=0)) | (last_seen == -1)
+        seen = latest_places(input_ids, after)
+        ignored |= (seen < latest_places(input_ids, bos_token_id).clamp(min=0)) | (seen == -1)
     return labels.masked_fill(ignored, IGNORE_INDEX)
 
 
@@ -83,9 +103,14 @@ def image_places(input_ids, image_start_token_id):
     return (input_ids == image_start_token_id).nonzero(as_tuple=True)
 
 
-def visible_images(input_ids, *, bos_token_id, image_start_token_id):
+def visible_images(input_ids, starts, image_start_token_id):
     """
     Tells which pictures of its row each token can look back at: those of its own document that began before it.
+
+    Args:
+        input_ids (`torch.Tensor`): Shape `(batch, tokens)`.
+        starts (`torch.Tensor`): Where the document of each token begins, see `row_starts`; same shape.
+        image_start_token_id (`int`): Id of the token before the slots of a picture.
 
     Returns:
         `torch.Tensor`: Boolean, shape `(batch, tokens, most images of a row)`.
@@ -95,8 +120,7 @@ def visible_images(input_ids, *, bos_token_id, image_start_token_id):
     first_slots = pad_sequence(torch.split(places + 1, counts.tolist()), batch_first=True, padding_value=-1)
     first_slots = first_slots[:, None, :]  # (batch, 1, images)
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None, :, None]
-    starts = document_starts(input_ids, bos_token_id)[..., None]
-    return (first_slots > starts) & (first_slots <= positions) & (first_slots != -1)
+    return (first_slots > starts[..., None]) & (first_slots <= positions) & (first_slots != -1)
 
 
 def previous_images(rows, places, starts):

@@ -48,10 +48,10 @@ def test_pictures_fill_their_slots_and_the_start_is_added_by_the_embedding(case)
 
 
 def test_a_token_sees_the_pictures_of_its_own_document_that_began_before_it(case):
-    visible = il.visible_images(case["text_ids"], bos_token_id=BOS, image_start_token_id=START)
+    visible = il.visible_images(case["text_ids"], il.latest_places(case["text_ids"], BOS), START)
 
     assert torch.equal(visible.float(), case["cross_attention_mask"])
-    none = il.visible_images(torch.tensor([[BOS, 5, 6]]), bos_token_id=BOS, image_start_token_id=START)
+    none = il.visible_images(torch.tensor([[BOS, 5, 6]]), torch.zeros(1, 3), START)
     assert none.shape == (1, 3, 0)
 
 
@@ -62,7 +62,7 @@ def test_contexts_run_back_to_the_start_of_the_document(case, documents):
     rows, places = il.image_places(case["text_ids"], START)
     starts = case["nearest_bos_idxs"] if documents == "bos" else torch.zeros_like(places)
     if documents == "bos":
-        assert torch.equal(il.document_starts(case["text_ids"], BOS)[rows, places], starts)
+        assert torch.equal(il.latest_places(case["text_ids"], BOS)[rows, places], starts)
     decoder = ImageDecoder(64, 64, num_queries=8, num_heads=4)
     decoder.projection.load_state_dict(
         {"weight": case["context_feat_proj.weight"], "bias": case["context_feat_proj.bias"]}
@@ -83,9 +83,12 @@ def test_left_padding_and_documents_without_a_first_token_begin_with_the_row():
     input_ids = torch.tensor([[0, 0, BOS, 5, START, IMAGE, 6], [7, START, IMAGE, 8, BOS, START, IMAGE]])
     attention_mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
 
-    visible = il.visible_images(input_ids, bos_token_id=BOS, image_start_token_id=START)
+    starts = il.row_starts(input_ids, document_ids=torch.tensor([[-1, -1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1]]))
+    visible = il.visible_images(input_ids, starts, START)
     labels = il.make_labels(input_ids, attention_mask, **IDS)
 
+    assert starts.tolist() == [[0, 0, 2, 2, 2, 2, 2], [0, 0, 0, 0, 4, 4, 4]]
+    assert il.row_starts(input_ids, attention_mask).tolist() == [[2] * 7, [0] * 7]
     assert visible[0, :, 0].tolist() == [False] * 5 + [True] * 2
     assert visible[1, :, 0].tolist() == [False] * 2 + [True] * 2 + [False] * 3
     assert visible[1, :, 1].tolist() == [False] * 6 + [True]
