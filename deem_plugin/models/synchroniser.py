@@ -1,4 +1,4 @@
-"""The multi-scale synchroniser: a frozen UNet, or a language model, looks at the vision tower's maps while it runs."""
+"""UNetSynchroniser: the way up of a diffusion UNet looks at the vision tower's multi-scale maps while it runs."""
 
 from contextlib import ExitStack, contextmanager
 
