@@ -7,33 +7,8 @@ import torch
 from .checkpoint import load_conditioner
 from .generator import load_generator
 from .objectives import unnormalize
+from .painting import paint
 from .views import TokenReading
-
-
-@torch.no_grad()
-def reconstruct(generator, context, *, steps=50, rng=None):
-    """
-    Paints pictures from context alone, from pure noise, by DDIM (https://arxiv.org/abs/2010.02502), or by Euler steps
-    where the generator was trained by flow matching.
-
-    Args:
-        generator (`Generator`): The frozen generator.
-        context (`torch.Tensor`): The conditioner's output, shape `(batch, tokens, context_dim)`.
-        steps (`int`, *optional*, defaults to `50`): Denoising steps.
-        rng (`torch.Generator`, *optional*): Source of the first noise, on the context's device.
-
-    Returns:
-        `torch.Tensor`: Pictures in [0, 1], shape `(batch, 3, size, size)`.
-    """
-    denoiser = generator.denoiser
-    scheduler = denoiser.process.sampler()
-    scheduler.set_timesteps(steps, device=context.device)
-    shape = (len(context), denoiser.channels, denoiser.sample_size, denoiser.sample_size)
-    latents = torch.randn(shape, generator=rng, device=context.device)
-    for timestep in scheduler.timesteps:
-        prediction = denoiser.at_times(latents, timestep.expand(len(context)), context).float()
-        latents = scheduler.step(prediction, timestep, latents).prev_sample
-    return generator.codec.decode(latents) / 2 + 0.5
 
 
 @torch.no_grad()
@@ -82,7 +57,7 @@ def reconstruct_files(checkpoint, image_files, out, denoiser=None, steps=50):
     pixel_values = image_processor(images, return_tensors="pt")["pixel_values"]
 
     context = picture_context(model, conditioner, pixel_values)
-    painted = reconstruct(generator, context, steps=steps, rng=torch.Generator().manual_seed(0))
+    painted = paint(generator, context, steps=steps, rng=torch.Generator().manual_seed(0))
     seen = generator.resize(unnormalize(pixel_values, image_processor.image_mean, image_processor.image_std))
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     save_image(torch.cat([seen, painted]), out, nrow=len(images), padding=1, pad_value=1.0)

@@ -20,6 +20,8 @@ from .losses import Draws, mean_over_valid, next_token_loss
 
 # A new token's logit starts this much below the others, so that an untrained one is hardly ever said (official code).
 NEW_TOKEN_BIAS = -5.0
+# The two heads of the tower's queries start near zero (official code).
+HEAD_STD = 1e-3
 
 
 @dataclass
@@ -71,10 +73,10 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _supports_attention_backend = True
     _skip_keys_device_placement = ["past_key_values"]
 
-    def __init__(self, config: DeemConfig, language_model=None):
+    def __init__(self, config: DeemConfig, language_model=None, vision_tower=None):
         super().__init__(config)
         width = config.text_config.hidden_size
-        self.vision_tower = DeemVisionTower(config.vision_config)
+        self.vision_tower = vision_tower or DeemVisionTower(config.vision_config)
         self.connector = nn.Linear(config.vision_config.hidden_size, width)
         self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
         self.new_embeddings = nn.Embedding(config.num_new_tokens, width)
@@ -97,14 +99,11 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super()._init_weights(module)
         if isinstance(module, ImageDecoder):
             init.normal_(module.null_context, std=self.config.initializer_range)
-        elif module is self:
-            # As in the official code: both heads start near zero, new tokens are not said.
-            for head in (self.connector, self.feedback_head):
-                if head is not None:
-                    init.normal_(head.weight, std=1e-3)
-                    init.zeros_(head.bias)
-            init.zeros_(self.new_head.weight)
-            init.constant_(self.new_head.bias, NEW_TOKEN_BIAS)
+        elif module is self.connector or module is self.feedback_head:
+            init.normal_(module.weight, std=HEAD_STD)
+        elif module is self.new_head:
+            init.zeros_(module.weight)
+            init.constant_(module.bias, NEW_TOKEN_BIAS)
 
     def attach_generator(self, generator):
         """
@@ -213,8 +212,8 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
                     inputs_embeds, input_ids, self.config.image_token_id, features.pooler_output
                 )
         if document_ids is not None:
-            # Positions that start anew are how transformers' attention functions know of packed documents.
-            position_ids, attention_mask = positions_in_documents(document_ids), None
+            # Positions that start anew, without mask and cache, tell transformers' attention of packed documents.
+            position_ids, attention_mask, use_cache = positions_in_documents(document_ids), None, False
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,

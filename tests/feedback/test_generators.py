@@ -7,7 +7,7 @@ import torch
 
 from deem_plugin.feedback import Conditioner, DiffusionFeedback, load_generator
 from deem_plugin.feedback.processes import FlowProcess
-from deem_plugin.feedback.reconstruction import reconstruct
+from deem_plugin.feedback.painting import paint
 
 from .helpers import losses_of_training
 from .tiny_generators import CONTEXT_DIM, GENERATORS, SIZE, save_generator
@@ -159,7 +159,7 @@ def test_every_generator_paints_pictures_reproducibly(generator, name, monkeypat
         monkeypatch.setattr(type(generator.denoiser), "sample_size", SIZE)
     context = torch.randn(2, 5, CONTEXT_DIM, generator=torch.Generator().manual_seed(0))
 
-    first, second = (reconstruct(generator, context, steps=2, rng=torch.Generator().manual_seed(1)) for _ in range(2))
+    first, second = (paint(generator, context, steps=2, rng=torch.Generator().manual_seed(1)) for _ in range(2))
 
     assert first.shape == (2, 3, generator.image_size, generator.image_size)
     assert first.min() >= 0 and first.max() <= 1 and first.std() > 0
@@ -176,7 +176,7 @@ def test_a_flow_that_predicts_perfectly_is_painted_to_the_very_latents(tmp_path,
         return (noisy - latents) / (times.view(-1, 1, 1, 1) / 1000)
 
     monkeypatch.setattr(denoiser, "at_times", perfect)
-    painted = reconstruct(generator, torch.randn(1, 5, CONTEXT_DIM), steps=4)
+    painted = paint(generator, torch.randn(1, 5, CONTEXT_DIM), steps=4)
 
     torch.testing.assert_close(painted, generator.codec.decode(latents) / 2 + 0.5, atol=1e-4, rtol=0)
 

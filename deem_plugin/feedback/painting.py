@@ -1,0 +1,62 @@
+"""Painting: pictures drawn by a frozen generator from nothing but a context."""
+
+import inspect
+
+import torch
+
+
+@torch.no_grad()
+def paint(generator, context, *, steps=50, scheduler=None, guidance=1.0, null_context=None, rng=None):
+    """
+    Paints pictures from context alone, starting at pure noise.
+
+    Args:
+        generator (`Generator`): The frozen generator.
+        context (`torch.Tensor`): Shape `(batch, tokens, context_dim)`.
+        steps (`int`, *optional*, defaults to `50`): Denoising steps.
+        scheduler (`SchedulerMixin`, *optional*):
+            A scheduler of diffusers for the generator's kind of process; by default DDIM
+            (https://arxiv.org/abs/2010.02502), or Euler steps where the generator was trained by flow matching.
+        guidance (`float`, *optional*, defaults to `1.0`):
+            Scale of classifier-free guidance (https://arxiv.org/abs/2207.12598); 1 is none.
+        null_context (`torch.Tensor`, *optional*): What guidance leads away from, `(1, tokens, context_dim)`.
+        rng (`torch.Generator` or `list[torch.Generator]`, *optional*):
+            Source of the first noise and of the scheduler's, on the context's device: one for all, or one a picture.
+
+    Returns:
+        `torch.Tensor`: Pictures in [0, 1], shape `(batch, 3, size, size)`.
+
+    Raises:
+        ValueError: If guidance is asked for without a null context, or there is not one source of noise a picture.
+    """
+    from diffusers.utils.torch_utils import randn_tensor
+
+    if guidance != 1.0 and null_context is None:
+        raise ValueError(f"guidance={guidance} needs a `null_context` to lead away from; give one, or guidance=1.")
+    if isinstance(rng, list) and len(rng) != len(context):
+        raise ValueError(f"Got {len(rng)} sources of noise for {len(context)} pictures; expected one, or one each.")
+    denoiser = generator.denoiser
+    scheduler = scheduler or denoiser.process.sampler()
+    scheduler.set_timesteps(steps, device=context.device)
+    shape = (len(context), denoiser.channels, denoiser.sample_size, denoiser.sample_size)
+    latents = randn_tensor(shape, generator=rng, device=context.device)
+    latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
+    contexts = context if guidance == 1.0 else torch.cat([null_context.to(context).expand_as(context), context])
+    options = _options_of_step(scheduler, rng)
+    for timestep in scheduler.timesteps:
+        inputs = latents
+        if hasattr(scheduler, "scale_model_input"):
+            inputs = scheduler.scale_model_input(latents, timestep)
+        if guidance != 1.0:
+            inputs = torch.cat([inputs, inputs])
+        prediction = denoiser.at_times(inputs, timestep.expand(len(inputs)), contexts).float()
+        if guidance != 1.0:
+            without, given = prediction.chunk(2)
+            prediction = without + guidance * (given - without)
+        latents = scheduler.step(prediction, timestep, latents, **options).prev_sample
+    return generator.codec.decode(latents) / 2 + 0.5
+
+
+def _options_of_step(scheduler, rng):
+    """Returns what `scheduler.step` takes of ours: schedulers that add noise want its source, others know none."""
+    return {"generator": rng} if "generator" in inspect.signature(scheduler.step).parameters else {}

@@ -1,0 +1,91 @@
+"""DeemProcessor: texts with marks for pictures and regions, and the pictures, as a DEEM reads them."""
+
+import re
+
+import torch
+from transformers import ProcessorMixin
+
+from ..vision.regions import region_mask
+
+IMAGE_TOKEN = "<image>"
+IMAGE_START_TOKEN = "<image_start>"
+REGION_MARK = "<region>"
+_MARKS = re.compile(f"{IMAGE_TOKEN}|{REGION_MARK}")
+
+
+class DeemProcessor(ProcessorMixin):
+    """
+    Puts an image start and the slots of the tower's tokens in the place of each mark.
+
+    `<image>` stands for a picture and `<region>` for a picture of which one region is meant. Both take the next of
+    `images`; a region also takes its entry of `regions`.
+
+    Args:
+        image_processor (`DeemImageProcessor`): Of the tower.
+        tokenizer (`PreTrainedTokenizerBase`): That knows `<image>` and `<image_start>`.
+        num_image_tokens (`int`): Slots of a picture: the tower's `num_image_tokens`.
+        chat_template (`str`, *optional*): Jinja template of conversations.
+    """
+
+    def __init__(self, image_processor=None, tokenizer=None, num_image_tokens=77, chat_template=None, **kwargs):
+        self.num_image_tokens = num_image_tokens
+        self.image_token = IMAGE_TOKEN
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self.image_start_token = IMAGE_START_TOKEN
+        self.image_start_token_id = tokenizer.convert_tokens_to_ids(IMAGE_START_TOKEN)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def __call__(self, images=None, text=None, regions=None, **kwargs):
+        """
+        Args:
+            images (`list`, *optional*): Pictures in the order of their marks, all texts' in one list.
+            text (`str` or `list[str]`): Texts with marks.
+            regions (`list`, *optional*):
+                One entry a picture: `None` for `<image>`; for `<region>` a mask, box or points in the pixels of the
+                picture, see `region_mask`. Pictures and masks go through one geometry.
+            kwargs: As for every processor of transformers.
+
+        Returns:
+            `BatchFeature`: What the tokenizer and the image processor return, and where there are regions
+            `region_masks` `(images, 1, height, width)`, ones for whole pictures.
+
+        Raises:
+            ValueError: If marks, pictures and regions do not match, or a region does not meet the visible picture.
+        """
+        if text is not None:
+            text = [text] if isinstance(text, str) else list(text)
+            self._check_regions([mark for each in text for mark in _MARKS.findall(each)], regions)
+            text = [each.replace(REGION_MARK, IMAGE_TOKEN) for each in text]
+        inputs = super().__call__(images=images, text=text, **kwargs)
+        if regions is not None and any(region is not None for region in regions):
+            inputs["region_masks"] = self._masks(images, regions)
+        return inputs
+
+    def replace_image_token(self, image_inputs, image_idx, **kwargs) -> str:
+        """Returns what stands for a picture in the text: the start and its slots."""
+        return IMAGE_START_TOKEN + IMAGE_TOKEN * self.num_image_tokens
+
+    def _check_regions(self, marks, regions):
+        given = [None] * len(marks) if regions is None else regions
+        if len(given) != len(marks):
+            raise ValueError(f"Got {len(given)} entries of `regions` for {len(marks)} marks; expected one each.")
+        for index, (mark, region) in enumerate(zip(marks, given, strict=True)):
+            if (mark == REGION_MARK) != (region is not None):
+                raise ValueError(
+                    f"Mark {index} is {mark}, but its entry of `regions` is {'none' if region is None else 'given'}. "
+                    f"Write {REGION_MARK} where a region is meant and {IMAGE_TOKEN} for a whole picture."
+                )
+
+    def _masks(self, images, regions):
+        masks = []
+        for image, region in zip(images, regions, strict=True):
+            width, height = image.size
+            inside = torch.ones(height, width) if region is None else region_mask(region, width, height)
+            masks.append(self.image_processor.process_regions([inside])[0])
+        cut = [index for index, mask in enumerate(masks) if not mask.any()]
+        if cut:
+            raise ValueError(
+                f"The regions of pictures {cut} lie outside of what is left of them after resizing and cropping. "
+                f"Leave these samples out, or crop the pictures around the regions beforehand."
+            )
+        return torch.stack(masks)

@@ -1,0 +1,222 @@
+"""The interleaved model as its users meet it: made of parts, trained, saved, asked, and told to draw."""
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from deem_plugin.feedback import load_generator
+from deem_plugin.models import Draws, generate_images, generate_interleaved
+from deem_plugin.models.interleaving import make_labels
+
+from ..feedback.tiny_generators import save_generator
+from ..tiny import tiny_image
+from .tiny_deem import QUERIES, tiny_deem, tiny_language_model, tiny_tower
+
+
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory):
+    return load_generator(save_generator(tmp_path_factory.mktemp("generator"), "sd1"))
+
+
+def inputs_of(processor, texts, count, **options):
+    """Texts with `count` pictures in all, and labels by the official rules."""
+    images = [tiny_image(index, size=(64, 64)) for index in range(count)]
+    inputs = processor(text=texts, images=images or None, padding=True, return_tensors="pt", **options)
+    inputs["labels"] = make_labels(
+        inputs["input_ids"],
+        inputs["attention_mask"],
+        bos_token_id=1,
+        image_token_id=processor.image_token_id,
+        image_start_token_id=processor.image_start_token_id,
+    )
+    return inputs
+
+
+TEXTS = ["<image>a red cat<image>and a dog", "some words<image>yes"]
+
+
+def test_the_parts_are_taken_as_they_are():
+    torch.manual_seed(3)
+    from deem_plugin.models import assemble_deem
+
+    from .tiny_deem import language_tokenizer
+
+    tokenizer = language_tokenizer()
+    language_model, tower = tiny_language_model(tokenizer), tiny_tower()
+    before = {k: v.clone() for part in (language_model, tower) for k, v in part.state_dict().items()}
+
+    model, processor = assemble_deem(language_model, tokenizer, tower, context_dim=16, image_decoder_heads=4)
+
+    after = {**model.language_model.state_dict(), **model.vision_tower.state_dict()}
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert model.connector.weight.std().item() == pytest.approx(1e-3, rel=0.2)
+    assert (model.new_head.bias == -5).all()
+    assert len(tokenizer) == 259 and len(processor.tokenizer) == 261
+    with pytest.raises(ValueError, match="already knows .'<image_start>', '<image>'."):
+        assemble_deem(language_model, processor.tokenizer, tower)
+
+
+def test_three_losses_come_under_their_names_and_add_up(generator):
+    model, processor = tiny_deem()
+    model.attach_generator(generator)
+    inputs = inputs_of(processor, TEXTS, 3)
+
+    output = model.train()(**inputs, generator=torch.Generator().manual_seed(0))
+    output.loss.backward()
+
+    total = output.lm_loss + 5 * output.image_loss + 5 * output.feedback_loss
+    torch.testing.assert_close(output.loss, total)
+    assert output.logits.shape == (*inputs["input_ids"].shape, 261)
+    without = {name for name, p in model.named_parameters() if p.grad is None}
+    assert not without
+    assert all(p.grad is None for p in generator.denoiser.model.parameters())
+    assert not any("unet" in name or "vae" in name for name in model.state_dict())
+
+
+def test_a_loss_of_weight_zero_is_not_computed(generator, monkeypatch):
+    model, processor = tiny_deem(image_weight=0.0)
+    model.attach_generator(generator)
+    monkeypatch.setattr(model, "_image_loss", None)
+    inputs = inputs_of(processor, TEXTS, 3)
+
+    output = model.train()(**inputs)
+
+    assert output.image_loss is None and output.feedback_loss is not None
+    model.config.feedback_weight = 0.0
+    assert model(**inputs).feedback_loss is None
+    model.config.feedback_weight, model.generator = 5.0, None
+    with pytest.raises(ValueError, match="needs the frozen generator"):
+        model(**inputs)
+    assert model.eval()(**inputs).loss is not None  # reading needs none
+
+
+def test_packed_documents_do_not_see_each_other(generator):
+    model, processor = tiny_deem()
+    model.attach_generator(generator)
+    rows = [inputs_of(processor, [text], count) for text, count in ((TEXTS[0], 2), ("two words<image>yes", 1))]
+    lengths = [row["input_ids"].shape[1] for row in rows]
+    packed = {
+        "input_ids": torch.cat([row["input_ids"] for row in rows] + [torch.zeros(1, 3).long()], dim=1),
+        "labels": torch.cat([row["labels"] for row in rows] + [torch.full((1, 3), -100)], dim=1),
+        "pixel_values": torch.cat([row["pixel_values"] for row in rows]),
+        "document_ids": torch.tensor([[0] * lengths[0] + [1] * lengths[1] + [-1] * 3]),
+    }
+    torch.manual_seed(0)
+    shape = (3, 4, generator.denoiser.sample_size, generator.denoiser.sample_size)
+    draws = Draws(*torch.randn(2, *shape), timesteps=torch.tensor([10, 500, 900]), dropped=torch.zeros(3).bool())
+    rows[1]["pixel_values"] = packed["pixel_values"][2:]
+
+    together = model.eval()(**packed, draws={"image": draws, "feedback": draws})
+    apart = [model(**row) for row in rows]
+
+    alone = torch.cat([output.last_hidden_state for output in apart], dim=1)
+    torch.testing.assert_close(together.last_hidden_state[:, : sum(lengths)], alone, atol=1e-5, rtol=1e-5)
+    contexts = torch.cat(
+        [
+            model.image_contexts(o.last_hidden_state, r["input_ids"], torch.zeros_like(r["input_ids"]))[0]
+            for o, r in zip(apart, rows, strict=True)
+        ]
+    )
+    from deem_plugin.models.interleaving import row_starts
+
+    ours, lengths_of = model.image_contexts(
+        together.last_hidden_state,
+        packed["input_ids"],
+        row_starts(packed["input_ids"], document_ids=packed["document_ids"]),
+    )
+    torch.testing.assert_close(ours, contexts, atol=1e-5, rtol=1e-5)
+    assert lengths_of.tolist() == [2, 2 + 2 + QUERIES - 1 + 9, 11]
+    # The first picture follows `<s>` at once: its own loss does not count in the mean.
+    pair = Draws(draws.latent_noise[:2], draws.noise[:2], draws.timesteps[:2], draws.dropped[:2])
+    first = model(**rows[0], draws={"image": pair})
+    rest = Draws(draws.latent_noise[2:], draws.noise[2:], draws.timesteps[2:], draws.dropped[2:])
+    second = model(**rows[1], draws={"image": rest})
+    torch.testing.assert_close(together.image_loss, (first.image_loss + second.image_loss) / 2)
+
+
+def test_saved_and_loaded_by_the_auto_classes_it_is_the_same_without_any_generator(tmp_path, generator):
+    model, processor = tiny_deem()
+    model.attach_generator(generator)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    inputs = inputs_of(processor, TEXTS, 3)
+
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    again = AutoProcessor.from_pretrained(tmp_path)
+
+    assert loaded.generator is None
+    assert torch.equal(model.eval()(**inputs).logits, loaded.eval()(**inputs).logits)
+    assert all(torch.equal(a, b) for a, b in zip(inputs.values(), inputs_of(again, TEXTS, 3).values(), strict=True))
+    assert loaded.generation_config.eos_token_id == [2, processor.image_start_token_id]
+
+
+def test_tied_language_models_stay_tied(tmp_path):
+    model, processor = tiny_deem(language_options={"tie_word_embeddings": True})
+    model.save_pretrained(tmp_path)
+
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    inputs = inputs_of(processor, TEXTS, 3)
+    assert torch.equal(model.eval()(**inputs).logits, loaded(**inputs).logits)
+
+
+def test_greedy_with_cache_equals_without_and_a_batch_equals_one_at_a_time():
+    model, processor = tiny_deem()
+    model.eval()
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": -1}
+    images = [tiny_image(index, size=(64, 64)) for index in range(3)]
+
+    batch = processor(text=TEXTS, images=images, padding=True, padding_side="left", return_tensors="pt")
+    cached = model.generate(**batch, **options)
+    plain = model.generate(**batch, **options, use_cache=False)
+    alone = [
+        model.generate(**processor(text=[text], images=some, return_tensors="pt"), **options)[0, -8:].tolist()
+        for text, some in zip(TEXTS, (images[:2], images[2:]), strict=True)
+    ]
+
+    assert torch.equal(cached, plain)
+    assert cached[:, -8:].tolist() == alone
+    assert len({tuple(row) for row in alone}) == 2
+
+
+def test_pictures_depend_on_text_and_seed_alone(generator):
+    model, processor = tiny_deem()
+    model.attach_generator(generator)
+    model.eval()
+    texts = ["a red cat<image_start>", "a blue and very big dog<image_start>"]
+    batch = processor(text=texts, padding=True, return_tensors="pt")
+
+    both = generate_images(model, batch, [1, 2], steps=2)
+    second = generate_images(model, processor(text=texts[1:], return_tensors="pt"), [2], steps=2)
+    other = generate_images(model, processor(text=texts[1:], return_tensors="pt"), [3], steps=2)
+
+    assert both[0].size == (generator.image_size, generator.image_size)
+    difference = (torch.tensor(list(both[1].getdata())) - torch.tensor(list(second[0].getdata()))).abs().max()
+    assert difference <= 1  # of 255: batches round differently
+    assert both[1].tobytes() != other[0].tobytes()
+    with pytest.raises(ValueError, match=r"Rows \[0\] have no <image_start>"):
+        generate_images(model, processor(text=["no picture"], return_tensors="pt"), [1])
+
+
+def test_text_and_pictures_come_in_turn_and_are_reproducible(generator, monkeypatch):
+    model, processor = tiny_deem()
+    model.attach_generator(generator)
+    model.eval()
+    start, end = processor.image_start_token_id, 2
+    script = iter(2 * [[70, 71, start], [72, start], [73, end]])
+    prompts = []
+
+    def scripted(input_ids, **kwargs):
+        prompts.append((input_ids.shape[1], len(kwargs.get("pixel_values", []))))
+        return torch.cat([input_ids, torch.tensor([next(script)])], dim=1)
+
+    monkeypatch.setattr(model, "generate", scripted)
+    one, two = (generate_interleaved(model, processor, "draw", seed=5, steps=2) for _ in range(2))
+
+    assert [type(part) is str for part in one] == [True, False, True, False, True]
+    assert [part if isinstance(part, str) else part.tobytes() for part in one] == [
+        part if isinstance(part, str) else part.tobytes() for part in two
+    ]
+    assert one[1].tobytes() != one[3].tobytes()
+    assert [pictures for _, pictures in prompts[:3]] == [0, 1, 2]  # it reads what it drew
