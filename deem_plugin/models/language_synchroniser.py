@@ -115,7 +115,7 @@ class LanguageModelSynchroniser(nn.Module):
                 generation with a cache, go by its last row.
 
         With gradient checkpointing the backward pass runs the layers once more, after the context has ended; enable it
-        with [`~LanguageModelSynchroniser.checkpoint_contexts`] then.
+        with [`~LanguageModelSynchroniser.checkpoint_contexts`] then, or torch raises a `CheckpointError`.
         """
         images = image_features(maps, image_mask)
         layers = decoder_layers(language_model, self.num_layers)
@@ -145,7 +145,9 @@ class LanguageModelSynchroniser(nn.Module):
         Example:
 
         ```python
-        language_model.gradient_checkpointing_enable({"context_fn": synchroniser.checkpoint_contexts})
+        language_model.gradient_checkpointing_enable(
+            {"use_reentrant": False, "context_fn": synchroniser.checkpoint_contexts}
+        )
         ```
         """
         return nullcontext(), nullcontext() if self._reattach is None else self._reattach()
