@@ -145,7 +145,7 @@ class LanguageModelSynchroniser(nn.Module):
         Example:
 
         ```python
-        language_model.gradient_checkpointing_enable(
+        language_model.activation_checkpointing_enable(
             {"use_reentrant": False, "context_fn": synchroniser.checkpoint_contexts}
         )
         ```
