@@ -78,7 +78,14 @@ class UNetSynchroniser(nn.Module):
     """
 
     def __init__(
-        self, unet_config, feature_dim, inner_dim=1024, num_heads=16, num_levels=4, num_points=8, max_images=10
+        self,
+        unet_config,
+        feature_dim: int,
+        inner_dim: int = 1024,
+        num_heads: int = 16,
+        num_levels: int = 4,
+        num_points: int = 8,
+        max_images: int = 10,
     ):
         super().__init__()
         options = {

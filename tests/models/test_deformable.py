@@ -97,6 +97,17 @@ def test_offsets_reach_equally_far_on_maps_of_any_size_unless_told(offset_map, s
     assert torch.allclose(*outputs, atol=1e-5) == same
 
 
+def test_points_are_not_rounded_to_the_precision_of_the_weights():
+    attention = _attention(num_points=1).bfloat16()
+    torch.nn.init.zeros_(attention.offsets.bias)
+    level = (torch.arange(64.0) - 31.5).expand(1, 1, 4, 64, 64)
+    places = torch.tensor([[[0.5, 0.5], [0.5 + 2**-9, 0.5]]])  # the second one rounds to the first one in bfloat16
+
+    output = attention(torch.zeros(1, 2, 6).bfloat16(), places, image_features([level.bfloat16()], torch.ones(1, 1)))
+
+    assert (output[0, 0] != output[0, 1]).any()
+
+
 def test_the_mask_may_differ_from_query_to_query():
     attention = _attention()
     level = torch.randn(1, 2, 4, 5, 5)
