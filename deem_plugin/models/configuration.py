@@ -33,9 +33,19 @@ class DeemConfig(PreTrainedConfig):
             A loss of weight 0 is not computed.
         feedback_timesteps (`str`, *optional*, defaults to `"shrink"`):
             One of `TIMESTEP_SAMPLERS`, for the feedback. The next image is learned at uniform timesteps.
-        official_image_loss (`bool`, *optional*, defaults to `False`):
-            Reproduces two defects of the authors' next-image loss: pictures normalised twice, to [-3, 1], and a mean
-            whose denominator also counts pictures that have no loss.
+        official_defects (`bool`, *optional*, defaults to `False`):
+            Reproduces three defects of the authors' code, for comparison with it: the next-image loss restores
+            pictures normalised twice, to [-3, 1]; its mean also counts pictures that have no loss; and packed
+            documents read each other's text.
+        language_synchroniser (`dict`, *optional*):
+            Options of a [`LanguageModelSynchroniser`], such as `{"frequency": 4}` of the paper; without them the
+            language model looks at no maps. Needs a `multiscale` tower.
+        unet_synchroniser (`dict`, *optional*):
+            Options of a [`UNetSynchroniser`], by which the next image also sees the maps of the one before it. Under
+            `"unet"` the config of the UNet: `sample_size`, `block_out_channels` and `layers_per_block`.
+        feedback_maps (`bool`, *optional*, defaults to `False`):
+            Whether the feedback sees the maps of the very image, too, as in the official code. They give the answer
+            away: the queries then have less to tell.
         initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of new linear weights.
     """
 
@@ -64,7 +74,10 @@ class DeemConfig(PreTrainedConfig):
     image_weight: float = 5.0
     feedback_weight: float = 5.0
     feedback_timesteps: str = "shrink"
-    official_image_loss: bool = False
+    official_defects: bool = False
+    language_synchroniser: dict | None = None
+    unet_synchroniser: dict | None = None
+    feedback_maps: bool = False
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
@@ -93,6 +106,11 @@ class DeemConfig(PreTrainedConfig):
             )
         if not 0 <= self.null_context_rate < 1:
             raise ValueError(f"`null_context_rate` is {self.null_context_rate}; it must be in [0, 1).")
+        looks = self.language_synchroniser is not None or self.unet_synchroniser is not None
+        if looks and not self.vision_config.multiscale:
+            raise ValueError("A synchroniser reads the tower's maps. Set `multiscale=True` in `vision_config`.")
+        if self.feedback_maps and self.unet_synchroniser is None:
+            raise ValueError("`feedback_maps` is read by the UNet's synchroniser. Set `unet_synchroniser`, too.")
         for name in ("lm_weight", "image_weight", "feedback_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; a weight must be 0 or more.")

@@ -1,27 +1,33 @@
 """DeemForConditionalGeneration: one causal model over interleaved text and pictures, with the paper's three losses."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import ModelOutput
 
 from ..feedback.denoisers import check_context_dim
-from ..feedback.diffusion_feedback import DiffusionFeedback
-from ..feedback.objectives import unnormalize
-from ..feedback.timesteps import TIMESTEP_SAMPLERS
-from ..vision.tower import DeemVisionTower, region_to_patches
+from ..vision.tower import DeemVisionOutput, DeemVisionTower
 from .configuration import DeemConfig
+from .deformable import DeformableAttention
+from .denoising import Reading, feedback_loss, image_loss, restorable_pictures
 from .image_decoder import ImageDecoder
-from .interleaving import fill_image_slots, image_places, positions_in_documents, reversed_contexts, row_starts
-from .losses import Draws, mean_over_valid, next_token_loss
+from .interleaving import fill_image_slots, positions_in_documents, row_starts, visible_images
+from .language_synchroniser import GatedImageAttention, LanguageModelSynchroniser
+from .losses import Draws, next_token_loss
+from .maps import by_rows, positioned_maps
+from .synchroniser import UNetSynchroniser, UNetSynchroniserBlock
 
 # A new token's logit starts this much below the others, so that an untrained one is hardly ever said (official code).
 NEW_TOKEN_BIAS = -5.0
 # The two heads of the tower's queries start near zero (official code).
 HEAD_STD = 1e-3
+# Maps that a language model looks at by default: strides 8, 16 and 32 of a ConvNeXt.
+LANGUAGE_LEVELS = 3
 
 
 @dataclass
@@ -37,6 +43,8 @@ class DeemOutput(ModelOutput):
         past_key_values (`Cache`, *optional*): For the next step of `generate`.
         last_hidden_state (`torch.Tensor`): Of the language model, shape `(batch, tokens, hidden_size)`.
         image_tokens (`torch.Tensor`, *optional*): What the tower saw, `(images, queries, tower width)`.
+        maps (`dict[str, torch.Tensor]`, *optional*): Its multi-scale maps.
+        image_maps (`tuple`, *optional*): The maps as the language model looks at them, for the next step.
     """
 
     loss: torch.Tensor | None = None
@@ -47,6 +55,8 @@ class DeemOutput(ModelOutput):
     past_key_values: object | None = None
     last_hidden_state: torch.Tensor | None = None
     image_tokens: torch.Tensor | None = None
+    maps: dict[str, torch.Tensor] | None = None
+    image_maps: tuple | None = None
 
 
 class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -92,6 +102,19 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 num_heads=config.image_decoder_heads,
                 intermediate_dim=config.image_decoder_intermediate_size,
             )
+        self.language_synchroniser = self.unet_synchroniser = None
+        if config.language_synchroniser is not None:
+            self.language_synchroniser = LanguageModelSynchroniser(
+                width,
+                config.text_config.num_hidden_layers,
+                config.vision_config.encoder_dim,
+                norm_eps=getattr(config.text_config, "rms_norm_eps", 1e-6),
+                **config.language_synchroniser,
+            )
+        if config.unet_synchroniser is not None:
+            options = dict(config.unet_synchroniser)
+            unet = SimpleNamespace(**options.pop("unet"))
+            self.unet_synchroniser = UNetSynchroniser(unet, config.vision_config.encoder_dim, **options)
         self.generator = None
         self.post_init()
 
@@ -104,6 +127,8 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
         elif module is self.new_head:
             init.zeros_(module.weight)
             init.constant_(module.bias, NEW_TOKEN_BIAS)
+        elif isinstance(module, (DeformableAttention, GatedImageAttention, UNetSynchroniserBlock)):
+            module.reset_parameters()
 
     def attach_generator(self, generator):
         """
@@ -137,7 +162,7 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
         added = self.new_embeddings((input_ids - self.config.first_new_token_id).clamp(min=0))
         return torch.where(new[..., None], added.to(known.dtype), known)
 
-    def get_image_features(self, pixel_values, region_masks=None, **kwargs) -> BaseModelOutputWithPooling:
+    def get_image_features(self, pixel_values, region_masks=None, **kwargs) -> DeemVisionOutput:
         """
         Reads pictures.
 
@@ -146,13 +171,12 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
             region_masks (`torch.Tensor`, *optional*): Shape `(images, 1, height, width)`, nonzero in the region meant.
 
         Returns:
-            `BaseModelOutputWithPooling`: `last_hidden_state`, the tower's queries `(images, queries, tower width)`,
-            and `pooler_output`, what the language model reads of them `(images, queries, hidden_size)`.
+            `DeemVisionOutput`: `last_hidden_state`, the tower's queries `(images, queries, tower width)`;
+            `pooler_output`, what the language model reads of them `(images, queries, hidden_size)`; and `maps`.
         """
         output = self.vision_tower(pixel_values.to(self.vision_tower.dtype), region_masks=region_masks)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=output.last_hidden_state, pooler_output=self.connector(output.last_hidden_state)
-        )
+        output.pooler_output = self.connector(output.last_hidden_state)
+        return output
 
     def forward(
         self,
@@ -170,6 +194,7 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
         num_items_in_batch: int | torch.Tensor | None = None,
         generator: torch.Generator | None = None,
         draws: dict[str, Draws] | None = None,
+        image_maps: tuple[list[torch.Tensor], torch.Tensor] | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
@@ -194,6 +219,7 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
             num_items_in_batch (`int`, *optional*): Given by the Trainer; see `next_token_loss`.
             generator (`torch.Generator`, *optional*): Source of what is drawn.
             draws (`dict[str, Draws]`, *optional*): Under `"feedback"` and `"image"`, instead of drawing.
+            image_maps (`tuple`, *optional*): What an earlier step of `generate` returned under this name.
 
         Returns:
             `DeemOutput`: With losses where there are labels. The two denoising losses are computed in training alone,
@@ -202,143 +228,85 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: If pictures and slots do not match, or a loss asks for a generator that is not attached.
         """
-        image_tokens = None
+        features, starts = None, None
         if inputs_embeds is None:
+            starts = row_starts(input_ids, attention_mask, document_ids)
             inputs_embeds = self.embed(input_ids)
             if pixel_values is not None:
                 features = self.get_image_features(pixel_values, region_masks)
-                image_tokens = features.last_hidden_state
                 inputs_embeds = fill_image_slots(
                     inputs_embeds, input_ids, self.config.image_token_id, features.pooler_output
                 )
-        if document_ids is not None:
+                if self.language_synchroniser is not None:
+                    image_maps = self._maps_for_text(features.maps, input_ids, starts)
+        if document_ids is not None and not self.config.official_defects:
             # Positions that start anew, without mask and cache, tell transformers' attention of packed documents.
             position_ids, attention_mask, use_cache = positions_in_documents(document_ids), None, False
 
-        outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            output_hidden_states=True,
-            **kwargs,
-        )
+        looking = nullcontext()
+        if image_maps is not None:
+            looking = self.language_synchroniser.attached(self.language_model, *image_maps)
+        with looking:
+            outputs = self.language_model(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                output_hidden_states=True,
+                **kwargs,
+            )
         hidden = outputs.hidden_states[-1]
         kept = hidden[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else hidden[:, logits_to_keep]
-        logits = torch.cat([outputs.logits[..., : self.config.first_new_token_id], self.new_head(kept)], dim=-1)
         result = DeemOutput(
-            logits=logits,
+            logits=torch.cat([outputs.logits[..., : self.config.first_new_token_id], self.new_head(kept)], dim=-1),
             past_key_values=outputs.past_key_values,
             last_hidden_state=hidden,
-            image_tokens=image_tokens,
+            image_maps=image_maps,
         )
-        if labels is None:
-            return result
-
-        result.lm_loss = next_token_loss(logits, labels, num_items_in_batch)
-        result.loss = self.config.lm_weight * result.lm_loss
-        if image_tokens is None or not (self.training or draws):
-            return result
-        draws = draws or {}
-        if self.config.feedback_weight and self._needs_generator():
-            result.feedback_loss = self._feedback_loss(
-                image_tokens, self._pictures(pixel_values, target_pixel_values), region_masks, generator, draws
-            )
-            result.loss = result.loss + self.config.feedback_weight * result.feedback_loss
-        if self.config.image_weight and self._needs_generator():
-            starts = row_starts(input_ids, attention_mask, document_ids)
-            result.image_loss = self._image_loss(
-                hidden,
-                input_ids,
-                starts,
-                self._pictures(pixel_values, target_pixel_values),
-                image_loss_mask,
-                generator,
-                draws,
-            )
-            result.loss = result.loss + self.config.image_weight * result.image_loss
+        if features is not None:
+            result.image_tokens, result.maps = features.last_hidden_state, features.maps
+        if labels is not None:
+            result.lm_loss = next_token_loss(result.logits, labels, num_items_in_batch)
+            result.loss = self.config.lm_weight * result.lm_loss
+            if features is not None and (self.training or draws):
+                pictures = restorable_pictures(self.config, pixel_values, target_pixel_values)
+                reading = Reading(
+                    input_ids,
+                    starts,
+                    hidden,
+                    result.image_tokens,
+                    result.maps,
+                    pictures,
+                    region_masks,
+                    image_loss_mask,
+                )
+                self._add_denoising_losses(result, reading, draws or {}, generator)
         return result
 
-    def _needs_generator(self) -> bool:
-        if self.generator is None:
+    def _add_denoising_losses(self, result, reading, draws, generator):
+        """Adds the two losses of the generator to a result, those of weight 0 left out."""
+        config = self.config
+        if (config.feedback_weight or config.image_weight) and self.generator is None:
             raise ValueError(
                 "Training with `feedback_weight` or `image_weight` above 0 needs the frozen generator: call "
                 "`model.attach_generator(load_generator(PATH))`, or set both weights of the config to 0."
             )
-        return True
+        if config.feedback_weight:
+            result.feedback_loss = feedback_loss(self, reading, draws.get("feedback"), generator)
+            result.loss = result.loss + config.feedback_weight * result.feedback_loss
+        if config.image_weight:
+            result.image_loss = image_loss(self, reading, draws.get("image"), generator)
+            result.loss = result.loss + config.image_weight * result.image_loss
 
-    def _pictures(self, pixel_values, target_pixel_values):
-        """Returns the pictures that the generator must restore, `(images, 3, height, width)` in [0, 1]."""
-        if target_pixel_values is None:
-            config = self.config.vision_config
-            return unnormalize(pixel_values, config.image_mean, config.image_std)
-        return target_pixel_values.float().clamp(-1, 1) / 2 + 0.5
-
-    def _feedback_loss(self, image_tokens, pictures, region_masks, generator, draws):
-        """The same image from its own queries (CSR, Eq. 5), averaged over the region where there is one."""
-        draw = draws.get("feedback", Draws())
-        latents = self._encode(pictures, draw, generator)
-        mask = None
-        if region_masks is not None:
-            height, width = latents.shape[-2:]
-            mask = region_to_patches(region_masks, height, width).mT.unflatten(-1, (height, width))
-        feedback = DiffusionFeedback(self.generator.denoiser, TIMESTEP_SAMPLERS[self.config.feedback_timesteps])
-        losses = feedback(
-            latents,
-            self.feedback_head(image_tokens),
-            mask=mask,
-            timesteps=draw.timesteps,
-            noise=draw.noise,
-            generator=generator,
-        )
-        return mean_over_valid(losses)
-
-    def _image_loss(self, hidden, input_ids, starts, pictures, image_loss_mask, generator, draws):
-        """The next image from what stands before it (NIP, Eq. 3)."""
-        draw = draws.get("image", Draws())
-        context, lengths = self.image_contexts(hidden, input_ids, starts)
-        if self.config.official_image_loss:
-            pictures = pictures * 2 - 1  # what the generator then normalises once more
-        dropped = draw.dropped
-        if dropped is None:
-            uniform = torch.rand(len(context), generator=generator, device=context.device)
-            dropped = uniform < self.config.null_context_rate
-        losses = DiffusionFeedback(self.generator.denoiser)(
-            self._encode(pictures, draw, generator),
-            self.image_decoder.drop(context, dropped),
-            timesteps=draw.timesteps,
-            noise=draw.noise,
-            generator=generator,
-        )
-        # A picture behind no more than the first token of its document and its own start has nothing to be drawn from.
-        valid = lengths > 2
-        if image_loss_mask is not None:
-            valid = valid & (image_loss_mask != 0)
-        if self.config.official_image_loss:
-            return (losses * valid).mean()
-        return mean_over_valid(losses, valid)
-
-    def image_contexts(self, hidden_states, input_ids, starts):
-        """
-        Makes the denoiser's context of what stands before each image start.
-
-        Args:
-            hidden_states (`torch.Tensor`): Of the language model, `(batch, tokens, hidden_size)`.
-            input_ids (`torch.Tensor`): Shape `(batch, tokens)`.
-            starts (`torch.Tensor`): Where the document of each token begins in its row, `(batch, tokens)`.
-
-        Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: Contexts `(images, queries, context_dim)`, and how many tokens each
-            was made of, `(images,)`.
-        """
-        rows, places = image_places(input_ids, self.config.image_start_token_id)
-        states, mask = reversed_contexts(hidden_states, rows, places, starts[rows, places])
-        return self.image_decoder(states.to(self.image_decoder.projection.weight.dtype), mask), mask.sum(1)
-
-    def _encode(self, pictures, draw, generator):
-        return self.generator.to(pictures.device).encode(pictures, noise=draw.latent_noise, generator=generator)
+    def _maps_for_text(self, maps, input_ids, starts):
+        """Returns the maps that the language model looks at, arranged by rows, and which token sees which."""
+        start = self.config.image_start_token_id
+        counts = (input_ids == start).sum(1).tolist()
+        levels = self.config.language_synchroniser.get("num_levels", LANGUAGE_LEVELS)
+        chosen = positioned_maps(maps)[-levels:]  # the finest ones cost most and tell a language model least
+        return by_rows(chosen, counts), visible_images(input_ids, starts, start)
 
     def prepare_inputs_for_generation(
         self, input_ids, pixel_values=None, region_masks=None, is_first_iteration=False, **kwargs
@@ -348,3 +316,10 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if is_first_iteration or not kwargs.get("use_cache", True):
             inputs |= {"pixel_values": pixel_values, "region_masks": region_masks}
         return inputs
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
+        """Keeps the maps of the prompt's pictures for the steps that follow."""
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        if outputs.image_maps is not None:
+            model_kwargs["image_maps"] = outputs.image_maps
+        return model_kwargs

@@ -129,6 +129,8 @@ class DeformableAttention(nn.Module):
         offset_map (`int`, *optional*):
             Side of the largest map for which that holds; with one twice as large, an offset reaches half as far. By
             default it holds for maps of every size.
+        learn_null (`bool`, *optional*, defaults to `False`):
+            Whether the null entry has a value that is learned; it is zero otherwise.
     """
 
     def __init__(
@@ -143,6 +145,7 @@ class DeformableAttention(nn.Module):
         offset_grid: int,
         offset_init: float,
         offset_map: int | None = None,
+        learn_null: bool = False,
     ):
         super().__init__()
         if inner_dim % num_heads:
@@ -159,7 +162,7 @@ class DeformableAttention(nn.Module):
         self.scores = nn.Linear(query_dim, num_heads * num_levels * num_points)
         self.value = nn.Linear(feature_dim, inner_dim)
         self.out = nn.Linear(inner_dim, query_dim)
-        self.null_value = nn.Parameter(torch.empty(inner_dim))
+        self.null_value = nn.Parameter(torch.empty(inner_dim)) if learn_null else None
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -172,7 +175,8 @@ class DeformableAttention(nn.Module):
             init.xavier_uniform_(linear.weight)
         for linear in (self.query, self.scores, self.value, self.out):
             init.zeros_(linear.bias)
-        init.zeros_(self.null_value)
+        if self.null_value is not None:
+            init.zeros_(self.null_value)
         init.trunc_normal_(self.image_positions.weight, std=0.02)
 
     def forward(self, queries: torch.Tensor, reference_points: torch.Tensor, images: ImageFeatures) -> torch.Tensor:
@@ -217,8 +221,11 @@ class DeformableAttention(nn.Module):
 
         values = self.value(images.tokens).unflatten(-1, (self.num_heads, -1))
         found = sample_maps(values.float(), images.sizes, points, weights)
-        nothing = of_null[..., None] * self.null_value.unflatten(-1, (self.num_heads, -1)).float()
-        return self.out((found + nothing.flatten(2)).to(values.dtype))
+        if self.null_value is not None:
+            found = found + (of_null[..., None] * self.null_value.unflatten(-1, (self.num_heads, -1)).float()).flatten(
+                2
+            )
+        return self.out(found.to(values.dtype))
 
     def _by_image(self, linear, queries, positions):
         """Applies `linear` to the sum of query and position of every image; both only once, as it is linear."""

@@ -5,6 +5,7 @@ from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
 from ..feedback.painting import paint
+from .denoising import image_contexts, looking_back
 from .interleaving import image_places, row_starts
 from .processing import IMAGE_START_TOKEN
 
@@ -43,17 +44,18 @@ def generate_images(model, inputs, seeds, *, steps=STEPS, guidance=GUIDANCE, sch
     last = [int((rows == row).nonzero()[-1]) for row in range(len(ids))]
     output = model(**inputs)
     starts = row_starts(ids, inputs.get("attention_mask"))
-    context, _ = model.image_contexts(output.last_hidden_state, ids, starts)
-    generator = model.generator.to(context.device)
-    pictures = paint(
-        generator,
-        context[last],
-        steps=steps,
-        scheduler=scheduler,
-        guidance=guidance,
-        null_context=model.image_decoder.null_context,
-        rng=_seeded(seeds, context.device),
-    )
+    context, _ = image_contexts(model, output.last_hidden_state, ids, starts)
+    # The null context hides what was read, not the picture before: guidance leads away from it with its maps.
+    with looking_back(model, output.maps, ids, starts, chosen=last, repeats=1 if guidance == 1.0 else 2):
+        pictures = paint(
+            model.generator.to(context.device),
+            context[last],
+            steps=steps,
+            scheduler=scheduler,
+            guidance=guidance,
+            null_context=model.image_decoder.null_context,
+            rng=_seeded(seeds, context.device),
+        )
     return [to_pil_image(picture.cpu()) for picture in pictures]
 
 

@@ -38,7 +38,7 @@ class GatedImageAttention(nn.Module):
         self.query_norm = nn.RMSNorm(hidden_dim, eps=norm_eps)
         self.feature_norm = nn.RMSNorm(feature_dim, eps=norm_eps)
         self.attention = DeformableAttention(
-            hidden_dim, feature_dim, feature_dim, offset_grid=OFFSET_GRID, offset_init=3.0, **options
+            hidden_dim, feature_dim, feature_dim, offset_grid=OFFSET_GRID, offset_init=3.0, learn_null=True, **options
         )
         self.gate = nn.Parameter(torch.zeros(1))
 

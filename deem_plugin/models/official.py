@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..vision.tower import sincos_position_embedding
+from .synchroniser_names import synchroniser_weights
 
 _RESAMPLER = [
     (r"blip2qformer\.layernorm\.", "norm."),
@@ -93,9 +94,11 @@ def convert_state_dict(official: dict[str, torch.Tensor], image_start_token_id: 
     Raises:
         ValueError: If a key has no place and no reason to be left out, or a weight that we compute has another value.
     """
-    result, left_over = Conversion(), []
+    synchronisers = synchroniser_weights(official)
+    result = Conversion(dict(synchronisers.weights), dict(synchronisers.renamed), dict(synchronisers.ignored))
+    left_over = []
     for name, value in official.items():
-        if name in _VOCABULARY:
+        if name in _VOCABULARY or name in result.renamed or name in result.ignored:
             continue
         if reason := next((why for pattern, why in _IGNORED if re.search(pattern, name)), None):
             result.ignored[name] = reason

@@ -28,6 +28,7 @@ _PARTS = [
     (r"\.attention_weights\.", ".scores."),
     (r"\.value_proj\.", ".value."),
     (r"\.output_proj\.", ".out."),
+    (r"\.ignore_token$", ".null_value"),
 ]
 
 
@@ -65,10 +66,11 @@ def synchroniser_weights(official: dict[str, torch.Tensor]) -> SynchroniserWeigh
         if name.endswith(".pos_embed"):
             _check_position_embedding(name, value)
             result.ignored[name] = "a fixed sine-cosine embedding, which is computed"
-        elif name.endswith(".ignore_token"):
+        elif name.endswith(".ignore_token") and "mmfs_module" in name:
             if value.any():
                 raise ValueError(
-                    f"`{name}` is not zero. The official code never trains it, and this project has no place for it."
+                    f"`{name}` is not zero. The official code trains it in the language model alone, and this project "
+                    f"has no place for it in the UNet's."
                 )
             result.ignored[name] = "zeros that are never trained"
         else:
@@ -84,6 +86,8 @@ def _reshaped(ours, value):
     if ".scores." in ours:
         # The last of each map's scores is overwritten by a constant before it is used, so it was never trained.
         return value.unflatten(0, (-1, OFFICIAL_POINTS + 1))[:, :-1].flatten(0, 1)
+    if ours.endswith(".null_value"):
+        return value.flatten()
     return value[:, :, 0, 0] if ours.endswith(".zero.weight") else value  # a 1 x 1 convolution
 
 

@@ -6,7 +6,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from deem_plugin.feedback import load_generator
 from deem_plugin.models import Draws, generate_images, generate_interleaved
-from deem_plugin.models.interleaving import make_labels
+from deem_plugin.models.denoising import image_contexts
+from deem_plugin.models.interleaving import make_labels, row_starts
 
 from ..feedback.tiny_generators import save_generator
 from ..tiny import tiny_image
@@ -76,7 +77,7 @@ def test_three_losses_come_under_their_names_and_add_up(generator):
 def test_a_loss_of_weight_zero_is_not_computed(generator, monkeypatch):
     model, processor = tiny_deem(image_weight=0.0)
     model.attach_generator(generator)
-    monkeypatch.setattr(model, "_image_loss", None)
+    monkeypatch.setattr("deem_plugin.models.deem.image_loss", None)
     inputs = inputs_of(processor, TEXTS, 3)
 
     output = model.train()(**inputs)
@@ -113,13 +114,12 @@ def test_packed_documents_do_not_see_each_other(generator):
     torch.testing.assert_close(together.last_hidden_state[:, : sum(lengths)], alone, atol=1e-5, rtol=1e-5)
     contexts = torch.cat(
         [
-            model.image_contexts(o.last_hidden_state, r["input_ids"], torch.zeros_like(r["input_ids"]))[0]
+            image_contexts(model, o.last_hidden_state, r["input_ids"], torch.zeros_like(r["input_ids"]))[0]
             for o, r in zip(apart, rows, strict=True)
         ]
     )
-    from deem_plugin.models.interleaving import row_starts
-
-    ours, lengths_of = model.image_contexts(
+    ours, lengths_of = image_contexts(
+        model,
         together.last_hidden_state,
         packed["input_ids"],
         row_starts(packed["input_ids"], document_ids=packed["document_ids"]),

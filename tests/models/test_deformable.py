@@ -23,7 +23,10 @@ def test_images_are_numbered_from_the_latest_backwards():
 def test_the_null_entry_takes_what_low_scores_leave():
     scores = torch.tensor([[0.0, math.log(3)], [-torch.inf, -torch.inf]])
 
-    torch.testing.assert_close(softmax_with_null(scores), torch.tensor([[0.2, 0.6], [0.0, 0.0]]))
+    weights, of_null = softmax_with_null(scores)
+
+    torch.testing.assert_close(weights, torch.tensor([[0.2, 0.6], [0.0, 0.0]]))
+    torch.testing.assert_close(of_null, torch.tensor([0.2, 1.0]))
 
 
 def _bilinear(level, x, y):

@@ -62,6 +62,12 @@ def parity_config(**options) -> DeemConfig:
         context_dim=64,
         image_decoder_heads=4,
         image_decoder_intermediate_size=96,
+        language_synchroniser={"frequency": 4},
+        unet_synchroniser={
+            "unet": {"sample_size": 16, "block_out_channels": [16, 32, 32, 32], "layers_per_block": 2},
+            "inner_dim": 32,
+            "num_heads": 4,
+        },
         **options,
     )
 
@@ -78,8 +84,7 @@ def generator(shared_dir, weights):
 
 def parity_model(weights, generator=None, **options):
     model = DeemForConditionalGeneration(parity_config(**options))
-    official = {k: v for k, v in weights.items() if "mmfs_module" not in k and "llama_cross_attn" not in k}
-    model.load_state_dict(convert_state_dict(official, START).weights, strict=True)
+    model.load_state_dict(convert_state_dict(weights, START).weights, strict=True)
     if generator is not None:
         model.attach_generator(generator)
     return model
@@ -120,6 +125,7 @@ def f5_inputs(f5, model) -> dict:
         "region_masks": f5["image_tensors_mask"],
         "target_pixel_values": f5["image_tensors_dec"] * 2 - 1,
         "labels": labels,
+        "document_ids": documents(ids),
     }
 
 
@@ -134,11 +140,75 @@ def test_an_embedded_row_is_the_official_one(weights, f4):
     torch.testing.assert_close(filled, f4["mm_embeds"], **VALUES)
 
 
-def test_losses_are_the_official_ones(weights, generator, f5, f5_summary, draws):
-    model = parity_model(weights, generator, official_image_loss=True).train()
+def documents(ids):
+    """Numbers of the packed documents; in these fixtures each begins with `bos`."""
+    return (ids == 1).cumsum(1)
+
+
+def test_hidden_states_and_logits_are_the_official_ones(weights, f4):
+    model = parity_model(weights, official_defects=True).eval()
+    pixel_values = normalised(f4["image_tensors"], model.config.vision_config)
+
+    output = model(
+        f4["text_ids"], f4["attention_mask"], pixel_values=pixel_values, document_ids=documents(f4["text_ids"])
+    )
+
+    assert torch.equal(output.image_maps[1].float(), f4["cross_attention_mask"])
+    torch.testing.assert_close(output.last_hidden_state, f4["mm_hidden_state"], **VALUES)
+    torch.testing.assert_close(output.logits, f4["text_logits"], **VALUES)
+
+
+def test_without_the_defects_only_the_second_document_of_a_row_reads_otherwise(weights, f4):
+    model = parity_model(weights).eval()
+    pixel_values = normalised(f4["image_tensors"], model.config.vision_config)
+    ids = f4["text_ids"]
+
+    output = model(ids, f4["attention_mask"], pixel_values=pixel_values, document_ids=documents(ids))
+
+    ours, official = output.last_hidden_state, f4["mm_hidden_state"]
+    torch.testing.assert_close(ours[0, :29], official[0, :29], **VALUES)  # the last token is padding
+    torch.testing.assert_close(ours[1, :15], official[1, :15], **VALUES)
+    assert (ours[1, 15:] - official[1, 15:]).abs().max() > 0.01
+
+
+# Weights of ours whose gradients have a norm in the summary under one official name.
+SAME = {
+    "visual_tokenizer.neg_prompt_embeds": "image_decoder.null_context",
+    "text_decoder.head_new.weight": "new_head.weight",
+    "text_decoder.head_new.bias": "new_head.bias",
+}
+
+
+def test_losses_and_gradients_are_the_official_ones(weights, generator, f5, f5_summary, draws):
+    model = parity_model(weights, generator, official_defects=True, feedback_maps=True).train()
     expected = f5_summary["cases"]["as_is"]
 
     output = model(**f5_inputs(f5, model), draws=draws)
+    output.loss.backward()
 
     torch.testing.assert_close(model.feedback_head(output.image_tokens), f5["call0.cond"], **VALUES)
+    torch.testing.assert_close(output.logits, f5["text_logits"], **VALUES)
     assert output.feedback_loss.item() == pytest.approx(expected["loss_sniffer"], abs=1e-5)
+    assert output.lm_loss.item() == pytest.approx(expected["loss_txt"], abs=1e-5)
+    assert output.image_loss.item() == pytest.approx(expected["loss_img"], abs=1e-5)
+    assert output.loss.item() == pytest.approx(expected["loss"], abs=1e-4)
+
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    names = convert_state_dict(weights, START).renamed | SAME
+    # The image start's vector is one row of our embedding, the only one with a gradient here.
+    assert len(expected["grad_norms"]) == 445
+    for name, norm in expected["grad_norms"].items():
+        assert gradients[names[name]].norm().item() == pytest.approx(norm, rel=GRADIENTS, abs=1e-6), name
+    start = model.config.image_start_token_id - model.config.first_new_token_id
+    for name, ours in {
+        "soi_token": gradients["new_embeddings.weight"][start][None],
+        "context_feat_proj.weight": gradients["image_decoder.projection.weight"],
+        "text_decoder.head_new.weight": gradients["new_head.weight"],
+        "visual_tokenizer.neg_prompt_embeds": gradients["image_decoder.null_context"],
+        "visual_tokenizer.proj_t.weight": gradients["connector.weight"],
+        "visual_tokenizer.sniffer.vision_model.visual.trunk.stem.0.weight": gradients[
+            "vision_tower.encoder.trunk.stem.0.weight"
+        ],
+    }.items():
+        official = f5[f"grad.param.{name}"]
+        assert (ours - official).norm() / official.norm() < GRADIENTS, name

@@ -1,0 +1,158 @@
+"""The two losses of a frozen generator: the same image from what the tower saw, the next from what was read."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from ..feedback.diffusion_feedback import DiffusionFeedback
+from ..feedback.objectives import unnormalize
+from ..feedback.timesteps import TIMESTEP_SAMPLERS
+from ..vision.tower import region_to_patches
+from .interleaving import image_places, previous_images, reversed_contexts
+from .losses import Draws, mean_over_valid
+from .maps import of_previous, positioned_maps
+
+
+@dataclass
+class Reading:
+    """
+    What a model has made of a batch, for the losses that follow.
+
+    Args:
+        input_ids (`torch.Tensor`): Shape `(batch, tokens)`.
+        starts (`torch.Tensor`): Where the document of each token begins in its row, `(batch, tokens)`.
+        hidden_states (`torch.Tensor`): Of the language model, `(batch, tokens, hidden_size)`.
+        image_tokens (`torch.Tensor`): What the tower saw, `(images, queries, tower width)`.
+        maps (`dict[str, torch.Tensor]`): The tower's maps.
+        pictures (`torch.Tensor`): What the generator must restore, `(images, 3, height, width)` in [0, 1].
+        region_masks (`torch.Tensor`, *optional*): Shape `(images, 1, height, width)`.
+        image_loss_mask (`torch.Tensor`, *optional*): Zero where the next image is not to be learned, `(images,)`.
+    """
+
+    input_ids: torch.Tensor
+    starts: torch.Tensor
+    hidden_states: torch.Tensor
+    image_tokens: torch.Tensor
+    maps: dict[str, torch.Tensor]
+    pictures: torch.Tensor
+    region_masks: torch.Tensor | None = None
+    image_loss_mask: torch.Tensor | None = None
+
+
+def restorable_pictures(config, pixel_values, target_pixel_values=None):
+    """
+    Returns the pictures that the generator must restore, `(images, 3, height, width)` in [0, 1].
+
+    Args:
+        config (`DeemConfig`): Knows how `pixel_values` were normalised.
+        pixel_values (`torch.Tensor`): What the tower reads, `(images, 3, size, size)`.
+        target_pixel_values (`torch.Tensor`, *optional*): The same pictures in [-1, 1], at the generator's size.
+    """
+    if target_pixel_values is None:
+        return unnormalize(pixel_values, config.vision_config.image_mean, config.vision_config.image_std)
+    return target_pixel_values.float().clamp(-1, 1) / 2 + 0.5
+
+
+def feedback_loss(model, reading, draws=None, generator=None):
+    """
+    The error of the same image from its own queries (CSR, Eq. 5), inside its region where there is one.
+
+    Args:
+        model (`DeemForConditionalGeneration`): With a generator attached.
+        reading (`Reading`): Of a batch.
+        draws (`Draws`, *optional*): Instead of drawing.
+        generator (`torch.Generator`, *optional*): Source of what is drawn.
+
+    Returns:
+        `torch.Tensor`: The mean over the images of all ranks, a scalar.
+    """
+    draws = draws or Draws()
+    latents = _encode(model, reading.pictures, draws, generator)
+    mask = None
+    if reading.region_masks is not None:
+        height, width = latents.shape[-2:]
+        mask = region_to_patches(reading.region_masks, height, width).mT.unflatten(-1, (height, width))
+    looking = nullcontext()
+    if model.config.feedback_maps:
+        maps = [level[:, None] for level in positioned_maps(reading.maps, reading.region_masks)]
+        seen = torch.ones(len(latents), 1, device=latents.device)
+        looking = model.unet_synchroniser.attached(model.generator.denoiser.model, maps, seen)
+    feedback = DiffusionFeedback(model.generator.denoiser, TIMESTEP_SAMPLERS[model.config.feedback_timesteps])
+    context = model.feedback_head(reading.image_tokens)
+    with looking:
+        losses = feedback(
+            latents, context, mask=mask, timesteps=draws.timesteps, noise=draws.noise, generator=generator
+        )
+    return mean_over_valid(losses)
+
+
+def image_loss(model, reading, draws=None, generator=None):
+    """
+    The error of the next image from what stands before it (NIP, Eq. 3); arguments and result as in `feedback_loss`.
+
+    A picture behind no more than the first token of its document and its own start has nothing to be drawn from and
+    does not count.
+    """
+    config, draws = model.config, draws or Draws()
+    context, lengths = image_contexts(model, reading.hidden_states, reading.input_ids, reading.starts)
+    dropped = draws.dropped
+    if dropped is None:
+        dropped = torch.rand(len(context), generator=generator, device=context.device) < config.null_context_rate
+    # The official code hands over what it has normalised to [-1, 1], and normalises it once more.
+    pictures = reading.pictures * 2 - 1 if config.official_defects else reading.pictures
+    latents = _encode(model, pictures, draws, generator)
+    with looking_back(model, reading.maps, reading.input_ids, reading.starts):
+        losses = DiffusionFeedback(model.generator.denoiser)(
+            latents,
+            model.image_decoder.drop(context, dropped),
+            timesteps=draws.timesteps,
+            noise=draws.noise,
+            generator=generator,
+        )
+    valid = lengths > 2
+    if reading.image_loss_mask is not None:
+        valid = valid & (reading.image_loss_mask != 0)
+    return (losses * valid).mean() if config.official_defects else mean_over_valid(losses, valid)
+
+
+def image_contexts(model, hidden_states, input_ids, starts):
+    """
+    Makes the denoiser's context of what stands before each image start.
+
+    Args:
+        model (`DeemForConditionalGeneration`): Has the image decoder.
+        hidden_states, input_ids, starts (`torch.Tensor`): As in [`Reading`].
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: Contexts `(images, queries, context_dim)`, and how many tokens each was
+        made of, `(images,)`.
+    """
+    rows, places = image_places(input_ids, model.config.image_start_token_id)
+    states, mask = reversed_contexts(hidden_states, rows, places, starts[rows, places])
+    return model.image_decoder(states.to(model.image_decoder.projection.weight.dtype), mask), mask.sum(1)
+
+
+def looking_back(model, maps, input_ids, starts, chosen=slice(None), repeats=1):
+    """
+    Returns a context in which the UNet sees the maps of the image before each one; without a synchroniser it does
+    nothing.
+
+    Args:
+        model (`DeemForConditionalGeneration`): With a generator attached.
+        maps (`dict[str, torch.Tensor]`): The tower's maps of the images that were read.
+        input_ids, starts (`torch.Tensor`): As in [`Reading`].
+        chosen (`slice` or `list[int]`, *optional*): Which of the image starts are drawn.
+        repeats (`int`, *optional*): How often the batch comes in one call of the UNet: twice under guidance.
+    """
+    if model.unet_synchroniser is None or maps is None:
+        return nullcontext()
+    rows, places = image_places(input_ids, model.config.image_start_token_id)
+    previous = previous_images(rows, places, starts[rows, places])[chosen]
+    before, seen = of_previous(positioned_maps(maps), previous)
+    before = [torch.cat([level] * repeats) for level in before]
+    return model.unet_synchroniser.attached(model.generator.denoiser.model, before, torch.cat([seen] * repeats))
+
+
+def _encode(model, pictures, draws, generator):
+    return model.generator.to(pictures.device).encode(pictures, noise=draws.latent_noise, generator=generator)
