@@ -222,9 +222,8 @@ class DeformableAttention(nn.Module):
         values = self.value(images.tokens).unflatten(-1, (self.num_heads, -1))
         found = sample_maps(values.float(), images.sizes, points, weights)
         if self.null_value is not None:
-            found = found + (of_null[..., None] * self.null_value.unflatten(-1, (self.num_heads, -1)).float()).flatten(
-                2
-            )
+            nothing = of_null[..., None] * self.null_value.unflatten(-1, (self.num_heads, -1)).float()
+            found = found + nothing.flatten(2)
         return self.out(found.to(values.dtype))
 
     def _by_image(self, linear, queries, positions):

@@ -125,6 +125,16 @@ def test_the_mask_may_differ_from_query_to_query():
     torch.testing.assert_close(output[0, 2], attention.out.bias)
 
 
+def test_who_sees_nothing_may_learn_what_that_means():
+    attention = _attention(learn_null=True)
+    torch.nn.init.normal_(attention.null_value)
+    level = torch.randn(1, 2, 4, 5, 5)
+
+    output = attention(torch.randn(1, 3, 6), torch.rand(1, 3, 2), image_features([level], torch.zeros(1, 2)))
+
+    torch.testing.assert_close(output, attention.out(attention.null_value).expand(1, 3, -1))
+
+
 def test_heads_must_divide_the_width():
     with pytest.raises(ValueError, match="inner_dim=8 and num_heads=3"):
         _attention(num_heads=3)
