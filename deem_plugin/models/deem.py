@@ -147,6 +147,18 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
         check_context_dim(self.config.context_dim, generator.denoiser)
         self.generator = generator
 
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
+        """As everywhere in transformers; layers that look at maps find them again when they are recomputed."""
+        kwargs = dict(gradient_checkpointing_kwargs or {})
+        if self.language_synchroniser is not None:
+            if kwargs.get("use_reentrant"):
+                raise ValueError(
+                    "The language model looks at maps, which reentrant checkpointing cannot bring back. Set "
+                    "`gradient_checkpointing_kwargs={'use_reentrant': False}`."
+                )
+            kwargs |= {"use_reentrant": False, "context_fn": self.language_synchroniser.checkpoint_contexts}
+        super().gradient_checkpointing_enable(kwargs or None)
+
     def get_input_embeddings(self):
         """Returns the embedding of the language model's own tokens."""
         return self.language_model.get_input_embeddings()
@@ -316,6 +328,19 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if is_first_iteration or not kwargs.get("use_cache", True):
             inputs |= {"pixel_values": pixel_values, "region_masks": region_masks}
         return inputs
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
+        """Repeats the pictures of a row together, so that those of several rows do not mix under beam search."""
+        of_images = {name: kwargs.pop(name, None) for name in ("pixel_values", "region_masks")}
+        counts = (input_ids == self.config.image_start_token_id).sum(1).tolist()
+        for name, value in of_images.items():
+            if value is not None and expand_size > 1:
+                value = torch.cat([own.repeat(expand_size, 1, 1, 1) for own in torch.split(value, counts)])
+            of_images[name] = value
+        input_ids, kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
+        )
+        return input_ids, kwargs | of_images
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
         """Keeps the maps of the prompt's pictures for the steps that follow."""

@@ -161,10 +161,22 @@ def test_tied_language_models_stay_tied(tmp_path):
     assert torch.equal(model.eval()(**inputs).logits, loaded(**inputs).logits)
 
 
-def test_greedy_with_cache_equals_without_and_a_batch_equals_one_at_a_time():
-    model, processor = tiny_deem()
+LOOKING = {"language_synchroniser": {"frequency": 1, "num_heads": 4}, "tower_options": {"multiscale": True}}
+
+
+def open_gates(model):
+    for block in model.language_synchroniser.blocks.values():
+        torch.nn.init.constant_(block.gate, 0.8)
+
+
+@pytest.mark.parametrize("looking", [False, True], ids=["plain", "maps"])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_with_cache_equals_without_and_a_batch_equals_one_at_a_time(looking, beams):
+    model, processor = tiny_deem(**LOOKING if looking else {})
+    if looking:
+        open_gates(model)
     model.eval()
-    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": -1}
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "num_beams": beams}
     images = [tiny_image(index, size=(64, 64)) for index in range(3)]
 
     batch = processor(text=TEXTS, images=images, padding=True, padding_side="left", return_tensors="pt")
@@ -174,10 +186,28 @@ def test_greedy_with_cache_equals_without_and_a_batch_equals_one_at_a_time():
         model.generate(**processor(text=[text], images=some, return_tensors="pt"), **options)[0, -8:].tolist()
         for text, some in zip(TEXTS, (images[:2], images[2:]), strict=True)
     ]
-
     assert torch.equal(cached, plain)
     assert cached[:, -8:].tolist() == alone
-    assert len({tuple(row) for row in alone}) == 2
+    # It does look at the pictures, not only at their number.
+    logits = model(**batch).logits[:, -1]
+    batch["pixel_values"] = batch["pixel_values"].flip(0)
+    assert (model(**batch).logits[:, -1] - logits).abs().max() > 0.02
+
+
+def test_gradient_checkpointing_changes_no_gradient(generator):
+    inputs, gradients = None, []
+    for checkpointing in (False, True):
+        model, processor = tiny_deem(**LOOKING)
+        model.attach_generator(generator)
+        open_gates(model)
+        inputs = inputs or inputs_of(processor, TEXTS, 3)
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.train()(**inputs, generator=torch.Generator().manual_seed(0)).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4, msg=name)
 
 
 def test_pictures_depend_on_text_and_seed_alone(generator):

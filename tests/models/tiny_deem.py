@@ -73,7 +73,7 @@ def tiny_language_model(tokenizer, **options) -> LlamaForCausalLM:
 
 
 def tiny_deem(seed: int = 0, language_options=None, tower_options=None, **options):
-    """Makes model and processor; heads start large enough for a test to see what comes through them."""
+    """Makes model and processor; heads and queries start large enough for a test to see what comes through them."""
     torch.manual_seed(seed)
     tokenizer = language_tokenizer()
     model, processor = assemble_deem(
@@ -86,4 +86,7 @@ def tiny_deem(seed: int = 0, language_options=None, tower_options=None, **option
         for head in (model.connector, model.feedback_head, model.new_head):
             if head is not None:
                 torch.nn.init.normal_(head.weight, std=0.5)
+        for module in model.vision_tower.resampler.modules():
+            if isinstance(module, torch.nn.Linear):
+                torch.nn.init.normal_(module.weight, std=0.3)
     return model, processor
