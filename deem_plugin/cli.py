@@ -11,6 +11,23 @@ def _train(arguments) -> int:
     return main(arguments.recipe, arguments.overrides)
 
 
+def _plan(arguments) -> int:
+    from .training.plan_report import main
+
+    print(
+        main(
+            arguments.recipe,
+            arguments.overrides,
+            gpu=arguments.gpu,
+            memory_gib=arguments.gpu_memory,
+            gpus=arguments.gpus,
+            tokens=arguments.tokens,
+            out=arguments.json,
+        )
+    )
+    return 0
+
+
 def _eval(arguments) -> int:
     from .evaluation.run import evaluate
 
@@ -110,6 +127,20 @@ def _compare(arguments) -> int:
     return 0
 
 
+def _convert_official(arguments) -> int:
+    from .models.convert import convert_official
+
+    conversion = convert_official(
+        arguments.checkpoint,
+        arguments.out,
+        arguments.language_model,
+        image_size=arguments.image_size,
+        image_decoder_heads=arguments.image_decoder_heads,
+    )
+    print(f"{conversion.summary()}\nEach key: {arguments.out / 'conversion.json'}")
+    return 0
+
+
 def _import_mmvp(arguments) -> int:
     from .evaluation.mmvp import NUM_QUESTIONS, import_mmvp
 
@@ -147,6 +178,18 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("recipe", help="name of a shipped recipe, or path of a YAML file")
     train.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example training.max_steps=10")
     train.set_defaults(run=_train)
+
+    plan = commands.add_parser("plan", help="parameters, FLOPs and memory of a recipe, before a GPU is booked")
+    plan.add_argument("recipe", help="as `deem train` takes it; the models it names need their configs only")
+    plan.add_argument("overrides", nargs="*", metavar="section.key=value", help="as `deem train` takes them")
+    plan.add_argument("--gpu", help="GPU that it shall fit, for example h100 or rtx4090")
+    plan.add_argument("--gpu-memory", type=float, metavar="GIB", help="memory of a GPU that is not known by name")
+    plan.add_argument("--gpus", type=int, nargs="+", default=[1, 8], metavar="N", help="numbers of GPUs")
+    plan.add_argument(
+        "--tokens", type=int, help="length of a conversation with its picture; data.max_length if left out"
+    )
+    plan.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here, in bytes and FLOPs")
+    plan.set_defaults(run=_plan)
 
     evaluate = commands.add_parser("eval", help="run lmms-eval on a checkpoint; fails when the evaluation fails")
     evaluate.add_argument("pretrained", help="checkpoint folder or hub id: any Hugging Face VLM")
@@ -199,6 +242,14 @@ def build_parser() -> argparse.ArgumentParser:
     reconstruct.add_argument("--denoiser", help="generator, when it is no longer where the training run had it")
     reconstruct.add_argument("--steps", type=int, default=50, help="denoising steps")
     reconstruct.set_defaults(run=_reconstruct)
+
+    convert = commands.add_parser("convert-official", help="convert a checkpoint of the authors' code")
+    convert.add_argument("checkpoint", type=Path, help="weights file, or folder of shards")
+    convert.add_argument("out", type=Path, help="folder for model and processor")
+    convert.add_argument("--language-model", default="lmsys/vicuna-7b-v1.5", help="folder or hub id it was trained on")
+    convert.add_argument("--image-size", type=int, default=256, help="the encoder's pixels; 448 behind stage 1")
+    convert.add_argument("--image-decoder-heads", type=int, default=16, help="as trained")
+    convert.set_defaults(run=_convert_official)
 
     demo = commands.add_parser("demo", help="train a small VLM with and without feedback and compare them")
     demo.add_argument("--out", type=Path, default=Path("out/demo"))

@@ -12,10 +12,10 @@ from deem_plugin.training.model import add_lora, freeze_unread_layers
 from deem_plugin.training.parts import freeze
 from deem_plugin.training.recipes import Recipe
 from deem_plugin.vision import build_vision_tower
-from deem_plugin.vision.hosts import assemble_llava, crops_class_token, find_tower, mount_tower
+from deem_plugin.vision.hosts import IMAGE_TOKEN, assemble_llava, crops_class_token, find_tower, mount_tower
 
 # VLMs whose tower gets one row of `pixel_values` a picture, whatever the picture's size.
-PLANNED_HOSTS = ("llava", "vipllava", "paligemma")
+PLANNED_HOSTS = ("llava", "vipllava")
 
 
 @dataclass
@@ -78,6 +78,10 @@ def _vlm(arguments: ModelArguments, notes: list[str]):
             AutoModelForCausalLM, arguments.language_model, "model.language_model", arguments
         )
         tokenizer = _tokenizer(arguments.language_model, language_model.config.vocab_size, notes)
+        words = len({*tokenizer.get_vocab(), IMAGE_TOKEN})
+        if words > language_model.get_input_embeddings().num_embeddings:
+            # `assemble_llava` would draw the new rows from the statistics of the others, which have no values here.
+            language_model.resize_token_embeddings(words, mean_resizing=False)
         tower = _tower(arguments.vision_tower, **options)
         return assemble_llava(language_model, tokenizer, tower)[0]
     model = _from_config(AutoModelForImageTextToText, arguments.model, "model.model", arguments)

@@ -1,0 +1,184 @@
+"""Counts what a training step computes and keeps, by running the real modules on tensors that hold no values."""
+
+import os
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode
+
+from deem_plugin.feedback.generator import Generator
+from deem_plugin.training.skeleton import Skeleton
+
+# Fake tensors stand for those of a CPU: its kernels need no driver, and its attention keeps what a GPU's keeps.
+DEVICE = torch.device("cpu")
+
+
+class MemoryTracker(TorchDispatchMode):
+    """
+    Follows the storages that are made while it is active; `peak` is the most bytes of them that lived at once.
+
+    Args:
+        existing (`Iterable[torch.Tensor]`): Tensors that are there already and do not count.
+    """
+
+    def __init__(self, existing: Iterable[torch.Tensor]):
+        super().__init__()
+        self._known = {_storage_key(tensor) for tensor in existing}
+        self.live = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Runs the operation and follows what it returns, unless its inputs hold that already."""
+        inputs = {_storage_key(value) for value in tree_iter((args, kwargs)) if isinstance(value, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for value in tree_iter(result):
+            if isinstance(value, torch.Tensor) and _storage_key(value) not in inputs | self._known:
+                self._follow(value.untyped_storage())
+        return result
+
+    def _follow(self, storage):
+        self._known.add(storage._cdata)
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+
+    def _forget(self, key: int, size: int):
+        self._known.discard(key)
+        self.live -= size
+
+
+def _storage_key(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+class PlacedGenerator(Generator):
+    """A generator that is where it is needed: modules of fake tensors cannot be moved."""
+
+    def to(self, device):
+        """Returns the generator."""
+        return self
+
+
+class StepCounter:
+    """
+    Runs micro-batches of a skeleton on fake tensors. The skeleton is of no other use afterwards.
+
+    Args:
+        skeleton (`Skeleton`): The modules of the run; its parameters on the meta device are replaced by fake ones.
+        autocast_dtype (`torch.dtype`, *optional*): Precision in which the run computes, if not that of its weights.
+    """
+
+    def __init__(self, skeleton: Skeleton, autocast_dtype: torch.dtype | None = None):
+        self.skeleton = skeleton
+        self.autocast_dtype = autocast_dtype
+        # The scheduler's few numbers are real.
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        replaced: dict[int, torch.Tensor] = {}
+        self._modules = [skeleton.model]
+        if skeleton.generator is not None:
+            generator = PlacedGenerator(**{f.name: getattr(skeleton.generator, f.name) for f in fields(Generator)})
+            skeleton.hook.generator = generator
+            self._modules += [generator.denoiser.model]
+            self._modules += [generator.codec.vae] if hasattr(generator.codec, "vae") else []
+        for module in self._modules:
+            _put_fakes(module, self.mode, replaced)
+
+    def count_flops(self, pictures: int, tokens: int, feedback: bool) -> int:
+        """
+        Returns the floating-point operations of one micro-batch, forward and backward, recomputation included.
+
+        Counted are matrix products, convolutions and attention, as `torch.utils.flop_counter` does.
+
+        Args:
+            pictures (`int`): Conversations of the micro-batch, each with one picture.
+            tokens (`int`): Length of a conversation, those of its picture among them.
+            feedback (`bool`): Whether the feedback is computed.
+        """
+        with self.mode, FlopCounterMode(display=False) as counter:
+            self._step(pictures, tokens, feedback)
+        return counter.get_total_flops()
+
+    def count_memory(self, pictures: int, tokens: int, feedback: bool) -> int:
+        """
+        Returns the most bytes that the same micro-batch holds beside the model's and the generator's weights and all
+        gradients: what the backward pass needs, weights cast by autocast, and what comes and goes.
+        """
+        weights = [parameter for module in self._modules for parameter in module.parameters()]
+        with self.mode:
+            for weight in weights:
+                weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
+            # Not together with the counter of FLOPs, whose hooks keep the outputs of all modules.
+            with MemoryTracker([*weights, *(w.grad for w in weights if w.grad is not None)]) as tracker:
+                self._step(pictures, tokens, feedback)
+        return tracker.peak
+
+    def _step(self, pictures: int, tokens: int, feedback: bool):
+        hook = self.skeleton.hook
+        if hook is not None:
+            hook.scale = 1.0 if feedback else 0.0
+        self.skeleton.model.train()
+        inputs = self._inputs(pictures, tokens)
+        with _no_value_checks(), self._autocast():
+            loss = self._loss(inputs)
+        loss.backward()
+        if hook is not None:
+            hook.check_injected()
+
+    def count_encoding(self, pictures: int) -> int:
+        """Returns the FLOPs of encoding pictures to latents, a part of the feedback that never changes."""
+        generator = self.skeleton.hook.generator
+        with self.mode, FlopCounterMode(display=False) as counter:
+            size = generator.image_size
+            generator.codec.encode(torch.zeros(pictures, 3, size, size, device=DEVICE))
+        return counter.get_total_flops()
+
+    def _autocast(self):
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(DEVICE.type, self.autocast_dtype)
+
+    def _inputs(self, pictures: int, tokens: int) -> dict[str, torch.Tensor]:
+        size = self.skeleton.tower.config.image_size
+        inputs = {"pixel_values": torch.zeros(pictures, 3, size, size, device=DEVICE)}
+        if not self.skeleton.image_tokens:
+            return inputs
+        ids = torch.zeros(pictures, tokens, dtype=torch.long, device=DEVICE)
+        ids[:, : self.skeleton.image_tokens] = self.skeleton.model.config.image_token_id
+        return {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+
+    def _loss(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        outputs = self.skeleton.model(**inputs)
+        # An encoder alone learns from the feedback only, see `training.trainer.EncoderTrainer`.
+        return outputs.loss if self.skeleton.image_tokens else 0.0 * outputs.last_hidden_state.float().sum()
+
+
+def _put_fakes(module: nn.Module, mode: FakeTensorMode, replaced: dict[int, torch.Tensor]):
+    """Replaces parameters and buffers on the meta device by fake ones on `DEVICE`; tied ones stay tied."""
+    for child in module.modules():
+        for name, parameter in child._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in replaced:
+                    fake = FakeTensor(mode, parameter.detach(), DEVICE)
+                    replaced[id(parameter)] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+                child._parameters[name] = replaced[id(parameter)]
+        for name, buffer in child._buffers.items():
+            if buffer is not None:
+                child._buffers[name] = FakeTensor(mode, buffer, DEVICE) if buffer.is_meta else buffer
+
+
+@contextmanager
+def _no_value_checks() -> Iterator[None]:
+    """Switches off transformers' checks of values (as many image tokens as features): there are none to check."""
+    name = "TRANSFORMERS_DISABLE_TORCH_CHECK"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name) if before is None else os.environ.update({name: before})

@@ -1,0 +1,325 @@
+"""Says what a recipe takes, before a GPU is booked: parameters, FLOPs, memory, and what would make it fit."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from deem_plugin.training.flops import StepCounter
+from deem_plugin.training.memory import (
+    STRATEGIES,
+    Memory,
+    OptimizerStates,
+    Weight,
+    communication_memory,
+    state_memory,
+)
+from deem_plugin.training.parts import count_parameters
+from deem_plugin.training.recipes import Recipe, load_recipe
+from deem_plugin.training.skeleton import Skeleton, build_skeleton
+
+# Tokens of text beside the picture where neither the recipe nor the caller says how long a conversation is.
+TEXT_TOKENS = 128
+
+# Lets a recipe for GPUs be read where there is none.
+ON_ANY_MACHINE = ("training.use_cpu=true", "training.tf32=null")
+
+
+@dataclass
+class Flops:
+    """
+    Floating-point operations of one micro-batch on one GPU.
+
+    Args:
+        without_feedback (`int`, *optional*): Of the model alone; None for an encoder that learns from feedback only.
+        encoding (`int`): Of the pictures' latents, which the feedback needs.
+        denoising (`int`): Of conditioner and denoiser, and of the backward pass through them.
+    """
+
+    without_feedback: int | None
+    encoding: int = 0
+    denoising: int = 0
+
+    @property
+    def total(self) -> int:
+        """With the feedback, if the recipe has it."""
+        return (self.without_feedback or 0) + self.encoding + self.denoising
+
+
+@dataclass
+class Row:
+    """Memory of one way to spread the run over GPUs; `refusal` says why the run would not start."""
+
+    strategy: str
+    gpus: int
+    memory: Memory
+    own: bool
+    refusal: str | None = None
+
+
+@dataclass
+class Option:
+    """What the recipe takes after a change, and all before it: its overrides, and the rows that it then has."""
+
+    name: str
+    overrides: list[str]
+    rows: list[Row]
+
+
+@dataclass
+class Plan:
+    """
+    What a recipe takes.
+
+    Args:
+        recipe (`str`): Its name.
+        pictures (`int`): Conversations of a micro-batch on one GPU, one picture each.
+        accumulation (`int`): Micro-batches of a step.
+        tokens (`int`): Length of a conversation, those of its picture among them; 0 for an encoder alone.
+        image_tokens (`int`): Tokens of a picture.
+        parameters (`dict[str, list[int]]`): Part to trainable and frozen parameters; the generator's are frozen.
+        flops (`Flops`): Of a micro-batch.
+        rows (`list[Row]`): Memory for each strategy and number of GPUs.
+        notes (`list[str]`): What had to be supposed.
+        options (`list[Option]`): Changes tried one after the other until a row fits; empty if nothing had to be tried.
+    """
+
+    recipe: str
+    pictures: int
+    accumulation: int
+    tokens: int
+    image_tokens: int
+    parameters: dict[str, list[int]]
+    flops: Flops
+    rows: list[Row]
+    notes: list[str]
+    options: list[Option] = field(default_factory=list)
+
+
+def make_plan(recipe: Recipe, gpus: Sequence[int] = (1, 8), tokens: int | None = None) -> Plan:
+    """
+    Plans a recipe on the meta device; nothing is downloaded but configs, and no weight is allocated.
+
+    Args:
+        recipe (`Recipe`): What would be trained.
+        gpus (`Sequence[int]`): Numbers of GPUs to give the memory for.
+        tokens (`int`, *optional*):
+            Length of a conversation, those of its picture among them; by default `data.max_length`, the longest that
+            the run can meet, and without one the picture's and 128.
+
+    Raises:
+        ValueError: If a config cannot be read, the optimizer is not known, or `tokens` does not hold the picture.
+    """
+    skeleton = _skeleton(recipe)
+    tokens = _conversation_length(recipe, skeleton, tokens)
+    pictures, feedback = recipe.training.per_device_train_batch_size, recipe.feedback is not None
+    parameters = count_parameters(skeleton.model)
+    for name, module in _generator_modules(skeleton).items():
+        parameters[name] = [0, sum(parameter.numel() for parameter in module.parameters())]
+    measure = _MemoryRows(recipe, skeleton)
+
+    counter = StepCounter(skeleton, _autocast_dtype(recipe))
+    alone = counter.count_flops(pictures, tokens, feedback=False) if skeleton.image_tokens else None
+    flops = Flops(alone)
+    if feedback:
+        flops.encoding = counter.count_encoding(pictures)
+        flops.denoising = counter.count_flops(pictures, tokens, feedback=True) - (alone or 0) - flops.encoding
+    return Plan(
+        recipe=recipe.name,
+        pictures=pictures,
+        accumulation=recipe.training.gradient_accumulation_steps,
+        tokens=tokens,
+        image_tokens=skeleton.image_tokens,
+        parameters=parameters,
+        flops=flops,
+        rows=measure(counter, gpus, tokens),
+        notes=skeleton.notes,
+    )
+
+
+def fit(plan: Plan, name: str | Path, overrides: Sequence[str], gpus: Sequence[int], limit: int):
+    """
+    Adds to a plan the changes that make it fit, each on top of those before, until some row does.
+
+    Args:
+        plan (`Plan`): Of the recipe as it is.
+        name, overrides: The recipe's, as [`~deem_plugin.training.recipes.load_recipe`] takes them.
+        gpus (`Sequence[int]`): Numbers of GPUs to choose from.
+        limit (`int`): Memory of a GPU in bytes.
+    """
+    rows, tried = plan.rows, [*overrides, *ON_ANY_MACHINE]
+    for option, change in OPTIONS.items():
+        if least(rows).memory.total <= limit:
+            return
+        added = change(load_recipe(name, tried))
+        if added:
+            tried += added
+            rows = memory_rows(load_recipe(name, tried), gpus, plan.tokens)
+            plan.options.append(Option(option, added, rows))
+
+
+def least(rows: Sequence[Row]) -> Row:
+    """Returns the row that takes the least memory of those that a run would not refuse."""
+    return min((row for row in rows if row.refusal is None), key=lambda row: row.memory.total)
+
+
+def memory_rows(recipe: Recipe, gpus: Sequence[int], tokens: int) -> list[Row]:
+    """Returns the memory of each strategy and number of GPUs; `tokens` as a [`Plan`] has it."""
+    skeleton = _skeleton(recipe)
+    measure = _MemoryRows(recipe, skeleton)
+    return measure(StepCounter(skeleton, _autocast_dtype(recipe)), gpus, tokens)
+
+
+def _smaller_denoiser(recipe: Recipe) -> list[str]:
+    applies = recipe.feedback is not None and recipe.feedback.dtype == "float32"
+    return ["feedback.dtype=bfloat16"] if applies else []
+
+
+def _checkpointing(recipe: Recipe) -> list[str]:
+    return [] if recipe.training.activation_checkpointing else ["training.activation_checkpointing=true"]
+
+
+def _smaller_batch(recipe: Recipe) -> list[str]:
+    pictures, accumulation = recipe.training.per_device_train_batch_size, recipe.training.gradient_accumulation_steps
+    settings = ["training.per_device_train_batch_size=1"]
+    return [*settings, f"training.gradient_accumulation_steps={accumulation * pictures}"] if pictures > 1 else []
+
+
+def _lora(recipe: Recipe) -> list[str]:
+    if recipe.model.lora_r or recipe.model.encoder:
+        return []
+    parts = [part for part in ("language_model", "vision_tower") if part not in recipe.model.freeze]
+    settings = {"dtype": "bfloat16", "lora_r": 16, "lora_modules": f"[{', '.join(parts)}]"}
+    settings["lora_full"] = "[multi_modal_projector]"
+    return [*(f"model.{key}={value}" for key, value in settings.items()), "training.fsdp=null"] if parts else []
+
+
+# What can make a recipe fit, from what costs nothing to what changes the training.
+OPTIONS = {
+    "the denoiser in bfloat16": _smaller_denoiser,
+    "activation checkpointing (a forward pass more)": _checkpointing,
+    "one conversation a micro-batch, accumulated": _smaller_batch,
+    "LoRA on bfloat16 weights": _lora,
+}
+
+
+def optimizer_states(args) -> OptimizerStates:
+    """
+    Returns what the optimizer of `TrainingArguments` keeps of each trainable parameter.
+
+    Raises:
+        ValueError: If it is none whose states are known.
+    """
+    optimizer, settings = Trainer.get_optimizer_cls_and_kwargs(args)
+    if optimizer is torch.optim.AdamW:
+        return OptimizerStates(per_element=2, per_tensor=4)
+    if optimizer is torch.optim.SGD:
+        return OptimizerStates(per_element=1 if settings.get("momentum") else 0, per_tensor=0)
+    raise ValueError(
+        f"It is not known what the optimizer `training.optim: {args.optim}` ({optimizer.__name__}) keeps. A plan "
+        f"knows adamw_torch, adamw_torch_fused and sgd."
+    )
+
+
+def own_strategy(args) -> str:
+    """Returns the strategy that `TrainingArguments` ask for."""
+    if args.fsdp:
+        return "fsdp2"
+    if args.deepspeed:
+        return "zero3" if args.hf_deepspeed_config.is_zero3() else "zero2"
+    return "ddp"
+
+
+def refusal(recipe: Recipe, strategy: str) -> str | None:
+    """Returns why a run would refuse a strategy; None if it would not."""
+    if strategy == "zero3" and recipe.feedback is not None:
+        return "the feedback refuses ZeRO-3"
+    if strategy == "fsdp2" and recipe.model.lora_r:
+        return "LoRA cannot be merged under FSDP"
+    return None
+
+
+class _MemoryRows:
+    """Reads a skeleton's sizes before its tensors become fake, and then makes the rows of the memory table."""
+
+    def __init__(self, recipe: Recipe, skeleton: Skeleton):
+        self.recipe = recipe
+        self.mixed = _autocast_dtype(recipe) is not None
+        self.weights = [
+            Weight(tuple(parameter.shape), parameter.element_size(), parameter.requires_grad)
+            for parameter in skeleton.model.parameters()
+        ]
+        modules = _generator_modules(skeleton).values()
+        self.generator = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+        self.root, self.unit = _fsdp_units(skeleton.model)
+
+    def __call__(self, counter: StepCounter, gpus: Sequence[int], tokens: int) -> list[Row]:
+        arguments = (self.recipe.training.per_device_train_batch_size, tokens, self.recipe.feedback is not None)
+        peaks = {False: counter.count_memory(*arguments)}
+        if self.mixed and max(gpus) > 1:
+            # Under DeepSpeed and FSDP modules compute with weights that are cast already, and so are the outputs.
+            cast = replace(self.recipe, model=replace(self.recipe.model, dtype=_dtype_name(self.recipe)))
+            peaks[True] = StepCounter(_skeleton(cast), _autocast_dtype(cast)).count_memory(*arguments)
+        states = optimizer_states(self.recipe.training)
+        rows = []
+        for number in gpus:
+            for strategy in STRATEGIES if number > 1 else STRATEGIES[:1]:
+                memory = state_memory(self.weights, states, strategy, number, self.mixed)
+                memory.generator = self.generator
+                memory.activations = peaks[self.mixed and strategy != "ddp"]
+                memory.communication = communication_memory(
+                    self.weights, strategy, number, self.mixed, self.root, self.unit
+                )
+                own = number == 1 or strategy == own_strategy(self.recipe.training)
+                rows.append(Row(strategy, number, memory, own, refusal(self.recipe, strategy)))
+        return rows
+
+
+def _skeleton(recipe: Recipe) -> Skeleton:
+    skeleton = build_skeleton(copy.deepcopy(recipe))
+    if recipe.training.activation_checkpointing:
+        skeleton.model.activation_checkpointing_enable(recipe.training.activation_checkpointing_kwargs)
+    return skeleton
+
+
+def _conversation_length(recipe: Recipe, skeleton: Skeleton, tokens: int | None) -> int:
+    if not skeleton.image_tokens:
+        return 0
+    if tokens is None:
+        tokens = recipe.data.max_length or skeleton.image_tokens + TEXT_TOKENS
+    if tokens <= skeleton.image_tokens:
+        raise ValueError(
+            f"A conversation of {tokens} tokens does not hold its picture, which takes {skeleton.image_tokens}, and a "
+            f"word. Set `--tokens`, or `data.max_length`, to more."
+        )
+    return tokens
+
+
+def _dtype_name(recipe: Recipe) -> str:
+    return "bfloat16" if recipe.training.bf16 else "float16"
+
+
+def _autocast_dtype(recipe: Recipe) -> torch.dtype | None:
+    args = recipe.training
+    return getattr(torch, _dtype_name(recipe)) if args.bf16 or args.fp16 else None
+
+
+def _generator_modules(skeleton: Skeleton) -> dict[str, nn.Module]:
+    if skeleton.generator is None:
+        return {}
+    modules = {"denoiser": skeleton.generator.denoiser.model}
+    codec = skeleton.generator.codec
+    return {**modules, "autoencoder": codec.vae} if hasattr(codec, "vae") else modules
+
+
+def _fsdp_units(model: nn.Module) -> tuple[int, int]:
+    """Returns the elements outside FSDP's units, and those of the largest unit."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    units = [module for module in model.modules() if type(module).__name__ in names]
+    inside = {id(parameter): parameter.numel() for module in units for parameter in module.parameters()}
+    sizes = [sum(parameter.numel() for parameter in module.parameters()) for module in units]
+    return sum(p.numel() for p in model.parameters()) - sum(inside.values()), max(sizes, default=0)

@@ -1,0 +1,295 @@
+import copy
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import TrainerCallback
+
+from deem_plugin.training.memory import GIB
+from deem_plugin.training.parts import count_parameters
+from deem_plugin.training.plan import least, make_plan
+from deem_plugin.training.plan_report import as_json, main, report
+from deem_plugin.training.recipes import load_recipe
+from deem_plugin.training.run import _prepare_encoder, _prepare_vlm
+from deem_plugin.training.skeleton import build_skeleton
+
+from ..published_configs import write_configs
+from .helpers import tiny_overrides
+
+# Recipes with tiny parts: name, settings, whether there is feedback.
+RECIPES = {
+    "full": ("tiny-tune", {"model__model": "llava"}, True),
+    "frozen": ("tiny-tune", {"model__model": "llava", "model__freeze": "[language_model]"}, True),
+    "checkpointing": ("tiny-tune", {"model__model": "llava", "training__activation_checkpointing": "true"}, True),
+    "bf16": ("tiny-tune", {"model__model": "llava", "training__bf16": "true", "feedback__dtype": "bfloat16"}, True),
+    "baseline": ("llava-1.5-7b-baseline", {"model__model": "llava", "model__learning_rates": "{}"}, False),
+    "lora": ("llava-1.5-7b-feedback-lora", {"model__model": "llava", "model__lora_r": 2}, True),
+    "mounted": ("tiny-tune", {"model__model": "llava", "model__vision_tower": "deem:{clip}"}, True),
+    "align": ("llava-1.5-7b-align", {"model__language_model": "llama", "model__vision_tower": "deem:{clip}"}, False),
+    "encoder": ("clip-feedback", {"model__encoder": "clip"}, True),
+}
+
+
+@pytest.fixture(scope="session")
+def pictures_only(parts):
+    """The conversations about pictures alone, so that every batch has as many pictures as conversations."""
+    records = [record for record in json.loads((parts / "data.json").read_text()) if "image" in record]
+    (parts / "pictures.json").write_text(json.dumps(records))
+    return parts / "pictures.json"
+
+
+def recipe_of(case, parts, out, data=None, **more):
+    """Loads one of `RECIPES`."""
+    name, settings, feedback = RECIPES[case]
+    settings = {
+        key: value.format(clip=parts / "clip")
+        if "{clip}" in value
+        else parts / value
+        if (parts / value).exists()
+        else value
+        for key, value in settings.items()
+        if isinstance(value, str)
+    } | {key: value for key, value in settings.items() if not isinstance(value, str)}
+    data = parts / "images" if case == "encoder" else data or parts / "data.json"
+    training = {"data__path": data, "training__max_steps": 1, "training__save_strategy": "'no'", **more}
+    return load_recipe(name, tiny_overrides(parts, out, feedback, **{**settings, **training}))
+
+
+class Probe(TrainerCallback):
+    """Counts and weighs the first step of a real run."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.counter = FlopCounterMode(display=False)
+        self.counter.__enter__()
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.counter.__exit__(None, None, None)
+        self.flops = self.counter.get_total_flops()
+        self.gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.weights = sum(p.nbytes for p in model.parameters())
+        states = optimizer.state_dict()["state"].values()
+        self.optimizer = sum(v.nbytes for state in states for v in state.values() if isinstance(v, torch.Tensor))
+        self.trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+
+
+def run_one_step(recipe):
+    """Trains one step; returns the probe, the Trainer and the length of the batch's conversations."""
+    prepare = _prepare_encoder if recipe.model.encoder else _prepare_vlm
+    trainer, _ = prepare(recipe, None)
+    probe, lengths = Probe(), []
+    trainer.add_callback(probe)
+    trainer.model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1] if "input_ids" in kwargs else 0),
+        with_kwargs=True,
+    )
+    trainer.train()
+    return probe, trainer, lengths[0]
+
+
+def quick(case):
+    """Marks all but a few cases as slow."""
+    return case if case in ("full", "lora") else pytest.param(case, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("case", map(quick, RECIPES))
+def test_the_plan_is_what_a_real_step_counts_and_weighs(case, parts, pictures_only, tmp_path):
+    recipe = recipe_of(case, parts, tmp_path, pictures_only)
+    skeleton = build_skeleton(copy.deepcopy(recipe))
+    probe, trainer, tokens = run_one_step(copy.deepcopy(recipe))
+
+    plan = make_plan(recipe, gpus=[1], tokens=tokens or None)
+
+    def tensors(model):
+        return [(name, p.shape, p.dtype, p.requires_grad) for name, p in model.named_parameters()]
+
+    assert tensors(skeleton.model) == tensors(trainer.model)
+    parameters = {part: row for part, row in plan.parameters.items() if part not in ("denoiser", "autoencoder")}
+    assert parameters == count_parameters(trainer.model)
+    assert sum(row[0] for row in plan.parameters.values()) == probe.trained
+    assert plan.flops.total == probe.flops
+    memory = plan.rows[0].memory
+    assert (memory.weights, memory.gradients, memory.optimizer) == (probe.weights, probe.gradients, probe.optimizer)
+
+
+@pytest.mark.slow
+def test_the_share_of_the_feedback_is_what_it_adds_to_a_step_without(parts, pictures_only, tmp_path):
+    with_feedback = recipe_of("full", parts, tmp_path, pictures_only)
+    without = recipe_of("full", parts, tmp_path, pictures_only, feedback__weight=0)
+    probe, _, tokens = run_one_step(without)
+
+    flops = make_plan(with_feedback, gpus=[1], tokens=tokens).flops
+
+    assert flops.without_feedback == probe.flops
+    assert flops.encoding > 0 and flops.denoising > 0
+
+
+def test_the_generator_is_counted_as_it_is_loaded(parts, tmp_path):
+    from deem_plugin.feedback.generator import load_generator
+
+    recipe = recipe_of("bf16", parts, tmp_path)
+    plan = make_plan(recipe, gpus=[1])
+
+    generator = load_generator(recipe.feedback.denoiser, "bfloat16")
+    networks = {"denoiser": generator.denoiser.model, "autoencoder": generator.codec.vae}
+    for name, network in networks.items():
+        assert plan.parameters[name] == [0, sum(p.numel() for p in network.parameters())]
+    loaded = sum(p.nbytes for network in networks.values() for p in network.parameters())
+    assert plan.rows[0].memory.generator == loaded
+
+
+@pytest.mark.slow
+def test_a_larger_batch_and_no_checkpointing_hold_more(parts, tmp_path):
+    def activations(case, **settings):
+        return make_plan(recipe_of(case, parts, tmp_path, **settings), gpus=[1]).rows[0].memory.activations
+
+    full = activations("full")
+    assert activations("full", training__per_device_train_batch_size=1) < 0.3 * full
+    assert activations("checkpointing") < full
+
+
+def test_the_7b_recipe_has_the_published_sizes_and_allocates_nothing(tmp_path):
+    write_configs(tmp_path)
+    overrides = [f"model.model={tmp_path / 'llava-1.5-7b'}"]
+    overrides += [f"feedback.denoiser={tmp_path / 'stable-diffusion-2-1-base'}", "training.bf16=false"]
+    recipe = load_recipe("llava-1.5-7b-feedback", [*overrides, "training.tf32=null"])
+    before = resident_bytes()
+
+    skeleton = build_skeleton(recipe)
+
+    assert resident_bytes() - before < 0.5 * GIB
+    assert skeleton.image_tokens == 576
+    counts = count_parameters(skeleton.model)
+    conditioner = counts.pop("feedback_conditioner")
+    assert sum(map(sum, counts.values())) == 7_063_427_072  # what the hub says of llava-hf/llava-1.5-7b-hf
+    assert conditioner[0] > 0 and conditioner[1] == 0
+    denoiser, vae = skeleton.generator.denoiser.model, skeleton.generator.codec.vae
+    assert sum(p.numel() for p in denoiser.parameters()) == 865_910_724  # of Stable Diffusion 2.1
+    assert sum(p.numel() for p in vae.parameters()) == 83_653_863
+
+
+def resident_bytes():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.slow
+def test_the_whole_plan_of_7b_takes_little_memory(tmp_path):
+    write_configs(tmp_path)
+    command = [sys.executable, "-c", WATCHED, "plan", "llava-1.5-7b-feedback"]
+    command += [f"model.model={tmp_path / 'llava-1.5-7b'}"]
+    command += [f"feedback.denoiser={tmp_path / 'stable-diffusion-2-1-base'}"]
+    command += ["--gpu", "a100-40", "--json", str(tmp_path / "plan.json")]
+
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+
+    assert int(done.stderr.strip().splitlines()[-1]) < 2 * GIB
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert 0.01 < plan["flops"]["total"] / plan["flops"]["without_feedback"] - 1 < 0.14
+    assert "fits" in done.stdout
+
+
+WATCHED = """
+import resource, sys
+from deem_plugin.cli import main
+status = main()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, file=sys.stderr)
+sys.exit(status)
+"""
+
+
+def test_a_language_model_needs_its_config_alone(parts, tmp_path):
+    for name in ("llama", "clip"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text((parts / name / "config.json").read_text())
+    settings = {"model__language_model": tmp_path / "llama", "model__vision_tower": f"deem:{tmp_path / 'clip'}"}
+    overrides = tiny_overrides(parts, tmp_path / "out", feedback=False, **settings)
+
+    plan = make_plan(load_recipe("llava-1.5-7b-align", overrides), gpus=[1])
+
+    vocabulary = json.loads((tmp_path / "llama" / "config.json").read_text())["vocab_size"]
+    assert plan.parameters["lm_head"] == [0, (vocabulary + 1) * 32]
+    assert len(plan.notes) == 1 and "holds no tokenizer" in plan.notes[0]
+    assert plan.notes[0] in report(plan)
+
+
+def test_a_config_that_cannot_be_read_is_an_error_with_the_remedy(parts, tmp_path):
+    recipe = recipe_of("full", parts, tmp_path, model__model="nowhere/at-all")
+    with pytest.raises(ValueError, match=r"config of `model.model: nowhere/at-all` cannot be read.*config.json alone"):
+        make_plan(recipe)
+
+
+def test_a_conversation_shorter_than_its_picture_is_an_error(parts, tmp_path):
+    with pytest.raises(ValueError, match="16 tokens does not hold its picture, which takes 16"):
+        make_plan(recipe_of("full", parts, tmp_path), tokens=16)
+
+
+def test_an_optimizer_of_unknown_states_is_an_error(parts, tmp_path):
+    recipe = recipe_of("full", parts, tmp_path, training__optim="adafactor")
+    with pytest.raises(ValueError, match="knows adamw_torch, adamw_torch_fused and sgd"):
+        make_plan(recipe)
+
+
+def tiny_command(parts, tmp_path, feedback=True, **settings):
+    """Returns the overrides of a tiny recipe for the command."""
+    return tiny_overrides(parts, tmp_path, feedback, model__model=parts / "llava", **settings)
+
+
+def test_the_command_lists_the_gpus_that_it_knows(parts, tmp_path, capsys):
+    from deem_plugin.cli import main as deem
+
+    assert deem(["plan", "tiny-tune", "--gpu", "h1000"]) == 1
+    error = capsys.readouterr().err
+    assert "Unknown GPU 'h1000'" in error and "h100," in error and "--gpu-memory" in error
+
+
+def test_the_command_prints_the_plan_and_writes_it_as_json(parts, tmp_path, capsys):
+    from deem_plugin.cli import main as deem
+
+    file = tmp_path / "out" / "plan.json"
+    overrides = tiny_command(parts, tmp_path)
+    assert deem(["plan", "tiny-tune", *overrides, "--gpu", "t4", "--gpus", "1", "2", "--json", str(file)]) == 0
+
+    text = capsys.readouterr().out
+    for word in ("vision_tower", "denoiser", "autoencoder", "with feedback", "fsdp2", "It fits"):
+        assert word in text
+    assert "refused: the feedback refuses ZeRO-3" in text
+    plan = json.loads(file.read_text())
+    for row in plan["rows"]:
+        memory = dict(row["memory"])
+        assert memory.pop("total") == sum(memory.values())
+    assert plan["gpu_memory_gib"] == 14.6
+
+
+@pytest.mark.slow
+def test_options_are_tried_until_one_fits(parts, tmp_path):
+    overrides = tiny_command(parts, tmp_path)
+    plan = make_plan(load_recipe("tiny-tune", overrides), gpus=[1])
+    context = plan.rows[0].memory.context
+    beyond = plan.rows[0].memory.total - context
+
+    text = main("tiny-tune", overrides, memory_gib=(context + 0.7 * beyond) / GIB, gpus=[1])
+    assert "As it is it takes at least" in text and ", fits" in text
+    for setting in ("feedback.dtype=bfloat16", "activation_checkpointing=true"):
+        assert setting in text
+    assert "lora_r" not in text
+
+    text = main("tiny-tune", overrides, memory_gib=0.5, gpus=[1])
+    for setting in ("per_device_train_batch_size=1 training.gradient_accumulation_steps=4", "model.lora_r=16"):
+        assert setting in text
+    assert "It does not fit. Take more GPUs" in text
+
+
+@pytest.mark.slow
+def test_lora_is_refused_under_fsdp_and_so_never_the_answer(parts, tmp_path):
+    plan = make_plan(recipe_of("lora", parts, tmp_path), gpus=[2])
+    refused = {row.strategy for row in plan.rows if row.refusal}
+    assert refused == {"fsdp2", "zero3"}
+    assert least(plan.rows).strategy not in refused
+    assert asdict(plan)["rows"][0]["memory"].items() <= as_json(plan, None)["rows"][0]["memory"].items()
