@@ -1,41 +1,18 @@
-"""Names of the official code's weights, mapped to ours."""
+"""Tiny configuration and weights of the parity fixtures, which hold the official visual tokenizer alone."""
 
-import re
+from deem_plugin.models.official import rename
 
-_RESAMPLER_RULES = [
-    (r"^blip2qformer\.layernorm\.", "norm."),
-    (r"^blip2qformer\.encoder\.layer\.(\d+)\.", r"layers.\1."),
-    (r"\.attention\.attention\.", ".self_attention."),
-    (r"\.crossattention\.attention\.", ".cross_attention."),
-    (r"\.attention\.output\.dense\.", ".self_attention.out."),
-    (r"\.attention\.output\.LayerNorm\.", ".self_attention.norm."),
-    (r"\.crossattention\.output\.dense\.", ".cross_attention.out."),
-    (r"\.crossattention\.output\.LayerNorm\.", ".cross_attention.norm."),
-    (r"\.intermediate_query\.dense\.", ".feed_forward.up."),
-    (r"\.output_query\.dense\.", ".feed_forward.down."),
-    (r"\.output_query\.LayerNorm\.", ".feed_forward.norm."),
-]
+
+def _part(state_dict: dict, official_prefix: str, prefix: str) -> dict:
+    """Renames weights as those of the whole official model, and returns the part whose names then start so."""
+    renamed = {rename(official_prefix + name): value for name, value in state_dict.items()}
+    return {name.removeprefix(prefix): value for name, value in renamed.items() if name and name.startswith(prefix)}
 
 
 def resampler_weights(state_dict: dict, prefix: str) -> dict:
     """State dict of a `PerceiverResampler` from the official `perceiver_resampler`, whose keys start with `prefix`."""
-    weights = {}
-    for name, value in state_dict.items():
-        if name.startswith(prefix):
-            name = name.removeprefix(prefix)
-            for pattern, replacement in _RESAMPLER_RULES:
-                name = re.sub(pattern, replacement, name)
-            weights[name] = value
-    return weights
-
-
-_TOWER_RULES = [
-    (r"^sniffer\.vision_model\.visual\.trunk\.", "encoder.trunk."),
-    (r"^sniffer\.vision_model\.adapter_cls\.", "encoder.class_adapter."),
-    (r"^pos_proj\.", "position_proj."),
-    (r"^pos_ln\.", "position_norm."),
-    (r"^post_ln\.", "input_norm."),
-]
+    own = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+    return _part(own, "visual_tokenizer.perceiver_resampler.", "vision_tower.resampler.")
 
 
 def tower_weights(state_dict: dict) -> dict:
@@ -45,15 +22,7 @@ def tower_weights(state_dict: dict) -> dict:
     What is not part of the tower is left out: the two heads `proj_i` and `proj_t`, and the generator (`encoder.*`).
     The position embedding is computed, not stored.
     """
-    weights = {f"resampler.{k}": v for k, v in resampler_weights(state_dict, "perceiver_resampler.").items()}
-    for name, value in state_dict.items():
-        for stage in range(4):  # the official names count from the stride: c2 has 2**2, c5 has 2**5
-            if name.startswith(adapter := f"sniffer.vision_model.adapter_c{stage + 2}."):
-                weights[f"encoder.adapters.{stage}.{name.removeprefix(adapter)}"] = value
-        for pattern, replacement in _TOWER_RULES:
-            if re.match(pattern, name):
-                weights[re.sub(pattern, replacement, name)] = value
-    return weights
+    return _part(state_dict, "visual_tokenizer.", "vision_tower.")
 
 
 def parity_tower_config(**options) -> dict:

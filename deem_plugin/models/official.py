@@ -102,7 +102,7 @@ def convert_state_dict(official: dict[str, torch.Tensor], image_start_token_id: 
             continue
         if reason := next((why for pattern, why in _IGNORED if re.search(pattern, name)), None):
             result.ignored[name] = reason
-        elif (ours := _rename(name)) is not None:
+        elif (ours := rename(name)) is not None:
             result.weights[ours] = value
             result.renamed[name] = ours
         else:
@@ -117,7 +117,8 @@ def convert_state_dict(official: dict[str, torch.Tensor], image_start_token_id: 
     return result
 
 
-def _rename(name: str) -> str | None:
+def rename(name: str) -> str | None:
+    """Returns our name of an official weight that is taken as it is; `None` for any other."""
     if match := _ADAPTER.match(name):  # the official names count from the stride: c2 has 2**2, c5 has 2**5
         return f"vision_tower.encoder.adapters.{int(match[1]) - 2}.{name[match.end() :]}"
     for pattern, ours in _RENAMED:
