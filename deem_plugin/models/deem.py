@@ -14,9 +14,9 @@ from ..feedback.denoisers import check_context_dim
 from ..vision.tower import DeemVisionOutput, DeemVisionTower
 from .configuration import DeemConfig
 from .deformable import DeformableAttention
-from .denoising import Reading, feedback_loss, image_loss, restorable_pictures
+from .denoising import Reading, count_images, feedback_loss, image_loss, restorable_pictures
 from .image_decoder import ImageDecoder
-from .interleaving import fill_image_slots, positions_in_documents, row_starts, visible_images
+from .interleaving import IGNORE_INDEX, fill_image_slots, positions_in_documents, row_starts, visible_images
 from .language_synchroniser import GatedImageAttention, LanguageModelSynchroniser
 from .losses import Draws, next_token_loss
 from .maps import by_rows, positioned_maps
@@ -204,6 +204,7 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
         image_loss_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
+        num_images_in_batch: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
         draws: dict[str, Draws] | None = None,
         image_maps: tuple[list[torch.Tensor], torch.Tensor] | None = None,
@@ -228,7 +229,12 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 do not see each other. Without it each row is one document.
             image_loss_mask (`torch.Tensor`, *optional*): Zero where the next image is not to be learned, `(images,)`.
             labels (`torch.Tensor`, *optional*): Token ids and -100, `(batch, tokens)`, see `make_labels`.
-            num_items_in_batch (`int`, *optional*): Given by the Trainer; see `next_token_loss`.
+            num_items_in_batch (`int`, *optional*):
+                Learned tokens of the whole optimizer step, as the Trainer counts them; its micro-batches and ranks
+                then add up to the mean over all tokens.
+            num_images_in_batch (`torch.Tensor`, *optional*):
+                The same for images, as `count_images` counts them, `(2,)`. Given by the Trainer of our recipes. With
+                the stock one the two denoising losses are means over a micro-batch, weighted by its share of tokens.
             generator (`torch.Generator`, *optional*): Source of what is drawn.
             draws (`dict[str, Draws]`, *optional*): Under `"feedback"` and `"image"`, instead of drawing.
             image_maps (`tuple`, *optional*): What an earlier step of `generate` returned under this name.
@@ -293,11 +299,19 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
                     pictures,
                     region_masks,
                     image_loss_mask,
+                    num_images_in_batch,
                 )
-                self._add_denoising_losses(result, reading, draws or {}, generator)
+                share = 1.0
+                if num_items_in_batch is not None and num_images_in_batch is None:
+                    share = (labels[:, 1:] != IGNORE_INDEX).sum() / num_items_in_batch
+                self._add_denoising_losses(result, reading, draws or {}, generator, share)
         return result
 
-    def _add_denoising_losses(self, result, reading, draws, generator):
+    def count_images(self, inputs) -> torch.Tensor:
+        """Counts the images of a batch for `num_images_in_batch`, `(2,)`."""
+        return count_images(self.config, inputs)
+
+    def _add_denoising_losses(self, result, reading, draws, generator, share):
         """Adds the two losses of the generator to a result, those of weight 0 left out."""
         config = self.config
         if (config.feedback_weight or config.image_weight) and self.generator is None:
@@ -306,10 +320,10 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 "`model.attach_generator(load_generator(PATH))`, or set both weights of the config to 0."
             )
         if config.feedback_weight:
-            result.feedback_loss = feedback_loss(self, reading, draws.get("feedback"), generator)
+            result.feedback_loss = share * feedback_loss(self, reading, draws.get("feedback"), generator)
             result.loss = result.loss + config.feedback_weight * result.feedback_loss
         if config.image_weight:
-            result.image_loss = image_loss(self, reading, draws.get("image"), generator)
+            result.image_loss = share * image_loss(self, reading, draws.get("image"), generator)
             result.loss = result.loss + config.image_weight * result.image_loss
 
     def _maps_for_text(self, maps, input_ids, starts):

@@ -9,9 +9,12 @@ from ..feedback.diffusion_feedback import DiffusionFeedback
 from ..feedback.objectives import unnormalize
 from ..feedback.timesteps import TIMESTEP_SAMPLERS
 from ..vision.tower import region_to_patches
-from .interleaving import image_places, previous_images, reversed_contexts
-from .losses import Draws, mean_over_valid
+from .interleaving import image_places, previous_images, reversed_contexts, row_starts
+from .losses import Draws, mean_of_valid
 from .maps import of_previous, positioned_maps
+
+# A picture behind no more than the first token of its document and its own start has nothing to be drawn from.
+SHORTEST_CONTEXT = 2
 
 
 @dataclass
@@ -28,6 +31,7 @@ class Reading:
         pictures (`torch.Tensor`): What the generator must restore, `(images, 3, height, width)` in [0, 1].
         region_masks (`torch.Tensor`, *optional*): Shape `(images, 1, height, width)`.
         image_loss_mask (`torch.Tensor`, *optional*): Zero where the next image is not to be learned, `(images,)`.
+        totals (`torch.Tensor`, *optional*): What to divide by, as `count_images` returns it; `(2,)`.
     """
 
     input_ids: torch.Tensor
@@ -38,6 +42,7 @@ class Reading:
     pictures: torch.Tensor
     region_masks: torch.Tensor | None = None
     image_loss_mask: torch.Tensor | None = None
+    totals: torch.Tensor | None = None
 
 
 def restorable_pictures(config, pixel_values, target_pixel_values=None):
@@ -65,7 +70,7 @@ def feedback_loss(model, reading, draws=None, generator=None):
         generator (`torch.Generator`, *optional*): Source of what is drawn.
 
     Returns:
-        `torch.Tensor`: The mean over the images of all ranks, a scalar.
+        `torch.Tensor`: The mean over the images, a scalar.
     """
     draws = draws or Draws()
     latents = _encode(model, reading.pictures, draws, generator)
@@ -84,15 +89,14 @@ def feedback_loss(model, reading, draws=None, generator=None):
         losses = feedback(
             latents, context, mask=mask, timesteps=draws.timesteps, noise=draws.noise, generator=generator
         )
-    return mean_over_valid(losses)
+    return mean_of_valid(losses, total=None if reading.totals is None else reading.totals[0])
 
 
 def image_loss(model, reading, draws=None, generator=None):
     """
     The error of the next image from what stands before it (NIP, Eq. 3); arguments and result as in `feedback_loss`.
 
-    A picture behind no more than the first token of its document and its own start has nothing to be drawn from and
-    does not count.
+    Pictures with a context of `SHORTEST_CONTEXT` tokens or less do not count.
     """
     config, draws = model.config, draws or Draws()
     context, lengths = image_contexts(model, reading.hidden_states, reading.input_ids, reading.starts)
@@ -110,10 +114,34 @@ def image_loss(model, reading, draws=None, generator=None):
             noise=draws.noise,
             generator=generator,
         )
-    valid = lengths > 2
-    if reading.image_loss_mask is not None:
-        valid = valid & (reading.image_loss_mask != 0)
-    return (losses * valid).mean() if config.official_defects else mean_over_valid(losses, valid)
+    if config.official_defects:
+        return (losses * (lengths > SHORTEST_CONTEXT)).mean()
+    valid = images_to_learn(lengths, reading.image_loss_mask)
+    return mean_of_valid(losses, valid, None if reading.totals is None else reading.totals[1])
+
+
+def images_to_learn(lengths, image_loss_mask=None):
+    """Returns which images count in the next-image loss, by the tokens of their contexts; `(images,)`."""
+    valid = lengths > SHORTEST_CONTEXT
+    return valid if image_loss_mask is None else valid & (image_loss_mask != 0)
+
+
+def count_images(config, inputs):
+    """
+    Counts the images of a batch that count in the feedback and in the next-image loss.
+
+    Args:
+        config (`DeemConfig`): Knows the image start.
+        inputs (`Mapping`): What `forward` gets.
+
+    Returns:
+        `torch.Tensor`: Two integers, shape `(2,)`.
+    """
+    ids = inputs["input_ids"]
+    starts = row_starts(ids, inputs.get("attention_mask"), inputs.get("document_ids"))
+    rows, places = image_places(ids, config.image_start_token_id)
+    learned = images_to_learn(places - starts[rows, places] + 1, inputs.get("image_loss_mask"))
+    return torch.stack([torch.as_tensor(len(rows), device=ids.device), learned.sum()])
 
 
 def image_contexts(model, hidden_states, input_ids, starts):

@@ -1,9 +1,8 @@
-"""The losses of the interleaved model: means over what counts, on all ranks alike."""
+"""The losses of the interleaved model: means over what counts, whatever the batch was cut into."""
 
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from .interleaving import IGNORE_INDEX
@@ -27,42 +26,36 @@ class Draws:
     dropped: torch.Tensor | None = None
 
 
-def next_token_loss(logits, labels, num_items=None):
+def next_token_loss(logits, labels, total=None):
     """
     Cross-entropy of the next token (NTP, Eq. 2), 0 where nothing is to be learned.
 
     Args:
         logits (`torch.Tensor`): Shape `(batch, tokens, vocabulary)`.
         labels (`torch.Tensor`): Token ids, -100 where nothing is learned, `(batch, tokens)`, not shifted.
-        num_items (`int` or `torch.Tensor`, *optional*):
-            Learned tokens of the whole optimizer step, as the Trainer counts them; those of this batch by default.
+        total (`int` or `torch.Tensor`, *optional*): Learned tokens to divide by; those of this batch by default.
     """
     targets = labels[:, 1:].reshape(-1)
-    total = F.cross_entropy(
-        logits[:, :-1].float().reshape(-1, logits.shape[-1]), targets, ignore_index=IGNORE_INDEX, reduction="sum"
+    losses = F.cross_entropy(
+        logits[:, :-1].float().reshape(-1, logits.shape[-1]), targets, ignore_index=IGNORE_INDEX, reduction="none"
     )
-    if num_items is None:
-        num_items = (targets != IGNORE_INDEX).sum().clamp(min=1)
-    return total / num_items
+    return mean_of_valid(losses, targets != IGNORE_INDEX, total)
 
 
-def mean_over_valid(losses, valid=None):
+def mean_of_valid(losses, valid=None, total=None):
     """
-    Averages per-image losses over the valid images of all ranks.
-
-    The ranks' gradients are averaged afterwards, so each rank's share is scaled by their number: what is summed is
-    then the mean over all valid images, however many a rank has.
+    Averages losses over the items that count.
 
     Args:
-        losses (`torch.Tensor`): Shape `(images,)`.
-        valid (`torch.Tensor`, *optional*): True where an image counts, shape `(images,)`.
+        losses (`torch.Tensor`): Shape `(items,)`.
+        valid (`torch.Tensor`, *optional*): True where an item counts, shape `(items,)`.
+        total (`int` or `torch.Tensor`, *optional*):
+            What to divide by: the items that count in the whole optimizer step, over its micro-batches and ranks, so
+            that the sum over these is the mean over all. By default those of this call.
 
     Returns:
-        `torch.Tensor`: A scalar, 0 where no rank has a valid image.
+        `torch.Tensor`: A scalar, 0 where nothing counts.
     """
     valid = torch.ones_like(losses) if valid is None else valid.to(losses.dtype)
-    count, ranks = valid.sum(), 1
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(count)
-        ranks = dist.get_world_size()
-    return (losses * valid).sum() * ranks / count.clamp(min=1)
+    total = valid.sum() if total is None else torch.as_tensor(total, device=losses.device)
+    return (losses * valid).sum() / total.clamp(min=1)
