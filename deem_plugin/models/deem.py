@@ -11,6 +11,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import ModelOutput
 
 from ..feedback.denoisers import check_context_dim
+from ..vision.grids import positioned_maps
 from ..vision.tower import DeemVisionOutput, DeemVisionTower
 from .configuration import DeemConfig
 from .deformable import DeformableAttention
@@ -19,7 +20,7 @@ from .image_decoder import ImageDecoder
 from .interleaving import IGNORE_INDEX, fill_image_slots, positions_in_documents, row_starts, visible_images
 from .language_synchroniser import GatedImageAttention, LanguageModelSynchroniser
 from .losses import Draws, next_token_loss
-from .maps import by_rows, positioned_maps
+from .maps import by_rows
 from .synchroniser import UNetSynchroniser, UNetSynchroniserBlock
 
 # A new token's logit starts this much below the others, so that an untrained one is hardly ever said (official code).
@@ -146,6 +147,11 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise ValueError("This model only reads (`context_dim` is None), so a generator has nothing to listen to.")
         check_context_dim(self.config.context_dim, generator.denoiser)
         self.generator = generator
+
+    @property
+    def reads_maps(self) -> bool:
+        """Whether anything of the model looks at the tower's multi-scale maps."""
+        return self.language_synchroniser is not None or self.unet_synchroniser is not None
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
         """As everywhere in transformers; layers that look at maps find them again when they are recomputed."""

@@ -8,10 +8,10 @@ import torch
 from ..feedback.diffusion_feedback import DiffusionFeedback
 from ..feedback.objectives import unnormalize
 from ..feedback.timesteps import TIMESTEP_SAMPLERS
-from ..vision.tower import region_to_patches
+from ..vision.grids import positioned_maps, region_to_patches
 from .interleaving import image_places, previous_images, reversed_contexts, row_starts
 from .losses import Draws, mean_of_valid
-from .maps import of_previous, positioned_maps
+from .maps import of_previous
 
 # A picture behind no more than the first token of its document and its own start has nothing to be drawn from.
 SHORTEST_CONTEXT = 2

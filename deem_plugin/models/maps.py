@@ -1,32 +1,7 @@
-"""The tower's multi-scale maps, in the order and place in which the synchronisers read them."""
+"""The tower's multi-scale maps, arranged by rows of text and by the images that they stand before."""
 
 import torch
 import torch.nn.functional as F
-
-from ..vision.tower import region_to_patches, sincos_position_embedding
-
-
-def positioned_maps(maps, region_masks=None):
-    """
-    Adds positions to the tower's maps, and leaves of each only the cells of its region.
-
-    Args:
-        maps (`dict[str, torch.Tensor]`): From the tower, each `(images, dim, height, width)`.
-        region_masks (`torch.Tensor`, *optional*): Shape `(images, 1, height, width)`, nonzero in the region meant.
-
-    Returns:
-        `list[torch.Tensor]`: In the tower's order, the finest first; shapes as given.
-    """
-    result = []
-    for level in maps.values():
-        height, width = level.shape[-2:]
-        positions = sincos_position_embedding(level.shape[1], height, width, device=level.device)
-        level = level + positions.T.unflatten(1, (height, width)).to(level.dtype)
-        if region_masks is not None:
-            cells = region_to_patches(region_masks, height, width)
-            level = level * cells.mT.unflatten(2, (height, width)).to(level.dtype)
-        result.append(level)
-    return result
 
 
 def by_rows(maps, counts):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..vision.tower import sincos_position_embedding
+from ..vision.grids import sincos_position_embedding
 from .synchroniser_names import synchroniser_weights
 
 _RESAMPLER = [
@@ -30,6 +30,10 @@ _RENAMED = [
     (r"^visual_tokenizer\.pos_ln\.", "vision_tower.position_norm."),
     (r"^visual_tokenizer\.post_ln\.", "vision_tower.input_norm."),
     (r"^visual_tokenizer\.perceiver_resampler\.", "vision_tower.resampler."),
+    (r"^visual_tokenizer\.feature_extractor\.mask_feat_linear\.", "vision_tower.region_tokens.features."),
+    (r"^visual_tokenizer\.feature_extractor\.mask_linear\.layers\.0\.", "vision_tower.region_tokens.shape.0."),
+    (r"^visual_tokenizer\.feature_extractor\.mask_linear\.layers\.1\.", "vision_tower.region_tokens.shape.2."),
+    (r"^visual_tokenizer\.feature_extractor\.mask_linear\.layers\.2\.", "vision_tower.region_tokens.shape.4."),
     (r"^visual_tokenizer\.proj_t\.", "connector."),
     (r"^visual_tokenizer\.proj_i\.", "feedback_head."),
     (r"^image_decoder\.perceiver_resampler\.", "image_decoder.resampler."),

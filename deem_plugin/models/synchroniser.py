@@ -7,7 +7,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..vision.tower import sincos_position_embedding
+from ..vision.grids import sincos_position_embedding
 from .deformable import DeformableAttention, ImageFeatures, image_features
 
 # Side of the largest map at the encoder's 256 pixels, for which the official code scales offsets at any resolution.

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..vision.tower import sincos_position_embedding
+from ..vision.grids import sincos_position_embedding
 
 # Points a head and a map in the official code, which hard-codes them.
 OFFICIAL_POINTS = 8

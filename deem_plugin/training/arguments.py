@@ -102,6 +102,54 @@ class ModelArguments:
 
 
 @dataclass
+class DeemArguments:
+    """
+    The interleaved model of DEEM (https://arxiv.org/abs/2405.15232): its losses and what gives them.
+
+    With this section `model.language_model` is assembled into a DEEM instead of a LLaVA; `model.model` is one that an
+    earlier stage has saved. Its feedback is one of its own losses, so the recipe has no section `feedback`.
+
+    Args:
+        denoiser (`str`, *optional*):
+            Folder or hub id of the frozen generator, in diffusers' layout. Needed unless both weights below are 0.
+        dtype (`str`, *optional*, defaults to `"float32"`): Precision of the denoiser.
+        lm_weight, image_weight, feedback_weight (`float`, *optional*, defaults to 1, 5 and 5):
+            Factors on the losses of the next token, the next image and the same image; 0 leaves a loss out.
+        feedback_timesteps (`str`, *optional*, defaults to `"shrink"`): One of `TIMESTEP_SAMPLERS`.
+        null_context_rate (`float`, *optional*, defaults to 0.1):
+            Share of pictures that are learned without their context, for classifier-free guidance.
+        language_synchroniser (`dict`, *optional*):
+            Options of the language model's synchroniser, `{frequency: 4}` in the paper; none without it. For
+            assembling only, like the two below: a saved model has what it has.
+        unet_synchroniser (`bool`, *optional*, defaults to `False`):
+            Whether the next image also sees the maps of the one before it, as in the paper.
+        region_tokens (`bool`, *optional*, defaults to `False`):
+            Whether the queries also read tokens made of the region and its maps (the official `mask_align`).
+        target_size (`int`, *optional*):
+            Side in pixels of the pictures that the generator restores, where it is more than the tower sees.
+    """
+
+    denoiser: str | None = field(default=None, metadata={"help": "Folder or hub id of the frozen generator."})
+    dtype: str = field(default="float32", metadata={"help": "Precision of the denoiser."})
+    lm_weight: float = field(default=1.0, metadata={"help": "Factor on the next-token loss."})
+    image_weight: float = field(default=5.0, metadata={"help": "Factor on the next-image loss; 0 leaves it out."})
+    feedback_weight: float = field(default=5.0, metadata={"help": "Factor on the same-image loss; 0 leaves it out."})
+    feedback_timesteps: str = field(default="shrink", metadata={"help": "How the feedback's timesteps are drawn."})
+    null_context_rate: float = field(default=0.1, metadata={"help": "Share of pictures learned without context."})
+    language_synchroniser: dict | None = field(default=None, metadata={"help": "Options; none without it."})
+    unet_synchroniser: bool = field(default=False, metadata={"help": "Whether the next image sees the one before."})
+    region_tokens: bool = field(default=False, metadata={"help": "Whether the queries read tokens of the region."})
+    target_size: int | None = field(default=None, metadata={"help": "Pixels that the generator restores."})
+
+    def __post_init__(self):
+        if (self.image_weight or self.feedback_weight) and self.denoiser is None:
+            raise ValueError(
+                "`deem.image_weight` and `deem.feedback_weight` need a generator: set `deem.denoiser` to a folder or "
+                "hub id in diffusers' layout, or both weights to 0."
+            )
+
+
+@dataclass
 class DataArguments:
     """
     What the model is trained on.

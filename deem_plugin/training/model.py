@@ -5,16 +5,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from deem_plugin.training.arguments import ModelArguments
+from deem_plugin.training.arguments import DeemArguments, ModelArguments
+from deem_plugin.training.interleaved import load_deem
 from deem_plugin.training.parts import find, freeze, freeze_unused, matches
 
 
-def make_model(arguments: ModelArguments):
+def make_model(arguments: ModelArguments, deem: DeemArguments | None = None):
     """
     Returns the model of a recipe, ready to train, and its processor.
 
     Args:
         arguments (`ModelArguments`): The recipe's section `model`, with `model` or `language_model` set.
+        deem (`DeemArguments`, *optional*): Its section `deem`, where the model is the interleaved one.
 
     Returns:
         `tuple[PreTrainedModel | PeftModel, ProcessorMixin]`: The VLM and its processor.
@@ -24,7 +26,7 @@ def make_model(arguments: ModelArguments):
     """
     from deem_plugin.vision.processors import join_parts
 
-    model, processor = _load(arguments)
+    model, processor = _load(arguments) if deem is None else load_deem(arguments, deem)
     if arguments.chat_template is not None:
         template = Path(arguments.chat_template)
         if not template.is_file():
@@ -140,6 +142,8 @@ def freeze_unread_layers(model, inputs) -> list[str]:
     model.eval()  # no stochastic depth: every parameter that can be used is used
     with torch.enable_grad():
         features = base.get_image_features(**{**inputs, "pixel_values": inputs["pixel_values"].to(tower.dtype)})
+        if getattr(base, "reads_maps", False):
+            features = [features.pooler_output, *features.maps.values()]
         features = getattr(features, "pooler_output", features)
         if isinstance(features, list | tuple):
             features = torch.cat([item.flatten() for item in features])

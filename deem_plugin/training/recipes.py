@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from deem_plugin.resources import recipes_dir
-from deem_plugin.training.arguments import DataArguments, ModelArguments
+from deem_plugin.training.arguments import DataArguments, DeemArguments, ModelArguments
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from deem_plugin.feedback.config import FeedbackConfig
 
-SECTIONS = ("model", "data", "feedback", "training")
+SECTIONS = ("model", "data", "feedback", "deem", "training")
+# `section: null` takes these out of what a recipe extends; elsewhere an empty section changes nothing.
+OPTIONAL_SECTIONS = ("feedback", "deem")
 
 
 @dataclass
@@ -30,7 +32,8 @@ class Recipe:
         name (`str`): Name of the recipe's file without its ending.
         model (`ModelArguments`): What is trained.
         data (`DataArguments`): On what.
-        feedback (`FeedbackConfig`, *optional*): The diffusion feedback; none without it.
+        feedback (`FeedbackConfig`, *optional*): The diffusion feedback of a VLM or an encoder; none without it.
+        deem (`DeemArguments`, *optional*): The interleaved model, which has its own feedback; none without it.
         training (`TrainingArguments`): The Trainer's own arguments.
     """
 
@@ -38,6 +41,7 @@ class Recipe:
     model: ModelArguments
     data: DataArguments
     feedback: "FeedbackConfig | None"
+    deem: DeemArguments | None
     training: "TrainingArguments"
 
 
@@ -54,7 +58,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         name_or_path (`str` or `Path`): Name of a shipped recipe, or path of a YAML file.
         overrides (`Sequence[str]`):
             `section.key=value`, the value written as in YAML (`training.max_steps=10`, `model.freeze=[vision_tower]`,
-            `data.image_dir=null`), or `feedback=null` to leave the feedback out.
+            `data.image_dir=null`), or `feedback=null` (`deem=null`) to leave that section out.
 
     Raises:
         ValueError: On an unknown recipe, section or key and on a value of the wrong kind; lists the choices.
@@ -72,14 +76,19 @@ def build_recipe(name: str, sections: dict[str, dict | None]) -> Recipe:
 
     Args:
         name (`str`): The run's name; the default of `training.output_dir` is `runs/<name>`.
-        sections (`dict`): `model`, `data`, `training` and, for a run with feedback, `feedback`.
+        sections (`dict`): `model`, `data`, `training` and, for a run with feedback, `feedback` or `deem`.
     """
     from transformers import TrainingArguments
 
     from deem_plugin.feedback.config import FeedbackConfig
 
     _check_names(sections, SECTIONS, "section", name)
-    feedback = sections.get("feedback")
+    feedback, deem = sections.get("feedback"), sections.get("deem")
+    if feedback is not None and deem is not None:
+        raise ValueError(
+            f"The recipe {name!r} has the sections `feedback` and `deem`. A DEEM has a feedback of its own: leave "
+            f"`feedback` out, or `deem` for a VLM."
+        )
     # The collator wants the columns of the data set, which the model's `forward` does not name.
     training = {"output_dir": f"runs/{name}", "remove_unused_columns": False, **(sections.get("training") or {})}
     return Recipe(
@@ -87,6 +96,7 @@ def build_recipe(name: str, sections: dict[str, dict | None]) -> Recipe:
         model=_build(ModelArguments, "model", sections.get("model"), name),
         data=_build(DataArguments, "data", sections.get("data"), name),
         feedback=None if feedback is None else _build(FeedbackConfig, "feedback", feedback, name),
+        deem=None if deem is None else _build(DeemArguments, "deem", deem, name),
         training=_build(TrainingArguments, "training", training, name),
     )
 
@@ -127,8 +137,7 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, dict | None]:
             raise ValueError(f"The section `{section}` of {path} must hold `key: value` lines, got {values!r}.")
         if values and values.get("chat_template") and (path.parent / values["chat_template"]).is_file():
             values["chat_template"] = str(path.parent / values["chat_template"])
-        # `feedback: null` takes the section out; elsewhere an empty section changes nothing.
-        if values is None and section == "feedback":
+        if values is None and section in OPTIONAL_SECTIONS:
             sections[section] = None
         else:
             sections[section] = {**(sections.get(section) or {}), **(values or {})}
@@ -143,8 +152,8 @@ def _apply(sections: dict[str, dict | None], override: str, name: str):
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"The value of the override {override!r} is no valid YAML: {error}") from error
-    if override == "feedback=null":
-        sections["feedback"] = None
+    if section in OPTIONAL_SECTIONS and override == f"{section}=null":
+        sections[section] = None
         return
     if not equals or not key:
         raise ValueError(

@@ -150,7 +150,7 @@ def _prepare_vlm(recipe: Recipe, make_feedback):
     args, data = recipe.training, recipe.data
     with args.main_process_first(desc="reading conversations"):
         dataset = load_conversations(data.path, data.image_dir, data.cache_dir)
-    model, processor = make_model(recipe.model)
+    model, processor = make_model(recipe.model, recipe.deem)
     callback = _feedback_callback(recipe, make_feedback, model, processor)
     base = model.get_base_model() if recipe.model.lora_r else model
     callbacks = [MovementCheck(find_tower(base))] + ([callback] if callback else [])

@@ -1,8 +1,12 @@
 """The Trainer of the recipes: stock, but for learning rates by part and for encoders that train without text."""
 
+import torch
 from transformers import PreTrainedModel, Trainer
 
 from deem_plugin.training.parts import find, matches
+
+# What the interleaved model returns beside its loss; logged under these names.
+NAMED_LOSSES = ("lm_loss", "image_loss", "feedback_loss")
 
 
 class RecipeTrainer(Trainer):
@@ -18,6 +22,8 @@ class RecipeTrainer(Trainer):
     def __init__(self, *args, learning_rates: dict[str, float] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.learning_rates = learning_rates or {}
+        self._named_losses: dict[str, torch.Tensor] = {}
+        self._named_since = 0
         for pattern in self.learning_rates:
             find(self.model, pattern, "model.learning_rates")
 
@@ -40,6 +46,41 @@ class RecipeTrainer(Trainer):
             groups += [{**group, "params": parameters, "lr": rate} for rate, parameters in by_rate.items()]
         optimizer.param_groups[:] = groups
         return optimizer
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Also counts the images of the whole optimizer step, as the stock method counts the tokens."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = getattr(self.accelerator.unwrap_model(self.model), "count_images", None)
+        if count is not None and batches and num_items is not None:
+            total = torch.stack([count(batch) for batch in batches]).sum(0).to(device)
+            if self.args.average_tokens_across_devices and self.args.world_size > 1:
+                total = self.accelerator.gather(total).view(-1, len(total)).sum(0)
+            for batch in batches:
+                batch["num_images_in_batch"] = total
+        return batches, num_items
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """As the stock method, and adds up the losses that the model names."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if model.training and isinstance(outputs, dict):
+            for name in NAMED_LOSSES:
+                if (value := outputs.get(name)) is not None:
+                    # Stays on the device until it is logged, so that no step waits for it.
+                    self._named_losses[name] = self._named_losses.get(name, 0.0) + value.detach().double()
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs, start_time=None):
+        """Adds the named losses: their mean over the steps since the last log, over all ranks."""
+        steps = self.state.global_step - self._named_since
+        if "loss" in logs and self._named_losses and steps:
+            names = [name for name in NAMED_LOSSES if name in self._named_losses]
+            # Each rank and micro-batch has its share of the step's mean, so the sum over them is the mean.
+            totals = torch.stack([self._named_losses[name] for name in names])
+            if self.args.world_size > 1:
+                totals = self.accelerator.reduce(totals, reduction="sum")
+            logs |= {name: total / steps for name, total in zip(names, totals.tolist(), strict=True)}
+            self._named_losses, self._named_since = {}, self.state.global_step
+        super().log(logs, start_time)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """

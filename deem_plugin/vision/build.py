@@ -36,6 +36,8 @@ def build_vision_tower(
     image_size: int | None = None,
     class_token: bool = True,
     num_queries: int | None = None,
+    multiscale: bool = False,
+    region_tokens: bool = False,
 ) -> DeemVisionTower:
     """
     Builds a vision tower by name.
@@ -58,6 +60,7 @@ def build_vision_tower(
         num_queries (`int`, *optional*):
             Number of queries of the resampler. 0 leaves the resampler out: the VLM then reads the grid of patches. By
             default 77 for `"deem"` and 0 for `"deem:<encoder>"`.
+        multiscale, region_tokens (`bool`, *optional*): As in [`DeemVisionConfig`]; for the interleaved model.
 
     Returns:
         `DeemVisionTower`: In training mode, float32, on the CPU.
@@ -71,7 +74,12 @@ def build_vision_tower(
     if num_queries is None:
         num_queries = 0 if encoder else DEEM_QUERIES
     encoder = encoder or DEEM_ENCODER
-    options = {"class_token": class_token, "num_queries": num_queries}
+    options = {
+        "class_token": class_token,
+        "num_queries": num_queries,
+        "multiscale": multiscale,
+        "region_tokens": region_tokens,
+    }
     if encoder in open_clip.list_models():
         return _from_open_clip(encoder, pretrained, image_size, options)
     if Path(encoder).is_dir() or encoder.count("/") == 1:

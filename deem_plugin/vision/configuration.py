@@ -58,6 +58,9 @@ class DeemVisionConfig(PreTrainedConfig):
         resampler_intermediate_size (`int`, *optional*): Width of the feed-forward; four times the width by default.
         cross_attention_frequency (`int`, *optional*, defaults to 2): Every how many layers the queries read the image.
         resampler_dropout (`float`, *optional*, defaults to 0.0): Dropout in [0, 1). The official training has 0.1.
+        region_tokens (`bool`, *optional*, defaults to `False`):
+            Whether the queries also read tokens made of the region: of each map, and of its shape (DEEM's third
+            stage). Needs `multiscale` and a resampler.
         image_mean, image_std (`list[float]`, *optional*): Normalisation of `pixel_values`, OpenAI CLIP's by default.
         initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of new linear weights.
         image_size (`int`, *optional*):
@@ -86,6 +89,7 @@ class DeemVisionConfig(PreTrainedConfig):
     resampler_intermediate_size: int | None = None
     cross_attention_frequency: int = 2
     resampler_dropout: float = 0.0
+    region_tokens: bool = False
     image_mean: list[float] | tuple[float, ...] = OPENAI_DATASET_MEAN
     image_std: list[float] | tuple[float, ...] = OPENAI_DATASET_STD
     initializer_range: float = 0.02
@@ -105,6 +109,11 @@ class DeemVisionConfig(PreTrainedConfig):
         if self.encoder_config is not None and self.open_clip_config is not None:
             raise ValueError(
                 "A tower has one encoder, got both `encoder_config` and `open_clip_config`. Leave one of them out."
+            )
+        if self.region_tokens and not (self.multiscale and self.num_queries):
+            raise ValueError(
+                f"`region_tokens` are made of the encoder's maps for the queries to read; set `multiscale=True` and "
+                f"`num_queries` above 0 (now {self.multiscale} and {self.num_queries})."
             )
         derived = self._describe_hf_encoder() if self.encoder_config is not None else self._describe_open_clip()
         if self.num_queries:

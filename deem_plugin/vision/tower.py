@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from open_clip.transformer import LayerScale, VisionTransformer
 from timm.models.convnext import ConvNeXtBlock
 from torch import nn
@@ -14,10 +13,9 @@ from transformers.utils import can_return_tuple
 
 from .configuration import DeemVisionConfig
 from .encoders import EncoderOutput, OpenClipEncoder, Tokens, build_encoder
+from .grids import positioned_maps, region_to_patches, sincos_position_embedding
+from .region_tokens import RegionTokens
 from .resampler import PerceiverResampler
-
-# Side of the grid on which the position embedding is defined before it is resized (official code).
-POSITION_GRID = 16
 
 
 @dataclass
@@ -34,55 +32,6 @@ class DeemVisionOutput(BaseModelOutputWithPooling):
     """
 
     maps: dict[str, torch.Tensor] | None = None
-
-
-def sincos_position_embedding(
-    dim: int, height: int, width: int, device=None, grid: int = POSITION_GRID
-) -> torch.Tensor:
-    """
-    Makes the 2-D sine-cosine position embedding of DEEM: that of a square grid, resized bicubically.
-
-    Args:
-        dim (`int`): Width, a multiple of four.
-        height, width (`int`): Grid to make it for.
-        device (`torch.device`, *optional*): Where to make it.
-        grid (`int`, *optional*, defaults to 16): Side of the grid that it is defined on.
-
-    Returns:
-        `torch.Tensor`: Shape `(height * width, dim)`, float32.
-    """
-    frequencies = 10000 ** -(torch.arange(dim // 4, device=device, dtype=torch.float64) / (dim // 4))
-    angles = torch.arange(grid, device=device, dtype=torch.float64)[:, None] * frequencies
-    axis = torch.cat([angles.sin(), angles.cos()], dim=1).float()  # (grid, dim / 2)
-    columns = axis[None, :].expand(grid, -1, -1)
-    rows = axis[:, None].expand(-1, grid, -1)
-    embedding = torch.cat([rows, columns], dim=2).permute(2, 0, 1)[None]
-    if (height, width) != (grid, grid):
-        embedding = F.interpolate(embedding, size=(height, width), mode="bicubic", align_corners=False)
-    return embedding[0].flatten(1).T
-
-
-def region_to_patches(region_masks: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """
-    Marks the patches that a region touches.
-
-    A patch belongs to the region when any part of it does, so that no region is too small to be seen.
-
-    Args:
-        region_masks (`torch.Tensor`): Shape `(batch, 1, mask_height, mask_width)`, nonzero inside the region.
-        height, width (`int`): The grid of patches.
-
-    Returns:
-        `torch.Tensor`: Shape `(batch, height * width, 1)`, ones and zeros.
-    """
-    inside = (region_masks != 0).float()
-    if empty := int((inside.flatten(1).sum(1) == 0).sum()):
-        raise ValueError(
-            f"{empty} of {len(inside)} region masks are empty, so there is nothing to look at. Drop these samples, or "
-            f"pass a mask of ones to look at the whole image."
-        )
-    touched = F.adaptive_avg_pool2d(inside, (height, width)) > 0
-    return touched.to(region_masks.dtype if region_masks.is_floating_point() else torch.float32).flatten(1)[..., None]
 
 
 class DeemVisionTower(PreTrainedModel):
@@ -127,6 +76,7 @@ class DeemVisionTower(PreTrainedModel):
                 cross_attention_frequency=config.cross_attention_frequency,
                 dropout=config.resampler_dropout,
             )
+        self.region_tokens = RegionTokens(config.encoder_dim) if config.region_tokens else None
         self.post_init()
 
     def _init_weights(self, module):
@@ -208,7 +158,7 @@ class DeemVisionTower(PreTrainedModel):
             mask = region_to_patches(region_masks, grid, grid).to(encoded.tokens.patches.dtype)
 
         if self.resampler is not None:
-            last_hidden_state = self._sequence(Tokens(None, self._resample(encoded, mask)))
+            last_hidden_state = self._sequence(Tokens(None, self._resample(encoded, mask, region_masks)))
             hidden_states = (last_hidden_state,)
             pooled = last_hidden_state[:, 0] if self.config.class_token else last_hidden_state.mean(dim=1)
         else:
@@ -238,9 +188,15 @@ class DeemVisionTower(PreTrainedModel):
             class_token = patches.sum(dim=1, keepdim=True) / inside
         return torch.cat([class_token, patches], dim=1)
 
-    def _resample(self, encoded: EncoderOutput, mask: torch.Tensor | None = None) -> torch.Tensor:
+    def _resample(self, encoded: EncoderOutput, mask=None, region_masks=None) -> torch.Tensor:
         """Reads the encoder's tokens with the resampler, giving `(batch, num_queries, hidden_size)`."""
-        return self.resampler(self.resampler_inputs(encoded, mask))
+        inputs = self.resampler_inputs(encoded, mask)
+        if self.region_tokens is not None:
+            if region_masks is None:
+                region_masks = inputs.new_ones(len(inputs), 1, self.config.grid_size, self.config.grid_size)
+            tokens = self.region_tokens(positioned_maps(encoded.maps), region_masks)
+            inputs = torch.cat([tokens.to(inputs.dtype), inputs], dim=1)
+        return self.resampler(inputs)
 
     def resampler_inputs(self, encoded: EncoderOutput, mask: torch.Tensor | None = None) -> torch.Tensor:
         """

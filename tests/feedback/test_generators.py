@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from deem_plugin.feedback import Conditioner, DiffusionFeedback, load_generator
-from deem_plugin.feedback.processes import FlowProcess
 from deem_plugin.feedback.painting import paint
+from deem_plugin.feedback.processes import FlowProcess
 
 from .helpers import losses_of_training
 from .tiny_generators import CONTEXT_DIM, GENERATORS, SIZE, save_generator

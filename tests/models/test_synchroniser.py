@@ -14,7 +14,7 @@ from deem_plugin.feedback import Conditioner, DiffusionFeedback, Generator, UNet
 from deem_plugin.models.synchroniser import UNetSynchroniser, cell_centres, skip_features
 from deem_plugin.models.synchroniser_names import synchroniser_weights
 from deem_plugin.vision import DeemVisionConfig, DeemVisionTower
-from deem_plugin.vision.tower import sincos_position_embedding
+from deem_plugin.vision.grids import sincos_position_embedding
 
 from ..parity_weights import parity_tower_config, tower_weights
 from ..tiny import tiny_unet

@@ -6,7 +6,8 @@ from safetensors.torch import load_file
 from torch.nn.functional import interpolate
 
 from deem_plugin.vision.configuration import DeemVisionConfig
-from deem_plugin.vision.tower import DeemVisionTower, region_to_patches, sincos_position_embedding
+from deem_plugin.vision.grids import region_to_patches, sincos_position_embedding
+from deem_plugin.vision.tower import DeemVisionTower
 from tests.parity_weights import parity_tower_config, tower_weights
 from tests.vision.towers import RESAMPLER, tiny_pixels, tiny_tower
 

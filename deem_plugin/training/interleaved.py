@@ -1,0 +1,79 @@
+"""The interleaved model of a recipe: loaded or assembled, its losses weighted, its generator attached."""
+
+from deem_plugin.training.arguments import DeemArguments, ModelArguments
+
+# Of the UNet's config, what a synchroniser asks for.
+_UNET_KEYS = ("sample_size", "block_out_channels", "layers_per_block")
+
+
+def load_deem(arguments: ModelArguments, deem: DeemArguments):
+    """
+    Returns the DEEM of a recipe, with its generator attached where a loss needs one, and its processor.
+
+    Args:
+        arguments (`ModelArguments`): The recipe's section `model`.
+        deem (`DeemArguments`): Its section `deem`.
+
+    Raises:
+        ValueError: If `model.model` is no DEEM, or the generator does not fit what was asked for.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from deem_plugin.feedback.generator import load_generator
+    from deem_plugin.models import DeemForConditionalGeneration
+
+    generator = None if deem.denoiser is None else load_generator(deem.denoiser, deem.dtype)
+    options = {"dtype": arguments.dtype}
+    if arguments.attn_implementation is not None:
+        options["attn_implementation"] = arguments.attn_implementation
+    if arguments.language_model is not None:
+        model, processor = _assemble(arguments, deem, generator, options)
+    else:
+        model = AutoModelForImageTextToText.from_pretrained(arguments.model, **options)
+        if not isinstance(model, DeemForConditionalGeneration):
+            raise ValueError(
+                f"`model.model: {arguments.model}` is a {type(model).__name__}, but the recipe has a section `deem`. "
+                f"Give a DEEM of an earlier stage, set `model.language_model` to assemble one, or leave `deem` out."
+            )
+        processor = AutoProcessor.from_pretrained(arguments.model)
+        processor.image_processor.target_size = deem.target_size
+    for name in ("lm_weight", "image_weight", "feedback_weight", "feedback_timesteps", "null_context_rate"):
+        setattr(model.config, name, getattr(deem, name))
+    if generator is not None:
+        model.attach_generator(generator)
+    return model, processor
+
+
+def _assemble(arguments, deem, generator, options):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from deem_plugin.models import assemble_deem
+    from deem_plugin.vision import build_vision_tower
+
+    tower = build_vision_tower(
+        arguments.vision_tower,
+        pretrained=arguments.vision_pretrained,
+        image_size=arguments.image_size,
+        num_queries=arguments.num_queries,
+        class_token=False,
+        multiscale=deem.language_synchroniser is not None or deem.unet_synchroniser or deem.region_tokens,
+        region_tokens=deem.region_tokens,
+    )
+    unet = None
+    if deem.unet_synchroniser:
+        config = None if generator is None else generator.denoiser.model.config
+        if config is None or not all(name in config for name in _UNET_KEYS):
+            raise ValueError(
+                f"`deem.unet_synchroniser` looks into a UNet of Stable Diffusion; `deem.denoiser: {deem.denoiser}` is "
+                f"none. Leave it out, or choose another generator."
+            )
+        unet = {"unet": {name: config[name] for name in _UNET_KEYS}}
+    return assemble_deem(
+        AutoModelForCausalLM.from_pretrained(arguments.language_model, **options),
+        AutoTokenizer.from_pretrained(arguments.language_model),
+        tower,
+        target_size=deem.target_size,
+        context_dim=None if generator is None else generator.denoiser.context_dim,
+        language_synchroniser=deem.language_synchroniser,
+        unet_synchroniser=unet,
+    )
