@@ -58,7 +58,7 @@ class DeemProcessor(ProcessorMixin):
             text = [each.replace(REGION_MARK, IMAGE_TOKEN) for each in text]
         inputs = super().__call__(images=images, text=text, **kwargs)
         if regions is not None and any(region is not None for region in regions):
-            inputs["region_masks"] = self._masks(images, regions)
+            inputs["region_masks"] = self.region_masks(images, regions)
         return inputs
 
     def replace_image_token(self, image_inputs, image_idx, **kwargs) -> str:
@@ -76,7 +76,20 @@ class DeemProcessor(ProcessorMixin):
                     f"Write {REGION_MARK} where a region is meant and {IMAGE_TOKEN} for a whole picture."
                 )
 
-    def _masks(self, images, regions):
+    def region_masks(self, images, regions) -> torch.Tensor:
+        """
+        Brings regions into the geometry of `pixel_values`.
+
+        Args:
+            images (`list[Image.Image]`): The pictures.
+            regions (`list`): For each picture its region, see `region_mask`, or `None` for all of it.
+
+        Returns:
+            `torch.Tensor`: Ones and zeros, shape `(images, 1, height, width)`.
+
+        Raises:
+            ValueError: If a region does not meet the visible part of its picture.
+        """
         masks = []
         for image, region in zip(images, regions, strict=True):
             width, height = image.size

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DATA_KINDS = ("conversations", "documents")
 # The three ways to name what is trained; a recipe takes exactly one.
 SOURCES = ("model", "language_model", "encoder")
 
@@ -158,12 +159,18 @@ class DataArguments:
         path (`str`):
             Conversations as [`~deem_plugin.data.conversations.load_conversations`] takes them; for an encoder alone a
             folder of pictures.
+        kind (`str`, *optional*, defaults to `"conversations"`):
+            `conversations`, or for the interleaved model also `documents`, as
+            [`~deem_plugin.data.documents.load_documents`] takes them.
         image_dir (`str`, *optional*): Folder that the image paths are relative to; by default the data's own.
-        max_length (`int`, *optional*): Longest conversation in tokens; what is beyond is cut off, images never.
+        max_length (`int`, *optional*):
+            Longest conversation in tokens; what is beyond is cut off, images never. Of documents the length of a row,
+            into which they are packed.
         cache_dir (`str`, *optional*): Where the memory-mapped tables are kept; the `datasets` cache by default.
     """
 
     path: str | None = field(default=None, metadata={"help": "Conversations, or a folder of pictures."})
+    kind: str = field(default="conversations", metadata={"help": f"One of {', '.join(DATA_KINDS)}."})
     image_dir: str | None = field(default=None, metadata={"help": "Folder that the image paths are relative to."})
     max_length: int | None = field(default=None, metadata={"help": "Longest conversation in tokens."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where the memory-mapped tables are kept."})
@@ -174,3 +181,5 @@ class DataArguments:
                 "The recipe does not say what to train on. Set `data.path` to a LLaVA .json or .jsonl file, a data "
                 "set with `messages` and `images`, or, for an encoder alone, a folder of pictures."
             )
+        if self.kind not in DATA_KINDS:
+            raise ValueError(f"`data.kind` must be one of {', '.join(DATA_KINDS)}, got {self.kind!r}.")

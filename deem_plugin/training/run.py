@@ -80,6 +80,11 @@ def _check(recipe: Recipe):
             "LoRA with FSDP cannot be merged into the model at the end. Leave `training.fsdp` out (LoRA needs little "
             "memory, so DDP fits), or set `model.lora_r: 0`."
         )
+    if recipe.data.kind == "documents" and recipe.deem is None:
+        raise ValueError(
+            "`data.kind: documents` is for the interleaved model alone. Add the section `deem`, or train on "
+            "conversations."
+        )
     if recipe.model.encoder and recipe.feedback is None:
         raise ValueError(
             "An encoder alone learns from the feedback only, and the recipe has none. Add the section `feedback` "
@@ -142,14 +147,20 @@ def _prepare_vlm(recipe: Recipe, make_feedback):
     """Returns the Trainer of a VLM and the function that saves it."""
     from deem_plugin.data.collator import ConversationCollator
     from deem_plugin.data.conversations import load_conversations
+    from deem_plugin.data.document_collator import DocumentCollator
+    from deem_plugin.data.documents import load_documents
     from deem_plugin.training.model import make_model
     from deem_plugin.training.report import MovementCheck
     from deem_plugin.training.trainer import RecipeTrainer
     from deem_plugin.vision.hosts import find_tower
 
     args, data = recipe.training, recipe.data
-    with args.main_process_first(desc="reading conversations"):
-        dataset = load_conversations(data.path, data.image_dir, data.cache_dir)
+    load, collator = {
+        "conversations": (load_conversations, ConversationCollator),
+        "documents": (load_documents, DocumentCollator),
+    }[data.kind]
+    with args.main_process_first(desc=f"reading {data.kind}"):
+        dataset = load(data.path, data.image_dir, data.cache_dir)
     model, processor = make_model(recipe.model, recipe.deem)
     callback = _feedback_callback(recipe, make_feedback, model, processor)
     base = model.get_base_model() if recipe.model.lora_r else model
@@ -158,7 +169,7 @@ def _prepare_vlm(recipe: Recipe, make_feedback):
         model=model,
         args=args,
         train_dataset=dataset,
-        data_collator=ConversationCollator(processor, data.max_length),
+        data_collator=collator(processor, data.max_length),
         processing_class=processor,
         callbacks=callbacks,
         learning_rates=recipe.model.learning_rates,

@@ -78,7 +78,10 @@ def test_a_chat_template_beside_the_recipe_is_found(write, tmp_path):
         ),
         (["training.learning_rat=3"], "Unknown key in `training` 'learning_rat' .*did you mean 'learning_rate'"),
         (["model.modle=x"], "Unknown key in `model` 'modle'.*did you mean 'model'"),
-        (["modle.model=x"], "Unknown section 'modle'.*did you mean 'model'.*Choices: model, data, feedback, deem, training"),
+        (
+            ["modle.model=x"],
+            "Unknown section 'modle'.*did you mean 'model'.*Choices: model, data, feedback, deem, training",
+        ),
         (["max_steps=3"], "Cannot read the override 'max_steps=3'; expected `section.key=value`"),
         (["model.freeze"], "Cannot read the override 'model.freeze'"),
         (["model.freeze=[a"], "is no valid YAML"),

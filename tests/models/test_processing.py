@@ -1,0 +1,65 @@
+"""DeemProcessor: marks become slots, regions become masks in the pictures' geometry, and nothing is guessed."""
+
+import numpy as np
+import pytest
+import torch
+
+from deem_plugin.vision.regions import region_mask
+
+from ..tiny import tiny_image
+from .tiny_deem import QUERIES, SIZE, tiny_deem
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_deem()[1]
+
+
+def test_marks_of_pictures_and_regions_become_a_start_and_slots(processor):
+    images = [tiny_image(index, size=(SIZE, SIZE)) for index in range(2)]
+
+    inputs = processor(images=images, text="<image>a<region>b", regions=[None, [0, 0, 32, 16]], return_tensors="pt")
+
+    start, slot = processor.image_start_token_id, processor.image_token_id
+    ids = inputs["input_ids"][0].tolist()
+    assert ids[1 : 2 + QUERIES] == [start] + [slot] * QUERIES
+    assert (ids.count(start), ids.count(slot)) == (2, 2 * QUERIES)
+    assert inputs["region_masks"].shape == (2, 1, SIZE, SIZE)
+    assert inputs["region_masks"][0].min() == 1
+    inside = inputs["region_masks"][1, 0].nonzero()
+    assert (inside.amin(0).tolist(), inside.amax(0).tolist()) == ([0, 0], [15, 31])
+
+
+def test_a_mask_goes_through_the_geometry_of_its_picture(processor):
+    """A wide picture is cropped to its middle: what lies left of it is cut off with it."""
+    mask = np.zeros((SIZE, 2 * SIZE), bool)
+    mask[:, 64:] = True  # the right half; the crop keeps columns 32 to 95
+
+    masks = processor.region_masks([tiny_image(0, size=(2 * SIZE, SIZE))], [mask])
+
+    assert torch.equal(masks[0, 0, :, :31], torch.zeros(SIZE, 31)) and masks[0, 0, :, 33:].min() == 1
+    with pytest.raises(ValueError, match=r"regions of pictures \[0\] lie outside of what is left"):
+        processor.region_masks([tiny_image(0, size=(2 * SIZE, SIZE))], [[0, 0, 20, 64]])
+
+
+@pytest.mark.parametrize(
+    ("text", "regions", "message"),
+    [
+        ("<image>", [[0, 0, 9, 9]], "Mark 0 is <image>, but its entry of `regions` is given"),
+        ("<region>", None, "Mark 0 is <region>, but its entry of `regions` is none"),
+        ("<region>", [[0, 0, 9, 9], None], "2 entries of `regions` for 1 marks"),
+        ("<region>", [[0, 0, 9]], r"A region of shape \(3,\) is none"),
+        ("<region>", [np.zeros((SIZE, SIZE))], "covers no pixel"),
+        ("<region>", [np.ones((5, 5))], r"expected a mask of the picture's size \(64, 64\)"),
+    ],
+)
+def test_marks_and_regions_must_agree(processor, text, regions, message):
+    with pytest.raises(ValueError, match=message):
+        processor(images=[tiny_image(0, size=(SIZE, SIZE))], text=text, regions=regions, return_tensors="pt")
+
+
+def test_boxes_and_points_cover_the_pixels_they_say():
+    box, points = region_mask([1, 2, 4, 5], 8, 8), region_mask([(0, 0), (20, 20)], 30, 30)
+
+    assert box.sum() == 9 and box[2:5, 1:4].all()
+    assert points[4, 0] and not points[5, 0] and points[20, 24] and not points[12, 12]
