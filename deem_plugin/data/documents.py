@@ -1,103 +1,110 @@
-"""Reads documents in which texts, pictures and regions of pictures stand in any order, as one memory-mapped table."""
+"""A document: texts, pictures and regions of pictures in reading order, what the interleaved model learns from."""
 
-import json
-import os
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
 
-from deem_plugin.data.conversations import build_dataset, iter_json_lines
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-# How a picture part may say which region of it is meant; without one of them the whole picture is.
-REGION_KEYS = ("box", "points", "mask")
+import numpy as np
+from PIL import Image
 
 
-def load_documents(
-    path: str | os.PathLike, image_dir: str | os.PathLike | None = None, cache_dir: str | os.PathLike | None = None
-) -> "Dataset":
+@dataclass
+class Region:
     """
-    Loads interleaved documents from a `.jsonl` file.
-
-    Each line is an object with `parts`: a list of texts and of pictures `{"image": PATH}`. A picture part may name a
-    region in the pixels of the picture: `"box": [left, top, right, bottom]`, `"points": [[x, y], ...]`, or
-    `"mask": PATH` of a picture of the same size that is not black inside. `"learn_from": n` makes the parts before the
-    n-th a prompt, of which nothing is learned.
+    A picture of which one region is meant.
 
     Args:
-        path (`str` or `PathLike`): The file.
-        image_dir (`str` or `PathLike`, *optional*): Folder that paths are relative to; that of the file by default.
-        cache_dir (`str` or `PathLike`, *optional*): Where the Arrow table is kept; the `datasets` cache by default.
+        image (`PIL.Image.Image`): The whole picture.
+        mask (`np.ndarray`): True inside the region; boolean, shape `(height, width)` of the picture.
+    """
 
-    Returns:
-        `datasets.Dataset`: Columns `parts` (each a struct of `text`, `image`, `box`, `points` and `mask`, of which
-        those that do not apply are `None`) and `learn_from`.
+    image: Image.Image
+    mask: np.ndarray
+
+
+@dataclass
+class Document:
+    """
+    Texts, pictures and regions in reading order.
+
+    Args:
+        parts (`list[str | PIL.Image.Image | Region]`): What stands in the document. Texts are joined as they are.
+        learn_from (`int`): Index of the first part that is a training target. The parts before it are the prompt.
+        name (`str`): What the document is called in an error, such as its file and number.
 
     Raises:
-        ValueError: If the file or a line is not as described; names the line, the value and the expectation.
+        ValueError: If it is empty, a part is none of the three or an empty text, a mask is not boolean, has not its
+            picture's size or covers no pixel, or `learn_from` leaves nothing to learn.
     """
-    from datasets import Features, List, Value
 
-    local = Path(path).absolute()
-    if local.suffix != ".jsonl" or not local.is_file():
-        raise ValueError(f"There are no documents at {path}. Set `data.path` to a .jsonl file with one on each line.")
-    folder = Path(image_dir or local.parent).absolute()
-    if not folder.is_dir():
-        raise ValueError(
-            f"The image folder {image_dir} does not exist. Set `data.image_dir` to where the pictures are."
-        )
-    part = {
-        "text": Value("string"),
-        "image": Value("string"),
-        "box": List(Value("float32")),
-        "points": List(List(Value("float32"))),
-        "mask": Value("string"),
-    }
-    features = Features({"parts": List(part), "learn_from": Value("int32")})
-    status = local.stat()
-    stamp = f"{local}|{folder}|{status.st_size}|{status.st_mtime_ns}"
-    return build_dataset(_iter_documents, {"path": str(local), "image_dir": str(folder)}, features, cache_dir, stamp)
+    parts: list[str | Image.Image | Region]
+    learn_from: int = 0
+    name: str = "a document"
 
-
-def write_documents(path: str | os.PathLike, documents: list[dict[str, Any]]) -> Path:
-    """Writes documents as `load_documents` reads them, one on each line."""
-    path = Path(path)
-    path.write_text("".join(json.dumps(document) + "\n" for document in documents), encoding="utf-8")
-    return path
-
-
-def _iter_documents(path: str, image_dir: str) -> Iterator[dict[str, Any]]:
-    for number, record in enumerate(iter_json_lines(path)):
-        where = f"document {number} of {path}"
-        parts = record.get("parts") if isinstance(record, dict) else None
-        if not isinstance(parts, list) or not parts:
-            raise ValueError(f"{where} is {record!r}; expected an object with a list `parts` that is not empty.")
-        learn_from = record.get("learn_from", 0)
-        if not isinstance(learn_from, int) or not 0 <= learn_from < len(parts):
+    def __post_init__(self):
+        if not self.parts:
+            raise ValueError(f"{self.name} has no parts; expected texts, pictures or regions. Leave it out.")
+        for index, part in enumerate(self.parts):
+            self._check_part(part, f"Part {index} of {self.name}")
+        if not 0 <= self.learn_from < len(self.parts):
             raise ValueError(
-                f"{where} has learn_from={learn_from!r}; expected the number of a part, 0 to {len(parts) - 1}."
+                f"`learn_from` of {self.name} is {self.learn_from}, but it has {len(self.parts)} part(s); expected 0 "
+                f"to {len(self.parts) - 1}, so that something is left to learn."
             )
-        yield {"parts": [_part(part, image_dir, where) for part in parts], "learn_from": learn_from}
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """The pictures in reading order, those of regions among them."""
+        return [part.image if isinstance(part, Region) else part for part in self.parts if not isinstance(part, str)]
+
+    @property
+    def masks(self) -> list[np.ndarray | None]:
+        """For each of `images` the mask of its region, or `None` where the whole picture is meant."""
+        return [getattr(part, "mask", None) for part in self.parts if not isinstance(part, str)]
+
+    @staticmethod
+    def _check_part(part, where: str):
+        """Raises a `ValueError` unless `part` is a text that says something, a picture, or a region that has pixels."""
+        if isinstance(part, str):
+            if not part:
+                raise ValueError(f"{where} is an empty text. Leave it out.")
+            return
+        if isinstance(part, Image.Image):
+            return
+        if not isinstance(part, Region):
+            raise ValueError(f"{where} is a {type(part).__name__}; expected a text, a PIL picture or a `Region`.")
+        if not isinstance(part.image, Image.Image):
+            raise ValueError(f"{where} is a region of a {type(part.image).__name__}; expected one of a PIL picture.")
+        width, height = part.image.size
+        mask = part.mask
+        if not isinstance(mask, np.ndarray) or mask.dtype != bool or mask.shape != (height, width):
+            given = f"{mask.dtype} {mask.shape}" if isinstance(mask, np.ndarray) else type(mask).__name__
+            raise ValueError(
+                f"{where} has a mask that is {given}; expected a boolean NumPy array of shape {(height, width)}, the "
+                f"picture's height and width. `deem_plugin.vision.regions.region_mask` makes one."
+            )
+        if not mask.any():
+            raise ValueError(f"{where} has an empty mask: no pixel of the picture is meant. Leave the sample out.")
 
 
-def _part(part: Any, image_dir: str, where: str) -> dict[str, Any]:
-    """Returns a part in the columns of `load_documents`."""
-    empty = dict.fromkeys(("text", "image", *REGION_KEYS))
-    if isinstance(part, str):
-        if not part:
-            raise ValueError(f"{where} has an empty text. Leave it out.")
-        return empty | {"text": part}
-    if not isinstance(part, dict) or "image" not in part or (unknown := set(part) - {"image", *REGION_KEYS}):
-        what = f"the unknown keys {sorted(unknown)}" if isinstance(part, dict) and "image" in part else "no `image`"
-        raise ValueError(
-            f"{where} has the part {part!r} with {what}; expected a text or `image` with one of {REGION_KEYS}."
-        )
-    regions = [key for key in REGION_KEYS if part.get(key) is not None]
-    if len(regions) > 1:
-        raise ValueError(f"{where} has a picture with {' and '.join(regions)}; give one of them.")
-    if regions == ["box"] and len(part["box"]) != 4:
-        raise ValueError(f"{where} has the box {part['box']}; expected [left, top, right, bottom] in pixels.")
-    paths = {key: os.path.join(image_dir, part[key]) for key in ("image", "mask") if part.get(key) is not None}
-    return empty | part | paths
+def join_parts(document: Document, image_mark: str, region_mark: str) -> tuple[str, str]:
+    """
+    Writes a document as text with marks, as processors take it beside `document.images` and `document.masks`.
+
+    Returns:
+        `tuple[str, str]`: The prompt and what is learned; the document's text is the one followed by the other.
+
+    Raises:
+        ValueError: If a text has a mark within, which would ask for one more picture.
+    """
+    texts = []
+    for index, part in enumerate(document.parts):
+        if isinstance(part, str):
+            for mark in (image_mark, region_mark):
+                if mark in part:
+                    raise ValueError(
+                        f"The text of part {index} of {document.name} has {mark} within: {part[:80]!r}. It would be "
+                        f"taken for a picture; take it out of the text."
+                    )
+            texts.append(part)
+        else:
+            texts.append(region_mark if isinstance(part, Region) else image_mark)
+    return "".join(texts[: document.learn_from]), "".join(texts[document.learn_from :])
