@@ -161,7 +161,7 @@ class DataArguments:
             folder of pictures.
         kind (`str`, *optional*, defaults to `"conversations"`):
             `conversations`, or for the interleaved model also `documents`, as
-            [`~deem_plugin.data.documents.load_documents`] takes them.
+            [`~deem_plugin.data.document_files.load_documents`] takes them.
         image_dir (`str`, *optional*): Folder that the image paths are relative to; by default the data's own.
         max_length (`int`, *optional*):
             Longest conversation in tokens; what is beyond is cut off, images never. Of documents the length of a row,

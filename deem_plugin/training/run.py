@@ -148,7 +148,7 @@ def _prepare_vlm(recipe: Recipe, make_feedback):
     from deem_plugin.data.collator import ConversationCollator
     from deem_plugin.data.conversations import load_conversations
     from deem_plugin.data.document_collator import DocumentCollator
-    from deem_plugin.data.documents import load_documents
+    from deem_plugin.data.document_files import load_documents
     from deem_plugin.training.model import make_model
     from deem_plugin.training.report import MovementCheck
     from deem_plugin.training.trainer import RecipeTrainer

@@ -1,0 +1,125 @@
+"""Files of interleaved documents: read as written, packed into rows, learned where they should be."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from deem_plugin.data.document_collator import DocumentCollator
+from deem_plugin.data.document_files import load_documents, write_documents
+from deem_plugin.models.interleaving import make_labels
+
+from ..models.tiny_deem import QUERIES, SIZE, tiny_deem
+from ..tiny import tiny_image
+
+DOCUMENTS = [
+    {"parts": ["a cat", {"image": "0.png"}, "and"]},
+    {"parts": [{"image": "1.png", "box": [0, 0, 32, 64]}, "what?", "dog"], "learn_from": 2},
+    {"parts": [{"image": "0.png", "mask": "mask.png"}, {"image": "1.png", "points": [[60, 60]]}, "x"]},
+]
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_deem()[1]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for index in range(2):
+        tiny_image(index, size=(SIZE, SIZE)).save(tmp_path / f"{index}.png")
+    mask = np.zeros((SIZE, SIZE), np.uint8)
+    mask[:, 32:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    write_documents(tmp_path / "documents.jsonl", DOCUMENTS)
+    return tmp_path
+
+
+def test_documents_come_back_as_they_were_written(folder, tmp_path):
+    dataset = load_documents(folder / "documents.jsonl", cache_dir=tmp_path / "cache")
+
+    assert len(dataset) == 3 and dataset["learn_from"][:] == [0, 2, 0]
+    first = dataset[0]["parts"]
+    assert [part["text"] for part in first] == ["a cat", None, "and"]
+    assert first[1]["image"] == str(folder / "0.png") and first[1]["box"] is None
+    assert dataset[1]["parts"][0]["box"] == [0, 0, 32, 64]
+
+
+def test_a_batch_is_packed_and_learned_by_the_official_rules(folder, processor, tmp_path):
+    dataset = load_documents(folder / "documents.jsonl", cache_dir=tmp_path / "cache")
+
+    batch = DocumentCollator(processor, max_length=34)(list(dataset))
+
+    picture = 1 + QUERIES
+    lengths = [1 + 5 + picture + 3 + 1, 1 + picture + 5 + 3 + 1, 1 + 2 * picture + 1 + 1]
+    assert lengths == [15, 15, 13]
+    assert batch["input_ids"].shape == (2, 30)
+    assert batch["document_ids"].tolist() == [[0] * 15 + [1] * 15, [0] * 13 + [-1] * 17]
+    assert batch["attention_mask"].sum(1).tolist() == [30, 13]
+    rules = {"bos_token_id": 1, "image_token_id": processor.image_token_id}
+    official = make_labels(
+        batch["input_ids"],
+        batch["attention_mask"],
+        image_start_token_id=processor.image_start_token_id,
+        **rules,
+    )
+    official[0, 15 : 15 + 1 + picture + 5] = -100  # the prompt of the second document
+    assert torch.equal(batch["labels"], official)
+    assert batch["pixel_values"].shape == (4, 3, SIZE, SIZE)
+    shares = batch["region_masks"].flatten(1).mean(1).tolist()
+    assert shares[:3] == [1.0, pytest.approx(0.5, abs=0.02), pytest.approx(0.5, abs=0.02)] and 0 < shares[3] < 0.05
+
+
+def test_tokens_are_those_of_the_processor_in_use(folder, processor, tmp_path):
+    dataset = load_documents(folder / "documents.jsonl", cache_dir=tmp_path / "cache")
+
+    batch = DocumentCollator(processor)([dataset[0]])
+    asked = processor(text="a cat<image>and", images=[tiny_image(0, size=(SIZE, SIZE))], return_tensors="pt")
+
+    assert batch["input_ids"][0].tolist() == [*asked["input_ids"][0].tolist(), 2]
+    assert torch.equal(batch["pixel_values"], asked["pixel_values"])
+
+
+def test_a_document_that_is_too_long_loses_whole_parts_which_are_counted(folder, processor, tmp_path, caplog):
+    dataset = load_documents(folder / "documents.jsonl", cache_dir=tmp_path / "cache")
+    collator = DocumentCollator(processor, max_length=12)
+
+    batch = collator([dataset[0], dataset[2]])
+
+    slots = (batch["input_ids"] == processor.image_token_id).sum(1).tolist()
+    assert batch["input_ids"].shape[1] <= 12 and slots == [QUERIES, 2 * QUERIES]
+    assert len(batch["pixel_values"]) == 3 and collator.cut_parts == 1 + 1
+    assert "its last 1 part(s) are left out" in caplog.text
+    with pytest.raises(ValueError, match="holds no picture, which takes 5 tokens"):
+        DocumentCollator(processor, max_length=6)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"text": "x"}, "expected an object with a list `parts`"),
+        ({"parts": []}, "expected an object with a list `parts` that is not empty"),
+        ({"parts": ["a"], "learn_from": 1}, "learn_from=1; expected the number of a part, 0 to 0"),
+        ({"parts": [""]}, "has an empty text"),
+        ({"parts": [{"picture": "x"}]}, "with no `image`"),
+        ({"parts": [{"image": "x", "bbox": [0]}]}, r"the unknown keys .'bbox'."),
+        ({"parts": [{"image": "x", "box": [0, 1]}]}, r"the box .0, 1.; expected .left, top, right, bottom."),
+        ({"parts": [{"image": "x", "box": [0] * 4, "mask": "y"}]}, "a picture with box and mask; give one"),
+    ],
+)
+def test_a_bad_document_is_named(tmp_path, record, message):
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"parts": ["fine"]}) + "\n" + json.dumps(record) + "\n")
+
+    with pytest.raises(ValueError, match=message) as error:
+        load_documents(tmp_path / "bad.jsonl", cache_dir=tmp_path / "cache")
+    assert "document 1 of" in str(error.value)
+
+
+def test_a_region_outside_of_its_picture_is_refused(folder, processor, tmp_path):
+    write_documents(folder / "out.jsonl", [{"parts": [{"image": "0.png", "box": [70, 0, 90, 20]}, "x"]}])
+    dataset = load_documents(folder / "out.jsonl", cache_dir=tmp_path / "cache")
+
+    with pytest.raises(ValueError, match="covers no pixel of a picture of 64 x 64"):
+        DocumentCollator(processor)([dataset[0]])
