@@ -157,6 +157,10 @@ def _reconstruct(arguments) -> int:
 
 
 def _demo(arguments) -> int:
+    if arguments.interleaved:
+        from .demo.interleaved import main as interleaved
+
+        return interleaved(arguments.out / "interleaved", fast=arguments.fast)
     from .demo.run import main
 
     return main(arguments.out, seeds=arguments.seeds, controls=arguments.controls, fast=arguments.fast)
@@ -256,6 +260,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--seeds", type=int, default=1, help="pairs of runs")
     demo.add_argument("--controls", action="store_true", help="also the arms that keep the claim honest")
     demo.add_argument("--fast", action="store_true", help="a few steps of everything, to see that it runs")
+    demo.add_argument("--interleaved", action="store_true", help="the paper's three stages in small, instead")
     demo.set_defaults(run=_demo)
 
     tasks = commands.add_parser("lmms-tasks-dir", help="print the folder of our lmms-eval tasks")

@@ -59,9 +59,10 @@ PRETRAINING_BATCH = 48
 PRETRAINING_TEMPERATURE = 0.1
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Makes a tokenizer with one token for each word that scenes are described with."""
-    vocabulary = {word: index for index, word in enumerate((PAD, END, UNKNOWN, IMAGE, *WORDS))}
+def build_tokenizer(image_token: bool = True) -> PreTrainedTokenizerFast:
+    """Makes a tokenizer with one token for each word that scenes are described with, and one for pictures if asked."""
+    images = [IMAGE] if image_token else []
+    vocabulary = {word: index for index, word in enumerate((PAD, END, UNKNOWN, *images, *WORDS))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Lowercase(), *(normalizers.Replace(Regex(phrase), " ") for phrase in BOILERPLATE)]
@@ -72,7 +73,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         pad_token=PAD,
         eos_token=END,
         unk_token=UNKNOWN,
-        additional_special_tokens=[IMAGE],
+        additional_special_tokens=images,
         chat_template=CHAT_TEMPLATE,
         padding_side="right",
     )

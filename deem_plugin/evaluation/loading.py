@@ -25,7 +25,7 @@ def load_vlm(pretrained: str, dtype: str = "auto", device: str | torch.device = 
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}.")
-    import deem_plugin.vision  # noqa: F401  # registers our tower with the Auto classes
+    import deem_plugin.models  # noqa: F401  # registers our model and tower with the Auto classes
 
     check_path(pretrained)
     is_adapter = (Path(pretrained) / "adapter_config.json").is_file()
