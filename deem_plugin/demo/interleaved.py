@@ -21,6 +21,7 @@ from deem_plugin.data.scenes import (
     TEXTURES,
     Scenes,
     captions,
+    detail_questions,
     render_scenes,
     sample_scenes,
 )
@@ -84,7 +85,19 @@ def write_data(folder: Path, count: int) -> None:
         for tile in range(TILES**2):
             image = {"image": f"mosaics/{index}.png", "box": tile_box(tile)}
             regions.append({"parts": [image, names[index * TILES**2 + tile]], "learn_from": 1})
-    write_documents(folder / "regions.jsonl", regions)
+    # Among them questions of the second stage: a model of this size forgets what it does not meet.
+    for index, pairs in enumerate(detail_questions(scenes)):
+        question, answer = random_question(pairs, generator)
+        parts = [{"image": f"images/{index}.png"}, question, answer]
+        regions.append({"parts": parts, "learn_from": 2})
+    order = torch.randperm(len(regions), generator=generator).tolist()
+    write_documents(folder / "regions.jsonl", [regions[index] for index in order])
+
+
+def random_question(pairs: list[tuple[str, str]], generator: torch.Generator) -> tuple[str, str]:
+    """Draws one of a scene's questions (pairs of one answered by yes and one by no), with its answer."""
+    pair, answer = (int(torch.randint(high, (), generator=generator)) for high in (len(pairs), 2))
+    return pairs[pair][answer], ("yes", "no")[answer]
 
 
 def save_parts(folder: Path, count: int, steps: int) -> None:
@@ -143,7 +156,7 @@ def main(out_dir: str | Path, fast: bool = False) -> int:
             recipe.training.max_steps = FAST_STEPS
             recipe.training.logging_steps = 1
         checkpoint = train(recipe)
-        looks[stage] = look_at(checkpoint, out / stage, fast)
+        looks[stage] = look_at(checkpoint, fast)
         (out / stage / "look.json").write_text(json.dumps(looks[stage].scores), encoding="utf-8")
     report = write_report(out, looks, fast)
     sys.stdout.write(f"Report: {report}\n")

@@ -153,17 +153,17 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Whether anything of the model looks at the tower's multi-scale maps."""
         return self.language_synchroniser is not None or self.unet_synchroniser is not None
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **options):
         """As everywhere in transformers; layers that look at maps find them again when they are recomputed."""
-        kwargs = dict(gradient_checkpointing_kwargs or {})
+        kwargs = dict(activation_checkpointing_kwargs or {})
         if self.language_synchroniser is not None:
             if kwargs.get("use_reentrant"):
                 raise ValueError(
                     "The language model looks at maps, which reentrant checkpointing cannot bring back. Set "
-                    "`gradient_checkpointing_kwargs={'use_reentrant': False}`."
+                    "`activation_checkpointing_kwargs={'use_reentrant': False}`."
                 )
             kwargs |= {"use_reentrant": False, "context_fn": self.language_synchroniser.checkpoint_contexts}
-        super().gradient_checkpointing_enable(kwargs or None)
+        super().activation_checkpointing_enable(kwargs or None, **options)
 
     def get_input_embeddings(self):
         """Returns the embedding of the language model's own tokens."""

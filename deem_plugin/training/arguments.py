@@ -3,6 +3,10 @@
 from dataclasses import dataclass, field
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+TOWER_ONLY = (
+    "`model.{name}` belongs to `model.vision_tower`, which is not set. Set `vision_tower: deem` or `deem:<encoder>`, "
+    "or leave it out."
+)
 DATA_KINDS = ("conversations", "documents")
 # The three ways to name what is trained; a recipe takes exactly one.
 SOURCES = ("model", "language_model", "encoder")
@@ -27,7 +31,9 @@ class ModelArguments:
             `deem` (the paper's ConvNeXt, resampled to 77 queries), `deem:<encoder>`, or nothing for the VLM's own.
         vision_pretrained (`str` or `bool`, *optional*):
             Weights of the tower's encoder: for open_clip a tag or a file; `false` for new ones.
-        image_size (`int`, *optional*): Side of the tower's square input in pixels; by default the encoder's own.
+        image_size (`int`, *optional*):
+            Side of the tower's square input in pixels; by default the encoder's own. Of a saved DEEM (section `deem`)
+            it may change from stage to stage, since a ConvNeXt reads any size.
         num_queries (`int`, *optional*):
             Queries that the tower resamples its patches to; 0 leaves the grid of patches, which some VLMs need. By
             default 77 for `deem` and 0 for `deem:<encoder>`.
@@ -93,11 +99,8 @@ class ModelArguments:
                 "`model.language_model` needs `model.vision_tower`: a language model has no tower of its own. Set "
                 "`deem` or `deem:<encoder>`."
             )
-        if self.vision_tower is None and (self.vision_pretrained is not None or self.image_size is not None):
-            raise ValueError(
-                "`model.vision_pretrained` and `model.image_size` belong to `model.vision_tower`, which is not set. "
-                "Set `vision_tower: deem` or `deem:<encoder>`, or leave them out."
-            )
+        if self.vision_tower is None and self.vision_pretrained is not None:
+            raise ValueError(TOWER_ONLY.format(name="vision_pretrained"))
         if self.encoder is not None and self.lora_r:
             raise ValueError("LoRA is for VLMs; an encoder alone (`model.encoder`) trains in full. Set `lora_r: 0`.")
 

@@ -17,10 +17,11 @@ def load_deem(arguments: ModelArguments, deem: DeemArguments):
     Raises:
         ValueError: If `model.model` is no DEEM, or the generator does not fit what was asked for.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     from deem_plugin.feedback.generator import load_generator
-    from deem_plugin.models import DeemForConditionalGeneration
+    from deem_plugin.models import DeemConfig
+    from deem_plugin.vision import build_image_processor
 
     generator = None if deem.denoiser is None else load_generator(deem.denoiser, deem.dtype)
     options = {"dtype": arguments.dtype}
@@ -29,19 +30,40 @@ def load_deem(arguments: ModelArguments, deem: DeemArguments):
     if arguments.language_model is not None:
         model, processor = _assemble(arguments, deem, generator, options)
     else:
-        model = AutoModelForImageTextToText.from_pretrained(arguments.model, **options)
-        if not isinstance(model, DeemForConditionalGeneration):
+        config = AutoConfig.from_pretrained(arguments.model)
+        if not isinstance(config, DeemConfig):
             raise ValueError(
-                f"`model.model: {arguments.model}` is a {type(model).__name__}, but the recipe has a section `deem`. "
+                f"`model.model: {arguments.model}` is a {config.model_type}, but the recipe has a section `deem`. "
                 f"Give a DEEM of an earlier stage, set `model.language_model` to assemble one, or leave `deem` out."
             )
+        if arguments.image_size is not None:
+            config.vision_config = resized(config.vision_config, arguments.image_size)
+        model = AutoModelForImageTextToText.from_pretrained(arguments.model, config=config, **options)
         processor = AutoProcessor.from_pretrained(arguments.model)
-        processor.image_processor.target_size = deem.target_size
+        processor.image_processor = build_image_processor(config.vision_config, deem.target_size)
     for name in ("lm_weight", "image_weight", "feedback_weight", "feedback_timesteps", "null_context_rate"):
         setattr(model.config, name, getattr(deem, name))
     if generator is not None:
         model.attach_generator(generator)
     return model, processor
+
+
+def resized(vision_config, image_size: int):
+    """
+    Returns a tower's config for pictures of another size.
+
+    Raises:
+        ValueError: If the encoder is no ConvNeXt: its position embeddings would have to be resized, too.
+    """
+    from deem_plugin.vision import DeemVisionConfig
+
+    if not vision_config.is_convnext:
+        raise ValueError(
+            "`model.image_size` of a saved DEEM can change for a ConvNeXt alone. Leave it out, or set it where the "
+            "model is assembled."
+        )
+    kept = {name: value for name, value in vision_config.to_dict().items() if name not in ("image_size", "model_type")}
+    return DeemVisionConfig(**kept | {"open_clip_config": vision_config.open_clip_config | {"image_size": image_size}})
 
 
 def _assemble(arguments, deem, generator, options):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from deem_plugin.resources import recipes_dir
-from deem_plugin.training.arguments import DataArguments, DeemArguments, ModelArguments
+from deem_plugin.training.arguments import TOWER_ONLY, DataArguments, DeemArguments, ModelArguments
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -89,11 +89,14 @@ def build_recipe(name: str, sections: dict[str, dict | None]) -> Recipe:
             f"The recipe {name!r} has the sections `feedback` and `deem`. A DEEM has a feedback of its own: leave "
             f"`feedback` out, or `deem` for a VLM."
         )
+    model = _build(ModelArguments, "model", sections.get("model"), name)
+    if model.vision_tower is None and model.image_size is not None and deem is None:
+        raise ValueError(TOWER_ONLY.format(name="image_size"))
     # The collator wants the columns of the data set, which the model's `forward` does not name.
     training = {"output_dir": f"runs/{name}", "remove_unused_columns": False, **(sections.get("training") or {})}
     return Recipe(
         name=name,
-        model=_build(ModelArguments, "model", sections.get("model"), name),
+        model=model,
         data=_build(DataArguments, "data", sections.get("data"), name),
         feedback=None if feedback is None else _build(FeedbackConfig, "feedback", feedback, name),
         deem=None if deem is None else _build(DeemArguments, "deem", deem, name),

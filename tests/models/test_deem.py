@@ -202,7 +202,7 @@ def test_gradient_checkpointing_changes_no_gradient(generator):
         open_gates(model)
         inputs = inputs or inputs_of(processor, TEXTS, 3)
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         model.train()(**inputs, generator=torch.Generator().manual_seed(0)).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
 

@@ -4,11 +4,19 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlamaConfig,
+    TrainerCallback,
+    TrainingArguments,
+)
 
+from deem_plugin.data.document_files import write_documents
 from deem_plugin.feedback import load_generator
-from deem_plugin.models import DeemForConditionalGeneration, Draws
+from deem_plugin.models import DeemConfig, DeemForConditionalGeneration, Draws
 from deem_plugin.models.interleaving import make_labels
+from deem_plugin.training.parts import count_parameters, freeze
 from deem_plugin.training.recipes import load_recipe
 from deem_plugin.training.run import train
 from deem_plugin.training.trainer import RecipeTrainer
@@ -188,6 +196,87 @@ def test_a_recipe_assembles_trains_and_goes_on(parts, language_model, tower, tmp
     assert torch.equal(later.image_decoder.projection.weight, model.image_decoder.projection.weight)
 
 
+@pytest.fixture(scope="module")
+def documents(parts):
+    """Documents with regions on the pictures of the tiny parts."""
+    records = [
+        {"parts": ["a few words", {"image": f"images/{index}.png"}, "more"]}
+        if index % 2
+        else {"parts": [{"image": f"images/{index}.png", "box": [0, 0, 20, 20]}, "what it is"], "learn_from": 1}
+        for index in range(16)
+    ]
+    return write_documents(parts / "documents.jsonl", records)
+
+
+@pytest.mark.parametrize("size", ["tiny", "7b"])
+def test_the_shipped_stages_run_one_after_another(size, parts, documents, language_model, tower, tmp_path):
+    """With tiny parts in place of the recipes' own, each stage starting from what the one before has saved."""
+    generator, start = save_generator(tmp_path / "generator", "sd1"), None
+    for stage in ("pretrain", "tune", "regions"):
+        name = f"deem-{size}-{stage}"
+        overrides = tiny_overrides(parts, tmp_path / name, feedback=False) + ["data.image_dir=null"]
+        if start is None:
+            overrides += [f"model.language_model={language_model}", f"model.vision_tower=deem:{tower}"]
+            overrides += ["model.vision_pretrained=null", "model.image_size=null"]
+        else:
+            overrides += [f"model.model={start}", "model.image_size=96" if size == "7b" else "model.image_size=null"]
+        if stage == "tune":
+            overrides.append(f"data.image_dir={parts / 'images'}")
+        else:
+            overrides += [f"data.path={documents}", "data.max_length=64"]
+        if stage != "regions":
+            overrides += [f"deem.denoiser={generator}", "deem.dtype=float32", "deem.target_size=null"]
+
+        start = train(load_recipe(name, overrides))
+
+        history = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
+        named = {"pretrain": {"image_loss", "feedback_loss"}, "tune": {"feedback_loss"}, "regions": set()}[stage]
+        assert {"image_loss", "feedback_loss"} & history[0].keys() == named and "lm_loss" in history[0]
+    model, info = AutoModelForImageTextToText.from_pretrained(start, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert (model.language_synchroniser is None, model.unet_synchroniser is None) == ((size == "tiny"),) * 2
+    assert model.config.vision_config.image_size == (96 if size == "7b" else 64)
+    assert (
+        AutoProcessor.from_pretrained(start).image_processor.crop_size.height == model.config.vision_config.image_size
+    )
+
+
+def test_the_7b_recipe_trains_as_many_parameters_as_the_paper():
+    """494.9 M in the paper; what ours lacks is named in docs/interleaved.md. On the meta device, without memory."""
+    vision = {
+        "open_clip_config": {"timm_model_name": "convnext_base", "timm_drop_path": 0.1, "image_size": 256},
+        "multiscale": True,
+        "class_token": False,
+        "num_queries": 77,
+    }
+    unet = {"sample_size": 64, "block_out_channels": [320, 640, 1280, 1280], "layers_per_block": 2}
+    recipe = load_recipe("deem-7b-pretrain", ["training.use_cpu=true", "training.tf32=null", "training.fsdp=null"])
+    config = DeemConfig(
+        text_config=LlamaConfig().to_dict(),  # Vicuna-7B has the shape of the defaults
+        vision_config=vision,
+        language_synchroniser=recipe.deem.language_synchroniser,
+        unet_synchroniser={"unet": unet},
+    )
+    with torch.device("meta"):
+        model = DeemForConditionalGeneration(config)
+    freeze(model, recipe.model.freeze)
+
+    trainable = {part: row[0] for part, row in count_parameters(model).items() if row[0]}
+
+    assert sum(trainable.values()) == 492_463_114
+    # Of the official model, and not of ours: scores of the null entries, which are overwritten before they are used
+    # (16 heads x 3 or 4 maps, each a row of the width of its layer and a bias); the null context registered twice;
+    # four more new tokens in the head.
+    widths = [320] * 4 + [640] * 3 + [1280] * 5 + [1280]
+    null_scores = 8 * 16 * 3 * (4096 + 1) + sum(16 * 4 * (width + 1) for width in widths)
+    official = sum(trainable.values()) + null_scores + 77 * 1024 + 4 * (4096 + 1)
+    official -= 2 * 4096 - 4096  # of our two new embeddings the official code trains one vector, the image start's
+    assert official / 1e6 == pytest.approx(494.9, abs=0.1)
+    # The baseline of the paper freezes the encoder and trains the UNet of Stable Diffusion (865.9 M): 1271.0 M.
+    encoder = sum(p.numel() for p in model.vision_tower.encoder.parameters())
+    assert (official - encoder) / 1e6 + 865.9 == pytest.approx(1271.0, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
@@ -206,5 +295,5 @@ def test_a_model_that_is_no_deem_is_refused(parts, tmp_path):
     sections = {"model": {"model": str(parts / "llava")}, "deem": {"image_weight": 0, "feedback_weight": 0}}
     recipe = load_recipe(write_recipe(tmp_path, sections), tiny_overrides(parts, tmp_path / "out", feedback=False))
 
-    with pytest.raises(ValueError, match="is a LlavaForConditionalGeneration, but the recipe has a section `deem`"):
+    with pytest.raises(ValueError, match="is a llava, but the recipe has a section `deem`"):
         train(recipe)

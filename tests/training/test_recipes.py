@@ -94,7 +94,7 @@ def test_a_chat_template_beside_the_recipe_is_found(write, tmp_path):
         (["model.encoder=x"], r"exactly one of `model`, `language_model`, `encoder`.*got \['model', 'encoder'\]"),
         (["model.model=null"], "exactly one of .*got none"),
         (["model.model=null", "model.language_model=x"], "`model.language_model` needs `model.vision_tower`"),
-        (["model.image_size=3"], "belong to `model.vision_tower`, which is not set"),
+        (["model.image_size=3"], "`model.image_size` belongs to `model.vision_tower`, which is not set"),
         (["data.path=null"], "does not say what to train on. Set `data.path`"),
         (["feedback.weight=-1"], "`weight` must be zero or positive, got -1"),
     ],

@@ -53,7 +53,7 @@ def changed(before, after, part):
     return any(not torch.equal(before[name], after[name]) for name in names)
 
 
-@pytest.mark.parametrize("name", list_recipes())
+@pytest.mark.parametrize("name", [name for name in list_recipes() if not name.startswith("deem-")])
 def test_every_shipped_recipe_runs_for_two_steps(name, parts, tmp_path):
     final = train(recipe_for(name, parts, tmp_path))
 
