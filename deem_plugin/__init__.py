@@ -11,14 +11,20 @@ __version__ = "0.1.0"
 # Public name -> module that defines it.
 _PUBLIC = {
     "Conditioner": "deem_plugin.feedback.conditioner",
+    "DeemConfig": "deem_plugin.models",
+    "DeemForConditionalGeneration": "deem_plugin.models",
     "DeemImageProcessor": "deem_plugin.vision",
+    "DeemProcessor": "deem_plugin.models",
     "DeemVisionConfig": "deem_plugin.vision",
     "DeemVisionTower": "deem_plugin.vision",
     "DiffusionFeedback": "deem_plugin.feedback.diffusion_feedback",
     "DiffusionFeedbackCallback": "deem_plugin.feedback.callback",
     "FeedbackConfig": "deem_plugin.feedback.config",
     "PerceiverResampler": "deem_plugin.vision",
+    "assemble_deem": "deem_plugin.models",
     "build_vision_tower": "deem_plugin.vision",
+    "generate_images": "deem_plugin.models",
+    "generate_interleaved": "deem_plugin.models",
     "load_generator": "deem_plugin.feedback.generator",
     "mount_tower": "deem_plugin.vision",
 }

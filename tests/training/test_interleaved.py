@@ -1,6 +1,9 @@
 """Recipes of the interleaved model: assembled, trained, gone on with; and gradients however a batch is cut."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,83 +11,19 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     LlamaConfig,
-    TrainerCallback,
-    TrainingArguments,
 )
 
 from deem_plugin.data.document_files import write_documents
 from deem_plugin.feedback import load_generator
-from deem_plugin.models import DeemConfig, DeemForConditionalGeneration, Draws
-from deem_plugin.models.interleaving import make_labels
+from deem_plugin.models import DeemConfig, DeemForConditionalGeneration
 from deem_plugin.training.parts import count_parameters, freeze
 from deem_plugin.training.recipes import load_recipe
 from deem_plugin.training.run import train
-from deem_plugin.training.trainer import RecipeTrainer
 
 from ..feedback.tiny_generators import save_generator
-from ..models.tiny_deem import language_tokenizer, tiny_deem, tiny_language_model, tiny_tower
-from ..tiny import tiny_image
+from ..models.tiny_deem import language_tokenizer, tiny_language_model, tiny_tower
 from .helpers import tiny_overrides
-
-# Texts of different length with one, two or no pictures; the first picture of the last follows `<s>` at once.
-TEXTS = ["one<image>yes it is", "a<image>b<image>", "no picture here, but many words to read", "<image>x"]
-
-
-def example_inputs(processor, text, index):
-    images = [tiny_image(10 * index + n, size=(64, 64)) for n in range(text.count("<image>"))]
-    inputs = processor(text=[text], images=images or None, return_tensors="pt")
-    inputs["labels"] = make_labels(
-        inputs["input_ids"],
-        inputs["attention_mask"],
-        bos_token_id=1,
-        image_token_id=processor.image_token_id,
-        image_start_token_id=processor.image_start_token_id,
-    )
-    return inputs
-
-
-class Examples:
-    """Collates prepared examples with their own random numbers, so that a batch can be cut anywhere."""
-
-    def __init__(self, processor, generator):
-        self.rows = [example_inputs(processor, text, index) for index, text in enumerate(TEXTS)]
-        side, rng = generator.denoiser.sample_size, torch.Generator().manual_seed(3)
-        self.draws = [
-            {
-                kind: (*torch.randn(2, n, 4, side, side, generator=rng), torch.randint(1000, (n,), generator=rng))
-                for kind in ("feedback", "image")
-            }
-            for n in (text.count("<image>") for text in TEXTS)
-        ]
-
-    def __call__(self, indices):
-        chosen = [self.rows[index["index"]] for index in indices]
-        longest = max(row["input_ids"].shape[1] for row in chosen)
-        fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
-        batch = {
-            name: torch.cat(
-                [torch.nn.functional.pad(row[name], (0, longest - row[name].shape[1]), value=value) for row in chosen]
-            )
-            for name, value in fill.items()
-        }
-        pictures = [row["pixel_values"] for row in chosen if "pixel_values" in row]
-        if pictures:
-            batch["pixel_values"] = torch.cat(pictures)
-            parts = {
-                kind: [torch.cat(part) for part in zip(*(self.draws[i["index"]][kind] for i in indices), strict=True)]
-                for kind in ("feedback", "image")
-            }
-            batch["draws"] = {
-                kind: Draws(*part, dropped=torch.zeros(len(part[2]), dtype=torch.bool)) for kind, part in parts.items()
-            }
-        return batch
-
-
-class Gradients(TrainerCallback):
-    """Keeps the gradients of the first optimizer step."""
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.values = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+from .interleaved_step import one_step
 
 
 @pytest.fixture(scope="module")
@@ -93,51 +32,41 @@ def generator(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def gradients(generator, tmp_path_factory):
+def gradients(tmp_path_factory):
     """Gradients and logged losses of one optimizer step, by micro-batch size."""
-    results = {}
-    for size in (4, 2, 1):
-        model, processor = tiny_deem()
-        model.attach_generator(generator)
-        args = TrainingArguments(
-            output_dir=tmp_path_factory.mktemp("out"),
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=4 // size,
-            max_steps=1,
-            logging_steps=1,
-            use_cpu=True,
-            remove_unused_columns=False,
-            report_to=[],
-            save_strategy="no",
-            max_grad_norm=1e9,
-            train_sampling_strategy="sequential",
-        )
-        kept = Gradients()
-        trainer = RecipeTrainer(
-            model=model,
-            args=args,
-            train_dataset=[{"index": index} for index in range(4)],
-            data_collator=Examples(processor, generator),
-            callbacks=[kept],
-        )
-        trainer.train()
-        results[size] = kept.values, trainer.state.log_history[0]
-    return results
+    return {size: one_step(tmp_path_factory.mktemp("step"), size, 4 // size) for size in (4, 2, 1)}
 
 
-@pytest.mark.parametrize("size", [2, 1])
-def test_a_batch_cut_into_micro_batches_gives_the_same_gradients_and_losses(gradients, size):
-    (whole, logged), (cut, logged_cut) = gradients[4], gradients[size]
-
+def assert_same_step(one, other):
+    (whole, logged), (cut, logged_cut) = one, other
     assert whole.keys() == cut.keys()
     for name, gradient in whole.items():
         # A shift of all keys alike changes no attention: the true gradient of their norms' biases is zero.
         assert (cut[name] - gradient).norm() < 1e-5 * gradient.norm() + 1e-7, name
     for name in ("loss", "lm_loss", "image_loss", "feedback_loss"):
         assert logged_cut[name] == pytest.approx(logged[name], rel=1e-4), name
+
+
+@pytest.mark.parametrize("size", [2, 1])
+def test_a_batch_cut_into_micro_batches_gives_the_same_gradients_and_losses(gradients, size):
+    assert_same_step(gradients[4], gradients[size])
+
+    _, logged = gradients[4]
     assert logged["loss"] == pytest.approx(
         logged["lm_loss"] + 5 * logged["image_loss"] + 5 * logged["feedback_loss"], rel=1e-3
     )
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_gradients_and_losses_of_one(gradients, tmp_path):
+    """Two ranks, two micro-batches of one document each; one of these has no picture."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "tests.training.interleaved_step", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+    assert_same_step(gradients[4], torch.load(tmp_path / "rank0.pt", weights_only=True))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,128 @@
+"""One optimizer step of a tiny interleaved model; as a module one rank of the two-process test."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback, TrainingArguments
+
+from deem_plugin.feedback import load_generator
+from deem_plugin.models import Draws
+from deem_plugin.models.interleaving import make_labels
+from deem_plugin.training.trainer import RecipeTrainer
+from tests.feedback.tiny_generators import save_generator
+from tests.models.tiny_deem import tiny_deem
+from tests.tiny import tiny_image
+
+# Texts of different length with one, two or no pictures; the first picture of the last follows `<s>` at once.
+TEXTS = ["one<image>yes it is", "a<image>b<image>", "no picture here, but many words to read", "<image>x"]
+
+
+def example_inputs(processor, text, index):
+    images = [tiny_image(10 * index + n, size=(64, 64)) for n in range(text.count("<image>"))]
+    inputs = processor(text=[text], images=images or None, return_tensors="pt")
+    inputs["labels"] = make_labels(
+        inputs["input_ids"],
+        inputs["attention_mask"],
+        bos_token_id=1,
+        image_token_id=processor.image_token_id,
+        image_start_token_id=processor.image_start_token_id,
+    )
+    return inputs
+
+
+class Examples:
+    """Collates prepared examples with their own random numbers, so that a batch can be cut anywhere."""
+
+    def __init__(self, processor, generator):
+        self.rows = [example_inputs(processor, text, index) for index, text in enumerate(TEXTS)]
+        side, rng = generator.denoiser.sample_size, torch.Generator().manual_seed(3)
+        self.draws = [
+            {
+                kind: (*torch.randn(2, n, 4, side, side, generator=rng), torch.randint(1000, (n,), generator=rng))
+                for kind in ("feedback", "image")
+            }
+            for n in (text.count("<image>") for text in TEXTS)
+        ]
+
+    def __call__(self, indices):
+        chosen = [self.rows[index["index"]] for index in indices]
+        longest = max(row["input_ids"].shape[1] for row in chosen)
+        fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+        batch = {
+            name: torch.cat(
+                [torch.nn.functional.pad(row[name], (0, longest - row[name].shape[1]), value=value) for row in chosen]
+            )
+            for name, value in fill.items()
+        }
+        pictures = [row["pixel_values"] for row in chosen if "pixel_values" in row]
+        if pictures:
+            batch["pixel_values"] = torch.cat(pictures)
+            parts = {
+                kind: [torch.cat(part) for part in zip(*(self.draws[i["index"]][kind] for i in indices), strict=True)]
+                for kind in ("feedback", "image")
+            }
+            batch["draws"] = {
+                kind: Draws(*part, dropped=torch.zeros(len(part[2]), dtype=torch.bool)) for kind, part in parts.items()
+            }
+        return batch
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradients of the first optimizer step."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.values = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def one_step(folder, batch_size, accumulation, **settings):
+    """
+    Trains one step on the four documents of `TEXTS`.
+
+    Returns:
+        `tuple`: Gradients by name, and the losses that were logged.
+    """
+    generator = load_generator(save_generator(Path(folder) / "generator", "sd1"))
+    model, processor = tiny_deem()
+    model.attach_generator(generator)
+    args = TrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        max_steps=1,
+        logging_steps=1,
+        use_cpu=True,
+        remove_unused_columns=False,
+        report_to=[],
+        save_strategy="no",
+        max_grad_norm=1e9,
+        train_sampling_strategy="sequential",
+        **settings,
+    )
+    kept = Gradients()
+    trainer = RecipeTrainer(
+        model=model,
+        args=args,
+        train_dataset=[{"index": index} for index in range(len(TEXTS))],
+        data_collator=Examples(processor, generator),
+        callbacks=[kept],
+    )
+    trainer.train()
+    losses = {name: value for name, value in trainer.state.log_history[0].items() if "loss" in name}
+    return kept.values, losses
+
+
+def main(folder):
+    """Trains one document a micro-batch and rank, and saves what rank 0 has."""
+    gradients, losses = one_step(
+        Path(folder) / os.environ["RANK"], 1, 2, ddp_backend="gloo", ddp_find_unused_parameters=True
+    )
+    assert torch.distributed.get_world_size() == 2
+    if torch.distributed.get_rank() == 0:
+        gradients = {name.removeprefix("module."): value for name, value in gradients.items()}
+        torch.save((gradients, losses), Path(folder) / "rank0.pt")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
