@@ -197,7 +197,12 @@ def draw_grid(path: Path, looks: dict[str, Look], fast: bool):
             axis.set_yticks([])
         axis_row[0].set_ylabel(name, fontsize=8)
     for axis, caption in zip(axes[0], long_captions(scenes), strict=False):
-        axis.set_title(caption.replace(" at the ", "\nat the ").replace(" on a ", "\non a "), fontsize=6)
+        words = (
+            caption.replace(" at the ", "\nat the ")
+            .replace(" on a ", "\non a ")
+            .replace(" background", "\nbackground")
+        )
+        axis.set_title(words, fontsize=6)
     figure.tight_layout(w_pad=2)
     figure.savefig(path, dpi=150)
     plt.close(figure)
