@@ -53,6 +53,8 @@ def train(recipe: Recipe, make_feedback: Callable | None = None) -> Path:
     """
     from transformers import set_seed
 
+    from deem_plugin.training.card import write_card
+
     args = recipe.training
     _check(recipe)
     check_writable(args.output_dir)
@@ -69,7 +71,13 @@ def train(recipe: Recipe, make_feedback: Callable | None = None) -> Path:
         raise
     trainer.save_state()
     final = Path(args.output_dir) / FINAL_NAME
-    return save_in_one_piece(final, save, args.should_save, trainer.accelerator.wait_for_everyone)
+
+    def save_with_card(folder: str):
+        save(folder)
+        if args.should_save:
+            write_card(folder, recipe, trainer.state.log_history)
+
+    return save_in_one_piece(final, save_with_card, args.should_save, trainer.accelerator.wait_for_everyone)
 
 
 def _check(recipe: Recipe):

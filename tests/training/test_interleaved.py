@@ -109,6 +109,7 @@ def test_a_recipe_assembles_trains_and_goes_on(parts, language_model, tower, tmp
 
     history = json.loads((tmp_path / "one" / "trainer_state.json").read_text())["log_history"]
     assert {"lm_loss", "image_loss", "feedback_loss"} <= history[0].keys()
+    assert "| image_loss |" in (final / "README.md").read_text()
     model = AutoModelForImageTextToText.from_pretrained(final)
     assert isinstance(model, DeemForConditionalGeneration) and model.config.image_weight == 5.0
     assert AutoProcessor.from_pretrained(final).num_image_tokens == model.config.vision_config.num_image_tokens

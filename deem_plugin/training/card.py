@@ -1,0 +1,117 @@
+"""The model card of a run: where the weights come from, how they were trained, and under whose licence."""
+
+import dataclasses
+from enum import Enum
+from pathlib import Path
+
+import yaml
+
+from deem_plugin import __version__
+from deem_plugin.training.recipes import Recipe
+
+NAMED_LOSSES = ("loss", "lm_loss", "image_loss", "feedback_loss")
+PAPER = "2405.15232"
+
+
+def write_card(folder: str | Path, recipe: Recipe, log_history: list[dict]) -> Path:
+    """
+    Writes `README.md` beside a trained model, as the hub shows it.
+
+    Args:
+        folder (`str` or `Path`): Folder of the model.
+        recipe (`Recipe`): What was trained.
+        log_history (`list[dict]`): The Trainer's log, whose first and last losses are told.
+
+    Returns:
+        `Path`: The card.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    source = recipe.model.model or recipe.model.language_model or recipe.model.encoder
+    data = ModelCardData(
+        base_model=source,
+        library_name="transformers",
+        pipeline_tag="feature-extraction" if recipe.model.encoder else "image-text-to-text",
+        tags=["deem-plugin", "diffusion-feedback", f"arxiv:{PAPER}"],
+    )
+    # Local folders are no names on the hub, which refuses cards that point at them.
+    if Path(source).expanduser().exists() or source.count("/") != 1:
+        data.base_model = None
+    path = Path(folder) / "README.md"
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(recipe, source, log_history)}").save(path)
+    return path
+
+
+def _text(recipe: Recipe, source: str, log_history: list[dict]) -> str:
+    lines = [
+        f"# {recipe.name}",
+        "",
+        f"Trained by [deem-plugin](https://pypi.org/project/deem-plugin/) {__version__}, which implements the "
+        f"diffusion feedback of DEEM ([arXiv {PAPER}](https://arxiv.org/abs/{PAPER})), from `{source}`.",
+        "",
+    ]
+    if recipe.model.vision_tower:
+        weights = recipe.model.vision_pretrained or "as that name says"
+        lines += [f"Vision tower: `{recipe.model.vision_tower}`, weights: {weights}.", ""]
+    judge = recipe.feedback or recipe.deem
+    if judge is not None and judge.denoiser:
+        lines += [
+            f"The frozen generator `{judge.denoiser}` judged it and is not part of it. {_licence(judge.denoiser)}",
+            "",
+        ]
+    lines += [
+        f"Data: `{recipe.data.path}`. Its terms, and those of what the model started from, hold for it, too.",
+        "",
+    ]
+    logged = [entry for entry in log_history if "loss" in entry]
+    if logged:
+        lines += ["| | first logged | last logged |", "|---|---|---|"]
+        lines += [
+            f"| {name} | {logged[0][name]:.4g} | {logged[-1][name]:.4g} |"
+            for name in NAMED_LOSSES
+            if name in logged[0] and name in logged[-1]
+        ]
+        lines += ["", "These are training losses. What it can do is measured by `lmms-eval --model deem`.", ""]
+    lines += ["## Recipe", "", "```yaml", yaml.safe_dump(_sections(recipe), sort_keys=False).rstrip(), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _licence(denoiser: str) -> str:
+    """Returns what the generator's own card says of its licence, where it lies in a local folder."""
+    card = Path(denoiser).expanduser() / "README.md"
+    if card.is_file():
+        from huggingface_hub import ModelCard
+
+        if licence := ModelCard.load(card).data.license:
+            return f"Its licence: {licence}."
+    return "Its licence is that of its own page (Stable Diffusion: CreativeML OpenRAIL-M)."
+
+
+def _sections(recipe: Recipe) -> dict:
+    """Returns the recipe's sections with the settings that differ from their defaults."""
+    sections = {}
+    for name in ("model", "data", "feedback", "deem"):
+        section = getattr(recipe, name)
+        if section is not None:
+            sections[name] = {
+                item.name: value
+                for item in dataclasses.fields(section)
+                if (value := getattr(section, item.name)) != _default(item)
+            }
+    arguments = recipe.training
+    plain = (bool, int, float, str)
+    sections["training"] = {
+        item.name: value.value if isinstance(value, Enum) else value
+        for item in dataclasses.fields(arguments)
+        if isinstance(value := getattr(arguments, item.name), plain) and value != _default(item) and item.init
+    }
+    # Where a run was written to says nothing about the model.
+    for name in ("output_dir", "logging_dir", "run_name", "hub_token", "resume_from_checkpoint"):
+        sections["training"].pop(name, None)
+    return sections
+
+
+def _default(item: dataclasses.Field):
+    if item.default_factory is not dataclasses.MISSING:
+        return item.default_factory()
+    return item.default
