@@ -4,7 +4,7 @@ Writes the configs of the published models that the 7B recipes name, without wei
     python -m tests.published_configs FOLDER
 
 The values are those of the files on the hub (llava-hf/llava-1.5-7b-hf, lmsys/vicuna-7b-v1.5,
-openai/clip-vit-large-patch14-336, stabilityai/stable-diffusion-2-1-base).
+openai/clip-vit-large-patch14 and -336, stabilityai/stable-diffusion-2-1-base).
 """
 
 import json
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from transformers import CLIPConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig
+from transformers import CLIPConfig, LlamaConfig, LlavaConfig
 
 
 def vicuna_7b(**settings) -> LlamaConfig:
@@ -21,17 +21,22 @@ def vicuna_7b(**settings) -> LlamaConfig:
     return LlamaConfig(**{**shape, "vocab_size": 32000, "max_position_embeddings": 4096, **settings})
 
 
-def clip_large_336() -> CLIPVisionConfig:
-    """Makes the config of the vision tower of CLIP ViT-L/14 at 336 pixels."""
-    shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-    return CLIPVisionConfig(**shape, image_size=336, patch_size=14, projection_dim=768)
+def clip_large(image_size: int) -> CLIPConfig:
+    """Makes the config of CLIP ViT-L/14, which exists for pictures of 224 and of 336 pixels."""
+    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    text = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    return CLIPConfig(
+        vision_config={**vision, "image_size": image_size, "patch_size": 14, "projection_dim": 768},
+        text_config={**text, "projection_dim": 768},
+        projection_dim=768,
+    )
 
 
 def llava_7b() -> LlavaConfig:
     """Makes the config of LLaVA-1.5-7B as transformers has it."""
     return LlavaConfig(
         text_config=vicuna_7b(vocab_size=32064),
-        vision_config=clip_large_336(),
+        vision_config=clip_large(336).vision_config,
         image_token_index=32000,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
@@ -86,7 +91,8 @@ def write_configs(folder: str | Path):
     folder = Path(folder)
     llava_7b().save_pretrained(folder / "llava-1.5-7b")
     vicuna_7b().save_pretrained(folder / "vicuna-7b")
-    CLIPConfig(vision_config=clip_large_336().to_dict(), projection_dim=768).save_pretrained(folder / "clip-large-336")
+    for size in (224, 336):
+        clip_large(size).save_pretrained(folder / f"clip-large-{size}")
     write_stable_diffusion(folder / "stable-diffusion-2-1-base")
 
 

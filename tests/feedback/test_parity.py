@@ -1,18 +1,16 @@
 """The whole feedback path against tensors of the authors' own code (fixtures F1 and F2)."""
 
-import json
-
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import DDPMScheduler
 from safetensors.torch import load_file
 from torch.nn.functional import interpolate
 
-from deem_plugin.feedback import Conditioner, DiffusionFeedback, Generator, UNetDenoiser, VaeCodec
+from deem_plugin.feedback import Conditioner, DiffusionFeedback
 from deem_plugin.feedback.timesteps import shrink_timesteps
 from deem_plugin.vision import DeemVisionConfig, DeemVisionTower
 
-from ..parity_weights import parity_tower_config, tower_weights
+from ..parity_weights import parity_generator, parity_settings, parity_tower_config, part, tower_weights
 
 VALUES = {"atol": 1e-5, "rtol": 1e-5}
 GRADIENTS = 1e-4  # relative
@@ -20,7 +18,7 @@ GRADIENTS = 1e-4  # relative
 
 @pytest.fixture(scope="module")
 def settings(shared_dir):
-    return json.loads((shared_dir / "parity/f2_summary.json").read_text())["config"]
+    return parity_settings(shared_dir)
 
 
 @pytest.fixture(scope="module")
@@ -33,16 +31,9 @@ def case(shared_dir):
     return load_file(shared_dir / "parity/f2_full.safetensors")
 
 
-def _part(weights, prefix):
-    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-
-
 @pytest.fixture(scope="module")
-def generator(settings, weights):
-    unet, vae = UNet2DConditionModel(**settings["unet"]), AutoencoderKL(**settings["vae"])
-    unet.load_state_dict(_part(weights, "encoder.unet."), strict=True)
-    vae.load_state_dict(_part(weights, "encoder.vae."), strict=True)
-    return Generator(UNetDenoiser(unet, DDPMScheduler(**settings["scheduler"])), VaeCodec(vae))
+def generator(shared_dir, weights):
+    return parity_generator(shared_dir, weights)
 
 
 @pytest.fixture
@@ -56,7 +47,7 @@ def tower(weights):
 def conditioner(weights):
     """The official `proj_i`: a head alone, for the tower's queries are resampled already."""
     conditioner = Conditioner(32, 64)
-    conditioner.head.load_state_dict(_part(weights, "proj_i."))
+    conditioner.head.load_state_dict(part(weights, "proj_i."))
     return conditioner
 
 

@@ -12,6 +12,7 @@ from deem_plugin.cli import main
 from deem_plugin.models.convert import convert_official
 from deem_plugin.models.official import convert_state_dict
 
+from ..parity_weights import parity_text_config
 from .test_parity import VALUES, documents, normalised
 
 START = 100
@@ -26,17 +27,7 @@ def weights(shared_dir):
 def language_model(tmp_path_factory):
     """Config and tokenizer of the fixture's Llama: 100 tokens, so that the new ones begin at 100."""
     folder = tmp_path_factory.mktemp("llama")
-    LlamaConfig(
-        vocab_size=100,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        rms_norm_eps=1e-6,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=99,
-    ).save_pretrained(folder)
+    parity_text_config().save_pretrained(folder)
     tokenizer = Tokenizer(models.WordLevel({f"w{index}": index for index in range(100)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(

@@ -7,11 +7,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from deem_plugin.feedback import load_generator
 from deem_plugin.models import Draws, generate_images, generate_interleaved
 from deem_plugin.models.denoising import image_contexts
-from deem_plugin.models.interleaving import make_labels, row_starts
+from deem_plugin.models.interleaving import row_starts
 
 from ..feedback.tiny_generators import save_generator
 from ..tiny import tiny_image
-from .tiny_deem import QUERIES, tiny_deem, tiny_language_model, tiny_tower
+from .tiny_deem import QUERIES, official_labels, tiny_deem, tiny_language_model, tiny_tower
 
 
 @pytest.fixture(scope="module")
@@ -23,13 +23,7 @@ def inputs_of(processor, texts, count, **options):
     """Texts with `count` pictures in all, and labels by the official rules."""
     images = [tiny_image(index, size=(64, 64)) for index in range(count)]
     inputs = processor(text=texts, images=images or None, padding=True, return_tensors="pt", **options)
-    inputs["labels"] = make_labels(
-        inputs["input_ids"],
-        inputs["attention_mask"],
-        bos_token_id=1,
-        image_token_id=processor.image_token_id,
-        image_start_token_id=processor.image_start_token_id,
-    )
+    inputs["labels"] = official_labels(processor, inputs)
     return inputs
 
 

@@ -4,11 +4,8 @@ import json
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
-from transformers import LlamaConfig
 
-from deem_plugin.feedback import Generator, UNetDenoiser, VaeCodec
 from deem_plugin.feedback.timesteps import shrink_timesteps
 from deem_plugin.models.configuration import DeemConfig
 from deem_plugin.models.deem import DeemForConditionalGeneration
@@ -16,7 +13,7 @@ from deem_plugin.models.interleaving import fill_image_slots, make_labels
 from deem_plugin.models.losses import Draws
 from deem_plugin.models.official import convert_state_dict
 
-from ..parity_weights import parity_tower_config
+from ..parity_weights import parity_generator, parity_text_config, parity_tower_config
 
 VALUES = {"atol": 1e-5, "rtol": 1e-5}
 GRADIENTS = 1e-4  # relative
@@ -44,19 +41,8 @@ def f5_summary(shared_dir):
 
 
 def parity_config(**options) -> DeemConfig:
-    text = LlamaConfig(
-        vocab_size=100,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        rms_norm_eps=1e-6,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=99,
-    )
     return DeemConfig(
-        text_config=text.to_dict(),
+        text_config=parity_text_config().to_dict(),
         vision_config={"model_type": "deem_vision", **parity_tower_config()},
         num_new_tokens=6,
         context_dim=64,
@@ -74,12 +60,7 @@ def parity_config(**options) -> DeemConfig:
 
 @pytest.fixture(scope="module")
 def generator(shared_dir, weights):
-    settings = json.loads((shared_dir / "parity/f2_summary.json").read_text())["config"]
-    unet, vae = UNet2DConditionModel(**settings["unet"]), AutoencoderKL(**settings["vae"])
-    for model, name in ((unet, "unet"), (vae, "vae")):
-        prefix = f"visual_tokenizer.encoder.{name}."
-        model.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
-    return Generator(UNetDenoiser(unet, DDPMScheduler(**settings["scheduler"])), VaeCodec(vae))
+    return parity_generator(shared_dir, weights, "visual_tokenizer.")
 
 
 def parity_model(weights, generator=None, **options):

@@ -5,18 +5,17 @@ from functools import partial
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 from torch.nn.functional import interpolate
 from torch.utils.checkpoint import checkpoint
 
-from deem_plugin.feedback import Conditioner, DiffusionFeedback, Generator, UNetDenoiser, VaeCodec
+from deem_plugin.feedback import Conditioner, DiffusionFeedback
 from deem_plugin.models.synchroniser import UNetSynchroniser, cell_centres, skip_features
 from deem_plugin.models.synchroniser_names import synchroniser_weights
 from deem_plugin.vision import DeemVisionConfig, DeemVisionTower
 from deem_plugin.vision.grids import sincos_position_embedding
 
-from ..parity_weights import parity_tower_config, tower_weights
+from ..parity_weights import parity_generator, parity_settings, parity_tower_config, part, tower_weights
 from ..tiny import tiny_unet
 
 VALUES = {"atol": 1e-5, "rtol": 1e-5}
@@ -26,7 +25,7 @@ WIDTH = 12
 
 @pytest.fixture(scope="module")
 def settings(shared_dir):
-    return json.loads((shared_dir / "parity/f2_summary.json").read_text())["config"]
+    return parity_settings(shared_dir)
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +45,9 @@ def case(shared_dir):
     return load_file(shared_dir / "parity/f2_partial_mmfs_random.safetensors")
 
 
-def _part(weights, prefix):
-    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-
-
 @pytest.fixture(scope="module")
-def generator(settings, weights):
-    unet, vae = UNet2DConditionModel(**settings["unet"]), AutoencoderKL(**settings["vae"])
-    unet.load_state_dict(_part(weights, "encoder.unet."), strict=True)
-    vae.load_state_dict(_part(weights, "encoder.vae."), strict=True)
-    return Generator(UNetDenoiser(unet, DDPMScheduler(**settings["scheduler"])), VaeCodec(vae))
+def generator(shared_dir, weights):
+    return parity_generator(shared_dir, weights)
 
 
 def _converted(weights):
@@ -66,7 +58,7 @@ def _converted(weights):
 def _official_synchroniser(unet, weights):
     synchroniser = UNetSynchroniser(unet.config, feature_dim=64, inner_dim=32, num_heads=4)
     converted = _converted(weights)
-    synchroniser.load_state_dict(_part(converted.weights, "unet_synchroniser."), strict=True)
+    synchroniser.load_state_dict(part(converted.weights, "unet_synchroniser."), strict=True)
     return synchroniser
 
 
@@ -106,7 +98,7 @@ def _region_loss(generator, synchroniser, trained_weights, case, shared_dir):
     tower = DeemVisionTower(DeemVisionConfig(**parity_tower_config())).eval()
     tower.load_state_dict(tower_weights(trained_weights), strict=True)
     conditioner = Conditioner(32, 64)
-    conditioner.head.load_state_dict(_part(trained_weights, "proj_i."))
+    conditioner.head.load_state_dict(part(trained_weights, "proj_i."))
     full = load_file(shared_dir / "parity/f2_full.safetensors")
     mask = case["input.image_mask"]
 

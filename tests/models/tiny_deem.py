@@ -5,6 +5,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from deem_plugin.models import assemble_deem
+from deem_plugin.models.interleaving import make_labels
 from deem_plugin.vision import DeemVisionConfig, DeemVisionTower
 
 from ..feedback.tiny_generators import CONTEXT_DIM
@@ -90,3 +91,14 @@ def tiny_deem(seed: int = 0, language_options=None, tower_options=None, **option
             if isinstance(module, torch.nn.Linear):
                 torch.nn.init.normal_(module.weight, std=0.3)
     return model, processor
+
+
+def official_labels(processor, inputs):
+    """Labels by the official rules, for texts that begin with `<s>`."""
+    return make_labels(
+        inputs["input_ids"],
+        inputs["attention_mask"],
+        bos_token_id=1,
+        image_token_id=processor.image_token_id,
+        image_start_token_id=processor.image_start_token_id,
+    )

@@ -9,10 +9,9 @@ from transformers import TrainerCallback, TrainingArguments
 
 from deem_plugin.feedback import load_generator
 from deem_plugin.models import Draws
-from deem_plugin.models.interleaving import make_labels
 from deem_plugin.training.trainer import RecipeTrainer
 from tests.feedback.tiny_generators import save_generator
-from tests.models.tiny_deem import tiny_deem
+from tests.models.tiny_deem import official_labels, tiny_deem
 from tests.tiny import tiny_image
 
 # Texts of different length with one, two or no pictures; the first picture of the last follows `<s>` at once.
@@ -22,13 +21,7 @@ TEXTS = ["one<image>yes it is", "a<image>b<image>", "no picture here, but many w
 def example_inputs(processor, text, index):
     images = [tiny_image(10 * index + n, size=(64, 64)) for n in range(text.count("<image>"))]
     inputs = processor(text=[text], images=images or None, return_tensors="pt")
-    inputs["labels"] = make_labels(
-        inputs["input_ids"],
-        inputs["attention_mask"],
-        bos_token_id=1,
-        image_token_id=processor.image_token_id,
-        image_start_token_id=processor.image_start_token_id,
-    )
+    inputs["labels"] = official_labels(processor, inputs)
     return inputs
 
 
