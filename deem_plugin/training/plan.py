@@ -37,7 +37,8 @@ class Flops:
     Args:
         without_feedback (`int`, *optional*): Of the model alone; None for an encoder that learns from feedback only.
         encoding (`int`): Of the pictures' latents, which the feedback needs.
-        denoising (`int`): Of conditioner and denoiser, and of the backward pass through them.
+        denoising (`int`): Of conditioner and denoiser, and of the backward pass through them; for an encoder alone
+            also of the encoder.
     """
 
     without_feedback: int | None
@@ -112,8 +113,13 @@ def make_plan(recipe: Recipe, gpus: Sequence[int] = (1, 8), tokens: int | None =
             the run can meet, and without one the picture's and 128.
 
     Raises:
-        ValueError: If a config cannot be read, the optimizer is not known, or `tokens` does not hold the picture.
+        ValueError: If the recipe trains the interleaved model, a config cannot be read, the optimizer is not known, or `tokens` does not hold the picture.
     """
+    if recipe.deem is not None:
+        raise ValueError(
+            f"The recipe {recipe.name!r} trains the interleaved model, which `deem plan` does not know yet; it plans "
+            f"VLMs and encoders. The parameters of the 7B recipes are in docs/interleaved.md."
+        )
     skeleton = _skeleton(recipe)
     tokens = _conversation_length(recipe, skeleton, tokens)
     pictures, feedback = recipe.training.per_device_train_batch_size, recipe.feedback is not None

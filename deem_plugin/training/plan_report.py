@@ -89,7 +89,8 @@ def _flops_table(plan: Plan) -> str:
     flops = plan.flops
     lines = ["TFLOP of a micro-batch, forward and backward (matrix products, convolutions, attention)"]
     parts = {"model": flops.without_feedback, "latents of the pictures": flops.encoding}
-    parts["conditioner and denoiser"] = flops.denoising
+    feedback = "conditioner and denoiser" if flops.without_feedback else "encoder and denoiser"
+    parts[feedback] = flops.denoising
     for name, value in parts.items():
         if value:
             share = "" if name == "model" or not flops.without_feedback else f"{value / flops.without_feedback:+10.1%}"
@@ -102,13 +103,13 @@ def _flops_table(plan: Plan) -> str:
 
 
 def _memory_table(rows: Sequence[Row], memory_gib: float | None) -> str:
-    heads = [f"{kind}~" if kind in ESTIMATES else kind for kind in KINDS]
+    heads = [f"  {kind}~" if kind in ESTIMATES else f"  {kind}" for kind in KINDS] + ["  total~"]
     lines = ["GiB on each GPU (~ estimated, * as the recipe asks)"]
-    lines.append(f"{'strategy':<10}{'GPUs':>5}" + "".join(f"{head:>16}" for head in [*heads, "total~"]))
+    lines.append(f"{'strategy':<9}{'GPUs':>4}" + "".join(heads))
     for row in rows:
         values = [*(getattr(row.memory, kind) for kind in KINDS), row.memory.total]
-        line = f"{row.strategy + ('*' if row.own else ''):<10}{row.gpus:>5}"
-        line += "".join(f"{value / GIB:>16.2f}" for value in values)
+        line = f"{row.strategy + ('*' if row.own else ''):<9}{row.gpus:>4}"
+        line += "".join(f"{value / GIB:>{len(head)}.2f}" for value, head in zip(values, heads, strict=True))
         if row.refusal is not None:
             line += f"  refused: {row.refusal}"
         elif memory_gib is not None:
