@@ -113,7 +113,8 @@ def make_plan(recipe: Recipe, gpus: Sequence[int] = (1, 8), tokens: int | None =
             the run can meet, and without one the picture's and 128.
 
     Raises:
-        ValueError: If the recipe trains the interleaved model, a config cannot be read, the optimizer is not known, or `tokens` does not hold the picture.
+        ValueError: If the recipe trains the interleaved model, a config cannot be read, the optimizer is not known, or
+            `tokens` does not hold the picture.
     """
     if recipe.deem is not None:
         raise ValueError(

@@ -293,3 +293,10 @@ def test_lora_is_refused_under_fsdp_and_so_never_the_answer(parts, tmp_path):
     assert refused == {"fsdp2", "zero3"}
     assert least(plan.rows).strategy not in refused
     assert asdict(plan)["rows"][0]["memory"].items() <= as_json(plan, None)["rows"][0]["memory"].items()
+
+
+def test_the_interleaved_model_is_refused_rather_than_planned_as_a_llava():
+    with pytest.raises(
+        ValueError, match="'deem-7b-pretrain' trains the interleaved model, which `deem plan` does not"
+    ):
+        make_plan(load_recipe("deem-7b-pretrain", ["training.use_cpu=true", "training.tf32=null"]))
