@@ -62,7 +62,7 @@ class Document:
 
     @staticmethod
     def _check_part(part, where: str):
-        """Raises a `ValueError` unless `part` is a text that says something, a picture, or a region that has pixels."""
+        """Raises a `ValueError` unless `part` is a text, a picture, or a region with pixels."""
         if isinstance(part, str):
             if not part:
                 raise ValueError(f"{where} is an empty text. Leave it out.")

@@ -1,0 +1,181 @@
+"""Readers of the data sets of regions: COCO's format, RefCOCO/+/g, Visual Genome and VCR, each to region samples."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from deem_plugin.data.conversations import iter_json_array, iter_json_lines
+from deem_plugin.data.regions import RegionError, RegionSample
+
+NAME_QUESTION = "\nWhat is this region?\n"
+PART_QUESTION = "\nWhich part of what is this region?\n"
+DESCRIBE_QUESTION = "\nDescribe this region in a short phrase.\n"
+
+
+def iter_instances(
+    annotations: str | os.PathLike, question: str = NAME_QUESTION
+) -> Iterator[RegionSample | RegionError]:
+    """
+    Asks for the category of each object, or part with `PART_QUESTION`.
+
+    For COCO, and for Pascal-Part and PartImageNet in COCO's format (their categories are parts). Crowds are left out:
+    their category is that of the single object.
+
+    Args:
+        annotations (`str` or `PathLike`): JSON file with `images`, `annotations` and `categories`.
+        question (`str`): What is asked behind the region.
+    """
+    data = _read_coco(annotations, ("images", "annotations", "categories"))
+    images = {image["id"]: image for image in data["images"]}
+    names = {category["id"]: category["name"].replace("_", " ") for category in data["categories"]}
+    for annotation in data["annotations"]:
+        name = f"annotation {annotation['id']} of {annotations}"
+        if annotation.get("iscrowd"):
+            yield RegionError("of a crowd", f"{name} is a crowd (`iscrowd`). Set `on_error='skip'` to leave it out.")
+        elif annotation["image_id"] not in images:
+            yield _without_image(name, annotation["image_id"])
+        else:
+            image = images[annotation["image_id"]]
+            yield _ask(name, image, [coco_region(annotation), question], names.get(annotation["category_id"], ""))
+
+
+def iter_referring(
+    instances: str | os.PathLike, refs: str | os.PathLike, split: str | None = None, question: str = DESCRIBE_QUESTION
+) -> Iterator[RegionSample | RegionError]:
+    """
+    Asks for each expression that refers to an object, of RefCOCO, RefCOCO+ or RefCOCOg.
+
+    Args:
+        instances (`str` or `PathLike`): The published `instances.json`, in COCO's format.
+        refs (`str` or `PathLike`):
+            JSON list of what the published `refs(unc).p` and the like hold: `{"ann_id": ..., "split": ...,
+            "sentences": [...]}`, a sentence being a string or `{"sent": ...}`. The published file itself is a pickle,
+            which can run any code when it is opened, and is refused.
+        split (`str`, *optional*): Take the references of this split only, such as `train`.
+        question (`str`): What is asked behind the region.
+    """
+    if Path(refs).suffix != ".json":
+        raise ValueError(
+            f"{refs} is no JSON file. The published references are pickles, which may run any code when they are "
+            f"opened: write the list that they hold as JSON where you can trust them, and give that file."
+        )
+    data = _read_coco(instances, ("images", "annotations"))
+    images = {image["id"]: image for image in data["images"]}
+    annotations = {annotation["id"]: annotation for annotation in data["annotations"]}
+    for number, ref in enumerate(iter_json_array(refs)):
+        if split is not None and ref.get("split") != split:
+            continue
+        name = f"reference {ref.get('ref_id', number)} of {refs} (annotation {ref['ann_id']})"
+        annotation = annotations.get(ref["ann_id"])
+        if annotation is None:
+            yield RegionError(
+                "without annotation", f"There is no annotation {ref['ann_id']} in {instances} for {name}."
+            )
+        elif annotation["image_id"] not in images:
+            yield _without_image(name, annotation["image_id"])
+        else:
+            for sentence in ref["sentences"]:
+                answer = sentence if isinstance(sentence, str) else sentence["sent"]
+                yield _ask(name, images[annotation["image_id"]], [coco_region(annotation), question], answer)
+
+
+def iter_visual_genome(
+    descriptions: str | os.PathLike, image_data: str | os.PathLike, question: str = DESCRIBE_QUESTION
+) -> Iterator[RegionSample | RegionError]:
+    """
+    Asks for the description of each box of Visual Genome.
+
+    Args:
+        descriptions (`str` or `PathLike`): The published `region_descriptions.json`.
+        image_data (`str` or `PathLike`):
+            The published `image_data.json`, which has the pictures' sizes and, in the last two parts of their address,
+            their folder (`VG_100K` or `VG_100K_2`) and file.
+        question (`str`): What is asked behind the region.
+    """
+    images = {}
+    for image in iter_json_array(image_data):
+        file = "/".join(image["url"].split("/")[-2:])
+        images[image["image_id"]] = {"file_name": file, "width": image["width"], "height": image["height"]}
+    for record in iter_json_array(descriptions):
+        for region in record["regions"]:
+            name = f"region {region['region_id']} of {descriptions}"
+            if region["image_id"] not in images:
+                yield _without_image(name, region["image_id"])
+                continue
+            box = _corners([region["x"], region["y"], region["width"], region["height"]])
+            yield _ask(name, images[region["image_id"]], [box, question], region["phrase"])
+
+
+def iter_vcr(path: str | os.PathLike, metadata_dir: str | os.PathLike) -> Iterator[RegionSample | RegionError]:
+    """
+    Asks VCR's questions: first the objects that question or answer speak of, each with its region, then the question.
+
+    Objects are called by their kind and a number, `person 1`, in question and answer alike.
+
+    Args:
+        path (`str` or `PathLike`): A published `.jsonl`, such as `train.jsonl`, with `answer_label`.
+        metadata_dir (`str` or `PathLike`): Folder that the `metadata_fn` of its records are relative to.
+    """
+    for record in iter_json_lines(path):
+        name = f"question {record['annot_id']} of {path}"
+        if "answer_label" not in record:
+            yield RegionError("without answer", f"{name} has no `answer_label`: test sets cannot be learned from.")
+            continue
+        answer = record["answer_choices"][record["answer_label"]]
+        metadata = json.loads((Path(metadata_dir) / record["metadata_fn"]).read_text(encoding="utf-8"))
+        labels = _number(record["objects"])
+        mentioned = dict.fromkeys(i for token in record["question"] + answer if isinstance(token, list) for i in token)
+        prompt: list[Any] = []
+        for index in mentioned:
+            polygons = [[float(value) for point in polygon for value in point] for polygon in metadata["segms"][index]]
+            prompt += [f"{labels[index]}: ", polygons or tuple(map(float, metadata["boxes"][index][:4])), "\n"]
+        if not prompt:
+            yield RegionError("without region", f"{name} speaks of no object, so it asks about no region.")
+            continue
+        image = {"file_name": record["img_fn"], "width": metadata["width"], "height": metadata["height"]}
+        yield _ask(name, image, [*prompt, _say(record["question"], labels) + "\n"], _say(answer, labels))
+
+
+def coco_region(annotation: dict[str, Any]) -> Any:
+    """Returns the segmentation of an annotation in COCO's format, or its box `[x, y, width, height]` as corners."""
+    return annotation.get("segmentation") or _corners(annotation["bbox"])
+
+
+def _corners(box: list[float]) -> tuple[float, ...]:
+    left, top, width, height = map(float, box)
+    return left, top, left + width, top + height
+
+
+def _number(kinds: list[str]) -> list[str]:
+    """Returns names of objects by their kinds, counted from 1 within each kind: person 1, person 2, dog 1."""
+    return [f"{kind} {kinds[: index + 1].count(kind)}" for index, kind in enumerate(kinds)]
+
+
+def _say(tokens: list[str | list[int]], labels: list[str]) -> str:
+    """Joins VCR's tokens, in which a list of indices speaks of objects, to a sentence."""
+    words = [token if isinstance(token, str) else " and ".join(labels[i] for i in token) for token in tokens]
+    text = ""
+    for word in words:
+        glued = not text or word[:1] in ".,?!;:'" or word == "n't"
+        text += word if glued else " " + word
+    return text
+
+
+def _ask(name: str, image: dict[str, Any], prompt: list, answer: str) -> RegionSample:
+    return RegionSample(name, image["file_name"], image["width"], image["height"], prompt, answer.strip())
+
+
+def _without_image(name: str, image_id) -> RegionError:
+    return RegionError("without image", f"{name} belongs to image {image_id}, which its file does not list.")
+
+
+def _read_coco(path: str | os.PathLike, keys: tuple[str, ...]) -> dict[str, Any]:
+    """Reads a JSON file in COCO's format."""
+    with open(path, encoding="utf-8") as file:
+        data = json.load(file)
+    missing = [key for key in keys if not isinstance(data, dict) or key not in data]
+    if missing:
+        raise ValueError(f"{path} is not in COCO's annotation format: it has no {', '.join(missing)}.")
+    return data
