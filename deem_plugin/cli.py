@@ -11,6 +11,13 @@ def _train(arguments) -> int:
     return main(arguments.recipe, arguments.overrides)
 
 
+def _cache_latents(arguments) -> int:
+    from .training.cache import main
+
+    print(main(arguments.recipe, arguments.overrides, batch_size=arguments.batch_size))
+    return 0
+
+
 def _plan(arguments) -> int:
     from .training.plan_report import main
 
@@ -182,6 +189,12 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("recipe", help="name of a shipped recipe, or path of a YAML file")
     train.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example training.max_steps=10")
     train.set_defaults(run=_train)
+
+    cache = commands.add_parser("cache-latents", help="encode a recipe's pictures once, for feedback.latent_cache")
+    cache.add_argument("recipe", help="as `deem train` takes it")
+    cache.add_argument("overrides", nargs="*", metavar="section.key=value", help="as `deem train` takes them")
+    cache.add_argument("--batch-size", type=int, default=16, metavar="N", help="examples that are encoded together")
+    cache.set_defaults(run=_cache_latents)
 
     plan = commands.add_parser("plan", help="parameters, FLOPs and memory of a recipe, before a GPU is booked")
     plan.add_argument("recipe", help="as `deem train` takes it; the models it names need their configs only")

@@ -15,6 +15,7 @@ from .denoisers import check_context_dim
 from .diffusion_feedback import DiffusionFeedback
 from .generator import load_generator
 from .hook import FeedbackHook
+from .latent_cache import LatentCache, fingerprint
 from .timesteps import TIMESTEP_SAMPLERS
 from .views import TokenReading
 
@@ -91,9 +92,11 @@ class DiffusionFeedbackCallback(TrainerCallback):
                 f"so that there is nothing to feed back to. Unfreeze it (`tower.requires_grad_(True)`, or no `freeze` "
                 f"pattern on it in the recipe), put LoRA on it, or leave the feedback out."
             )
-        mean, std = self._normalization(processing_class)
+        mean, std = normalization(self.config, processing_class)
         if self.generator is None:
             self.generator = load_generator(self.config.denoiser, self.config.dtype)
+        if self.config.latent_cache is not None:
+            self.generator.latent_cache = LatentCache(self.config.latent_cache, fingerprint(self.generator))
         if self.feedback is None:
             sampler = TIMESTEP_SAMPLERS[self.config.timestep_sampling]
             self.feedback = DiffusionFeedback(self.generator.denoiser, sampler)
@@ -129,22 +132,6 @@ class DiffusionFeedbackCallback(TrainerCallback):
         if isinstance(base, PreTrainedModel):
             names = {f"{CONDITIONER_NAME}.{name}" for name in conditioner.state_dict()}
             base._keys_to_ignore_on_save = set(base._keys_to_ignore_on_save or ()) | names
-
-    def _normalization(self, processing_class):
-        if self.config.image_mean is not None:
-            return self.config.image_mean, self.config.image_std
-        image_processor = getattr(processing_class, "image_processor", processing_class)
-        mean, std = getattr(image_processor, "image_mean", None), getattr(image_processor, "image_std", None)
-        if mean is None or std is None:
-            raise ValueError(
-                f"The picture that the generator must restore is made of `pixel_values`, whose normalisation is not "
-                f"known: processing_class={type(processing_class).__name__} has no image_mean and image_std. Give "
-                f"the Trainer the VLM's processor (`processing_class=processor`), or set `image_mean` and `image_std` "
-                f"of the FeedbackConfig."
-            )
-        if image_processor.do_normalize is False:
-            return [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]
-        return mean, std
 
     def _take_targets(self, module, args, kwargs):
         """Takes `target_pixel_values` out of the batch before the model, which does not know them, sees it."""
@@ -266,6 +253,33 @@ class DiffusionFeedbackCallback(TrainerCallback):
         """Writes the conditioner to the output folder, where `trainer.save_model()` puts the model."""
         save_conditioner(self.conditioner, self.config, args.output_dir, write=args.should_save)
         self.hook.scale = 0.0
+
+
+def normalization(config, processing_class):
+    """
+    Returns mean and std that `pixel_values` were normalised with.
+
+    Args:
+        config (`FeedbackConfig`): Its `image_mean` and `image_std` win where they are set.
+        processing_class (`ProcessorMixin` or `BaseImageProcessor`): Tells its own otherwise.
+
+    Raises:
+        ValueError: If neither knows.
+    """
+    if config.image_mean is not None:
+        return config.image_mean, config.image_std
+    image_processor = getattr(processing_class, "image_processor", processing_class)
+    mean, std = getattr(image_processor, "image_mean", None), getattr(image_processor, "image_std", None)
+    if mean is None or std is None:
+        raise ValueError(
+            f"The picture that the generator must restore is made of `pixel_values`, whose normalisation is not "
+            f"known: processing_class={type(processing_class).__name__} has no image_mean and image_std. Give "
+            f"the Trainer the VLM's processor (`processing_class=processor`), or set `image_mean` and `image_std` "
+            f"of the FeedbackConfig."
+        )
+    if image_processor.do_normalize is False:
+        return [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]
+    return mean, std
 
 
 def _without_peft(model):

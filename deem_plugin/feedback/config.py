@@ -40,6 +40,8 @@ class FeedbackConfig:
             Attention heads of the conditioner's resampler.
         dtype (`str`, *optional*, defaults to `"float32"`):
             Precision in which the frozen denoiser is held: `float32`, `bfloat16` or `float16`.
+        latent_cache (`str`, *optional*):
+            Folder that `deem cache-latents` has filled. Pictures are then looked up there and never encoded.
         in_eval (`bool`, *optional*, defaults to `False`):
             Whether evaluation computes and logs `eval_feedback_loss` too.
         image_mean (`list[float]`, *optional*), image_std (`list[float]`, *optional*):
@@ -59,6 +61,7 @@ class FeedbackConfig:
     resampler_layers: int = field(default=2, metadata={"help": "Layers of the conditioner's resampler."})
     resampler_heads: int = field(default=12, metadata={"help": "Attention heads of the conditioner's resampler."})
     dtype: str = field(default="float32", metadata={"help": f"Precision of the denoiser: {', '.join(DTYPES)}."})
+    latent_cache: str | None = field(default=None, metadata={"help": "Folder that `deem cache-latents` has filled."})
     in_eval: bool = field(default=False, metadata={"help": "Compute and log `eval_feedback_loss` in evaluation."})
     image_mean: list[float] | None = field(default=None, metadata={"help": "Mean of `pixel_values` (RGB)."})
     image_std: list[float] | None = field(default=None, metadata={"help": "Standard deviation of `pixel_values`."})

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from .denoisers import DENOISERS, Denoiser, torch_dtype
+from .latent_cache import LatentCache
 from .latents import CODECS, PixelCodec, VaeCodec
 
 
@@ -17,10 +18,12 @@ class Generator:
     Args:
         denoiser (`Denoiser`): Predicts the noise (or velocity, or picture) from noisy latents and context.
         codec (`VaeCodec` or `PixelCodec`): Pictures in [-1, 1] to latents and back.
+        latent_cache (`LatentCache`, *optional*): Where pictures are looked up in place of being encoded.
     """
 
     denoiser: Denoiser
     codec: VaeCodec | PixelCodec
+    latent_cache: LatentCache | None = None
 
     @property
     def image_size(self) -> int:
@@ -28,9 +31,10 @@ class Generator:
         return self.denoiser.sample_size * self.codec.downscale
 
     def to(self, device):
-        """Moves both halves to `device` and returns the generator."""
+        """Moves both halves to `device` and returns the generator; with a cache the codec stays where it is."""
         self.denoiser.to(device)
-        self.codec.to(device)
+        if self.latent_cache is None:
+            self.codec.to(device)
         return self
 
     def resize(self, pictures):
@@ -40,9 +44,13 @@ class Generator:
             return pictures
         return F.interpolate(pictures, size, mode="bicubic", antialias=True).clamp(0, 1)
 
+    def posterior(self, pictures):
+        """Resizes pictures `(batch, 3, height, width)` in [0, 1] and returns their [`VaeCodec.posterior`]."""
+        return self.codec.posterior(self.resize(pictures) * 2 - 1)
+
     def encode(self, pictures, *, noise=None, generator=None):
         """
-        Resizes pictures to the generator's size and encodes them.
+        Resizes pictures to the generator's size and encodes them, or looks up what the encoder once said of them.
 
         Args:
             pictures (`torch.Tensor`): Shape `(batch, 3, height, width)`, in [0, 1].
@@ -51,7 +59,9 @@ class Generator:
         Returns:
             `torch.Tensor`: Latents, shape `(batch, channels, h, w)`, float32.
         """
-        return self.codec.encode(self.resize(pictures) * 2 - 1, noise=noise, generator=generator)
+        if self.latent_cache is None:
+            return self.codec.encode(self.resize(pictures) * 2 - 1, noise=noise, generator=generator)
+        return self.codec.draw(*self.latent_cache.look_up(pictures), noise=noise, generator=generator)
 
 
 def load_generator(path_or_id: str, dtype: str = "float32", *, weights: bool = True) -> Generator:

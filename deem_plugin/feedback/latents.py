@@ -35,24 +35,39 @@ class VaeCodec:
         return self
 
     @torch.no_grad()
-    def encode(self, pictures, *, noise=None, generator=None):
+    def posterior(self, pictures):
         """
-        Encodes pictures to latents, drawn from the posterior as the official code does.
+        Returns what the VAE says of pictures before anything is drawn, which is all that a cache must keep.
 
         Args:
             pictures (`torch.Tensor`): Shape `(batch, 3, height, width)`, in [-1, 1]. Never changed in place.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: Mean and standard deviation, float32, `(batch, channels, h, w)` each.
+        """
+        with torch.autocast(pictures.device.type, enabled=False):
+            posterior = self.vae.encode(pictures.to(self.vae.dtype)).latent_dist
+        return posterior.mean.float(), posterior.std.float()
+
+    def draw(self, mean, std, *, noise=None, generator=None):
+        """
+        Draws latents from a posterior, as the official code does.
+
+        Args:
+            mean, std (`torch.Tensor`): From [`posterior`].
             noise (`torch.Tensor`, *optional*): The standard normal draw, shape of the latents.
             generator (`torch.Generator`, *optional*): Source of the draw where `noise` is not given.
 
         Returns:
             `torch.Tensor`: `(mean + std * noise - shift) * scale`, float32, shape `(batch, channels, h, w)`.
         """
-        with torch.autocast(pictures.device.type, enabled=False):
-            posterior = self.vae.encode(pictures.to(self.vae.dtype)).latent_dist
-        mean, std = posterior.mean.float(), posterior.std.float()
         if noise is None:
             noise = torch.randn(mean.shape, generator=generator, device=mean.device)
         return (mean + std * noise - self.shift) * self.scale
+
+    def encode(self, pictures, *, noise=None, generator=None):
+        """Encodes pictures to scaled latents: [`draw`] from their [`posterior`]."""
+        return self.draw(*self.posterior(pictures), noise=noise, generator=generator)
 
     @torch.no_grad()
     def decode(self, latents):
@@ -70,10 +85,14 @@ class DeepCompressionCodec(VaeCodec):
         return self.vae.spatial_compression_ratio
 
     @torch.no_grad()
-    def encode(self, pictures, *, noise=None, generator=None):
-        """Encodes pictures `(batch, 3, height, width)` in [-1, 1] to scaled latents in float32. Nothing is drawn."""
+    def posterior(self, pictures):
+        """Returns the unscaled latents of pictures `(batch, 3, height, width)` in [-1, 1], and None: no deviation."""
         with torch.autocast(pictures.device.type, enabled=False):
-            return self.vae.encode(pictures.to(self.vae.dtype)).latent.float() * self.scale
+            return self.vae.encode(pictures.to(self.vae.dtype)).latent.float(), None
+
+    def draw(self, mean, std=None, *, noise=None, generator=None):
+        """Returns the scaled latents. Nothing is drawn."""
+        return mean * self.scale
 
 
 # The autoencoders we know, by the class name in `model_index.json`.
