@@ -63,7 +63,8 @@ class VaeCodec:
         """
         if noise is None:
             noise = torch.randn(mean.shape, generator=generator, device=mean.device)
-        return (mean + std * noise - self.shift) * self.scale
+        # The layout in memory decides how a denoiser's kernels round; a VAE may give another one than a cache does.
+        return ((mean + std * noise - self.shift) * self.scale).contiguous()
 
     def encode(self, pictures, *, noise=None, generator=None):
         """Encodes pictures to scaled latents: [`draw`] from their [`posterior`]."""
@@ -92,7 +93,7 @@ class DeepCompressionCodec(VaeCodec):
 
     def draw(self, mean, std=None, *, noise=None, generator=None):
         """Returns the scaled latents. Nothing is drawn."""
-        return mean * self.scale
+        return (mean * self.scale).contiguous()
 
 
 # The autoencoders we know, by the class name in `model_index.json`.
