@@ -1,6 +1,7 @@
 """A document: texts, pictures and regions of pictures in reading order, what the interleaved model learns from."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -59,6 +60,20 @@ class Document:
     def masks(self) -> list[np.ndarray | None]:
         """For each of `images` the mask of its region, or `None` where the whole picture is meant."""
         return [getattr(part, "mask", None) for part in self.parts if not isinstance(part, str)]
+
+    def columns(self) -> dict[str, Any]:
+        """Returns the document in the columns of `load_documents`, as `DocumentCollator` takes it."""
+        parts = []
+        for part in self.parts:
+            columns = dict.fromkeys(("text", "image", "box", "points", "mask"))
+            if isinstance(part, str):
+                columns["text"] = part
+            elif isinstance(part, Region):
+                columns |= {"image": part.image, "mask": Image.fromarray(part.mask)}
+            else:
+                columns["image"] = part
+            parts.append(columns)
+        return {"parts": parts, "learn_from": self.learn_from}
 
     @staticmethod
     def _check_part(part, where: str):

@@ -2,7 +2,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from deem_plugin.data.document_collator import DocumentCollator
 from deem_plugin.data.documents import Document, Region, join_parts
+
+from ..models.tiny_deem import tiny_deem
+from ..tiny import tiny_image
 
 IMAGE = Image.new("RGB", (5, 3))
 
@@ -54,3 +58,19 @@ def test_what_is_no_document_is_refused_by_name(parts, message):
 def test_a_document_with_nothing_to_learn_is_refused(learn_from):
     with pytest.raises(ValueError, match=rf"`learn_from` of a document is {learn_from}.*expected 0 to 1"):
         Document(["a", "b"], learn_from=learn_from)
+
+
+def test_columns_are_what_the_collator_takes():
+    _, processor = tiny_deem()
+    image = tiny_image(0, (32, 32))
+    mask = np.zeros((32, 32), dtype=bool)
+    mask[4:12, 8:24] = True
+    document = Document([Region(image, mask), "What is it?", "a cat", image], learn_from=2)
+
+    batch = DocumentCollator(processor)([document.columns()])
+
+    expected = processor.region_masks([image, image], [mask, None])
+    assert expected[0].sum() < expected[1].sum()
+    assert batch["region_masks"].equal(expected)
+    learned = batch["labels"][0][batch["labels"][0] >= 0].tolist()
+    assert processor.tokenizer.decode(learned).startswith("a cat")

@@ -7,8 +7,10 @@ import pytest
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader
 
+from deem_plugin.data.document_collator import DocumentCollator
 from deem_plugin.data.shards import list_shards, mix_streams, stream_interleaved, stream_pairs
 
+from ..models.tiny_deem import tiny_deem
 from ..tiny import tiny_image
 
 
@@ -252,3 +254,20 @@ def test_wrong_settings_are_named(pairs):
         stream_pairs(pairs, on_error="ignore")
     with pytest.raises(ValueError, match=r"weights \[2, 0\] for 1 streams"):
         mix_streams([stream_pairs(pairs)[0]], (2, 0))
+
+
+def test_the_collator_takes_documents_of_shards_as_they_come(pairs):
+    _, processor = tiny_deem()
+
+    batch = DocumentCollator(processor)(list(stream_pairs(pairs)[0].take(3)))
+
+    assert len(batch["pixel_values"]) == 3
+    assert (batch["input_ids"] == processor.image_token_id).sum() == 3 * processor.num_image_tokens
+
+
+def test_a_damaged_picture_raises_by_its_name_when_it_is_opened(tmp_path):
+    _, processor = tiny_deem()
+    shard = write_tar(tmp_path / "a.tar", {"7.jpg": jpeg()[:60], "7.txt": "a damaged picture"})
+
+    with pytest.raises(ValueError, match=r"a.tar::7.jpg cannot be read"):
+        DocumentCollator(processor)(list(stream_pairs(shard)[0]))
