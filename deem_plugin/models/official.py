@@ -52,6 +52,8 @@ _IGNORED = [
     (r"^visual_tokenizer\.sniffer\.vision_model\.visual\.head\.", "CLIP's projection, which nothing of DEEM reads"),
     (r"\.rotary_emb\.inv_freq$", "frequencies, which are computed"),
 ]
+# Made in every official model, and of no use in one that was trained without a generator (the third stage).
+_HEADS_OF_A_GENERATOR = re.compile(r"^(visual_tokenizer\.proj_i|context_feat_proj)\.")
 # What becomes rows of our own new tokens.
 _VOCABULARY = (
     "mm_decoder.embed_tokens.weight",
@@ -100,12 +102,15 @@ def convert_state_dict(official: dict[str, torch.Tensor], image_start_token_id: 
     """
     synchronisers = synchroniser_weights(official)
     result = Conversion(dict(synchronisers.weights), dict(synchronisers.renamed), dict(synchronisers.ignored))
+    draws = any(name.startswith("image_decoder.") for name in official)
     left_over = []
     for name, value in official.items():
         if name in _VOCABULARY or name in result.renamed or name in result.ignored:
             continue
         if reason := next((why for pattern, why in _IGNORED if re.search(pattern, name)), None):
             result.ignored[name] = reason
+        elif not draws and _HEADS_OF_A_GENERATOR.match(name):
+            result.ignored[name] = "a head for a generator, which this model was trained without"
         elif (ours := rename(name)) is not None:
             result.weights[ours] = value
             result.renamed[name] = ours

@@ -75,6 +75,33 @@ def test_the_command_writes_a_folder_that_reads_as_the_official_model(
     assert f"{len(report['renamed'])} weights used, {len(report['ignored'])} ignored" in capsys.readouterr().out
 
 
+def test_the_third_stage_has_region_tokens_and_no_generator(weights, language_model, tmp_path):
+    """`mask_align` adds an MLP of the mask's shape and a projection of the pooled maps, and drops all that draws."""
+    third = {
+        name: value
+        for name, value in weights.items()
+        if not name.startswith(("image_decoder.", "visual_tokenizer.encoder.", "visual_tokenizer.neg_prompt"))
+    }
+    shapes = {"mask_feat_linear": (64, 64), "mask_linear.layers.0": (64, 112**2)}
+    shapes |= {f"mask_linear.layers.{index}": (64, 64) for index in (1, 2)}
+    for name, shape in shapes.items():
+        third[f"visual_tokenizer.feature_extractor.{name}.weight"] = torch.randn(shape) * 0.02
+        third[f"visual_tokenizer.feature_extractor.{name}.bias"] = torch.randn(shape[0]) * 0.02
+    save_file(third, tmp_path / "third.safetensors")
+
+    conversion = convert_official(tmp_path / "third.safetensors", tmp_path / "out", str(language_model), 64)
+
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
+    assert model.image_decoder is None and model.feedback_head is None and model.unet_synchroniser is None
+    expected = third["visual_tokenizer.feature_extractor.mask_linear.layers.2.weight"]
+    assert torch.equal(model.vision_tower.region_tokens.shape[4].weight, expected)
+    assert conversion.ignored["visual_tokenizer.proj_i.weight"].startswith("a head for a generator")
+    assert conversion.renamed.keys() | conversion.ignored.keys() == third.keys()
+    mask = torch.zeros(1, 1, 64, 64)
+    mask[..., 16:40] = 1
+    assert model.get_image_features(torch.randn(1, 3, 64, 64), mask).pooler_output.shape == (1, 8, 64)
+
+
 def test_a_key_without_a_place_is_an_error_that_names_it(weights):
     with pytest.raises(ValueError, match="1 of 1362 weights have no place .* mm_tokenizer.weight"):
         convert_state_dict(weights | {"mm_tokenizer.weight": torch.zeros(1)}, START)
