@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deem_plugin.data.conversations import iter_json_array, iter_json_lines
-from deem_plugin.data.regions import RegionError, RegionSample
+from deem_plugin.data.regions import LeftOut, RegionError, RegionSample
 
 NAME_QUESTION = "\nWhat is this region?\n"
 PART_QUESTION = "\nWhich part of what is this region?\n"
@@ -16,7 +16,7 @@ DESCRIBE_QUESTION = "\nDescribe this region in a short phrase.\n"
 
 def iter_instances(
     annotations: str | os.PathLike, question: str = NAME_QUESTION
-) -> Iterator[RegionSample | RegionError]:
+) -> Iterator[RegionSample | LeftOut | RegionError]:
     """
     Asks for the category of each object, or part with `PART_QUESTION`.
 
@@ -33,7 +33,7 @@ def iter_instances(
     for annotation in data["annotations"]:
         name = f"annotation {annotation['id']} of {annotations}"
         if annotation.get("iscrowd"):
-            yield RegionError("of a crowd", f"{name} is a crowd (`iscrowd`). Set `on_error='skip'` to leave it out.")
+            yield LeftOut("of a crowd")
         elif annotation["image_id"] not in images:
             yield _without_image(name, annotation["image_id"])
         else:
@@ -108,11 +108,14 @@ def iter_visual_genome(
             yield _ask(name, images[region["image_id"]], [box, question], region["phrase"])
 
 
-def iter_vcr(path: str | os.PathLike, metadata_dir: str | os.PathLike) -> Iterator[RegionSample | RegionError]:
+def iter_vcr(
+    path: str | os.PathLike, metadata_dir: str | os.PathLike
+) -> Iterator[RegionSample | LeftOut | RegionError]:
     """
     Asks VCR's questions: first the objects that question or answer speak of, each with its region, then the question.
 
-    Objects are called by their kind and a number, `person 1`, in question and answer alike.
+    Objects are called by their kind and a number, `person 1`, in question and answer alike. One that speaks of no
+    object is left out.
 
     Args:
         path (`str` or `PathLike`): A published `.jsonl`, such as `train.jsonl`, with `answer_label`.
@@ -132,7 +135,7 @@ def iter_vcr(path: str | os.PathLike, metadata_dir: str | os.PathLike) -> Iterat
             polygons = [[float(value) for point in polygon for value in point] for polygon in metadata["segms"][index]]
             prompt += [f"{labels[index]}: ", polygons or tuple(map(float, metadata["boxes"][index][:4])), "\n"]
         if not prompt:
-            yield RegionError("without region", f"{name} speaks of no object, so it asks about no region.")
+            yield LeftOut("without region")
             continue
         image = {"file_name": record["img_fn"], "width": metadata["width"], "height": metadata["height"]}
         yield _ask(name, image, [*prompt, _say(record["question"], labels) + "\n"], _say(answer, labels))

@@ -30,6 +30,13 @@ class RegionError(ValueError):
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """A sample that a reader's rule leaves out, right as it is; counted under `reason` and never raised."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class RegionSample:
     """
     One question about regions of a picture.
@@ -61,7 +68,8 @@ class RegionDocuments(Sequence):
     Segmentations are kept as run-length encodings; pictures are opened when a document is taken.
 
     Args:
-        samples (`Iterable[RegionSample | RegionError]`): Of the readers in `region_sources`, one or several chained.
+        samples (`Iterable[RegionSample | LeftOut | RegionError]`):
+            Of the readers in `region_sources`, one or several chained.
         image_dir (`str` or `PathLike`): Folder that the pictures' files are relative to.
         on_error (`str`):
             What is done about a sample that is wrong: `raise`, or `skip` and count it in `dropped`. Pictures that are
@@ -72,7 +80,10 @@ class RegionDocuments(Sequence):
     """
 
     def __init__(
-        self, samples: Iterable[RegionSample | RegionError], image_dir: str | os.PathLike, on_error: str = "raise"
+        self,
+        samples: Iterable[RegionSample | LeftOut | RegionError],
+        image_dir: str | os.PathLike,
+        on_error: str = "raise",
     ):
         if on_error not in ON_ERROR:
             raise ValueError(f"`on_error` is {on_error!r}; expected one of {', '.join(ON_ERROR)}.")
@@ -82,6 +93,9 @@ class RegionDocuments(Sequence):
         self.dropped: Counter[str] = Counter()
         self._samples: list[RegionSample] = []
         for sample in samples:
+            if isinstance(sample, LeftOut):
+                self.dropped[sample.reason] += 1
+                continue
             try:
                 self._samples.append(_compact(sample))
             except RegionError as error:

@@ -55,7 +55,7 @@ def test_parts_are_asked_for_as_parts(instances):
 
 
 def test_a_bad_annotation_is_refused_by_its_id(instances):
-    with pytest.raises(RegionError, match="annotation 12 of .* is a crowd"):
+    with pytest.raises(RegionError, match="annotation 13 of .* belongs to image 2, which its file does not list"):
         RegionDocuments(iter_instances(instances), instances.parent)
 
 

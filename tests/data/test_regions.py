@@ -6,7 +6,7 @@ from PIL import Image
 from pycocotools import mask as coco_masks
 
 from deem_plugin.data.documents import Region
-from deem_plugin.data.regions import RegionDocuments, RegionError, RegionSample, encode_segmentation
+from deem_plugin.data.regions import LeftOut, RegionDocuments, RegionError, RegionSample, encode_segmentation
 
 WIDTH, HEIGHT = 6, 4
 EXPECTED = np.zeros((HEIGHT, WIDTH), dtype=bool)
@@ -79,11 +79,15 @@ def test_a_bad_region_is_refused_by_its_annotation_or_counted_by_reason(folder, 
 
 
 def test_counts_are_logged(folder, caplog):
-    bad = RegionError("of a crowd", "annotation 1 is a crowd")
+    bad = LeftOut("of a crowd")
 
     RegionDocuments([bad, sample(), bad, sample(answer=" ")], folder, on_error="skip")
 
     assert "Left out 3 of 4 samples: 2 of a crowd, 1 without answer." in caplog.text
+
+
+def test_what_a_rule_leaves_out_is_counted_and_does_not_raise(folder):
+    assert RegionDocuments([LeftOut("of a crowd"), sample()], folder).dropped == {"of a crowd": 1}
 
 
 def test_a_region_of_one_pixel_is_kept(folder):
