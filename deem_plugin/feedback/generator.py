@@ -45,12 +45,17 @@ class Generator:
         return F.interpolate(pictures, size, mode="bicubic", antialias=True).clamp(0, 1)
 
     def posterior(self, pictures):
-        """Resizes pictures `(batch, 3, height, width)` in [0, 1] and returns their [`VaeCodec.posterior`]."""
+        """
+        Resizes pictures `(batch, 3, height, width)` in [0, 1] and returns their [`VaeCodec.posterior`], or looks up
+        what the encoder once said of them.
+        """
+        if self.latent_cache is not None:
+            return self.latent_cache.look_up(pictures)
         return self.codec.posterior(self.resize(pictures) * 2 - 1)
 
     def encode(self, pictures, *, noise=None, generator=None):
         """
-        Resizes pictures to the generator's size and encodes them, or looks up what the encoder once said of them.
+        Encodes pictures to scaled latents: drawn from their [`posterior`].
 
         Args:
             pictures (`torch.Tensor`): Shape `(batch, 3, height, width)`, in [0, 1].
@@ -59,9 +64,7 @@ class Generator:
         Returns:
             `torch.Tensor`: Latents, shape `(batch, channels, h, w)`, float32.
         """
-        if self.latent_cache is None:
-            return self.codec.encode(self.resize(pictures) * 2 - 1, noise=noise, generator=generator)
-        return self.codec.draw(*self.latent_cache.look_up(pictures), noise=noise, generator=generator)
+        return self.codec.draw(*self.posterior(pictures), noise=noise, generator=generator)
 
 
 def load_generator(path_or_id: str, dtype: str = "float32", *, weights: bool = True) -> Generator:

@@ -109,8 +109,16 @@ class PixelCodec:
         """Returns the codec; it holds nothing to move."""
         return self
 
+    def posterior(self, pictures):
+        """Returns the pictures in float32, and None: no deviation."""
+        return pictures.float(), None
+
+    def draw(self, mean, std=None, *, noise=None, generator=None):
+        """Returns the pictures. Nothing is drawn."""
+        return mean
+
     def encode(self, pictures, *, noise=None, generator=None):
-        """Returns the pictures in float32. Nothing is drawn."""
+        """Returns the pictures in float32."""
         return pictures.float()
 
     def decode(self, latents):

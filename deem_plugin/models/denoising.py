@@ -1,7 +1,7 @@
 """The two losses of a frozen generator: the same image from what the tower saw, the next from what was read."""
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -32,6 +32,7 @@ class Reading:
         region_masks (`torch.Tensor`, *optional*): Shape `(images, 1, height, width)`.
         image_loss_mask (`torch.Tensor`, *optional*): Zero where the next image is not to be learned, `(images,)`.
         totals (`torch.Tensor`, *optional*): What to divide by, as `count_images` returns it; `(2,)`.
+        posterior (`tuple`, *optional*): What the autoencoder says of the pictures; asked once for both losses.
     """
 
     input_ids: torch.Tensor
@@ -43,6 +44,7 @@ class Reading:
     region_masks: torch.Tensor | None = None
     image_loss_mask: torch.Tensor | None = None
     totals: torch.Tensor | None = None
+    posterior: tuple | None = None
 
 
 def restorable_pictures(config, pixel_values, target_pixel_values=None):
@@ -73,7 +75,7 @@ def feedback_loss(model, reading, draws=None, generator=None):
         `torch.Tensor`: The mean over the images, a scalar.
     """
     draws = draws or Draws()
-    latents = _encode(model, reading.pictures, draws, generator)
+    latents = _draw_latents(model, reading, draws, generator)
     mask = None
     if reading.region_masks is not None:
         height, width = latents.shape[-2:]
@@ -103,9 +105,10 @@ def image_loss(model, reading, draws=None, generator=None):
     dropped = draws.dropped
     if dropped is None:
         dropped = torch.rand(len(context), generator=generator, device=context.device) < config.null_context_rate
-    # The official code hands over what it has normalised to [-1, 1], and normalises it once more.
-    pictures = reading.pictures * 2 - 1 if config.official_defects else reading.pictures
-    latents = _encode(model, pictures, draws, generator)
+    if config.official_defects:
+        # The official code hands over what it has normalised to [-1, 1], and normalises it once more.
+        reading = replace(reading, pictures=reading.pictures * 2 - 1, posterior=None)
+    latents = _draw_latents(model, reading, draws, generator)
     with looking_back(model, reading.maps, reading.input_ids, reading.starts):
         losses = DiffusionFeedback(model.generator.denoiser)(
             latents,
@@ -182,5 +185,9 @@ def looking_back(model, maps, input_ids, starts, chosen=slice(None), repeats=1):
     return model.unet_synchroniser.attached(model.generator.denoiser.model, before, torch.cat([seen] * repeats))
 
 
-def _encode(model, pictures, draws, generator):
-    return model.generator.to(pictures.device).encode(pictures, noise=draws.latent_noise, generator=generator)
+def _draw_latents(model, reading, draws, generator):
+    """Draws latents of the pictures; each loss its own from one posterior, for encoding is half of a step's time."""
+    frozen = model.generator.to(reading.pictures.device)
+    if reading.posterior is None:
+        reading.posterior = frozen.posterior(reading.pictures)
+    return frozen.codec.draw(*reading.posterior, noise=draws.latent_noise, generator=generator)

@@ -85,6 +85,20 @@ def test_a_loss_of_weight_zero_is_not_computed(generator, monkeypatch):
     assert model.eval()(**inputs).loss is not None  # reading needs none
 
 
+def test_both_losses_of_the_generator_ask_its_autoencoder_once(generator, monkeypatch):
+    model, processor = tiny_deem()
+    model.attach_generator(generator)
+    asked = []
+    posterior = generator.codec.posterior
+    monkeypatch.setattr(
+        generator.codec, "posterior", lambda pictures: asked.append(len(pictures)) or posterior(pictures)
+    )
+
+    model.train()(**inputs_of(processor, TEXTS, 3))
+
+    assert asked == [3]
+
+
 def test_packed_documents_do_not_see_each_other(generator):
     model, processor = tiny_deem()
     model.attach_generator(generator)
