@@ -153,7 +153,8 @@ def _attach_feedback(recipe: Recipe, model):
         return None, None
     generator = load_generator(recipe.feedback.denoiser, recipe.feedback.dtype, weights=False)
     # The processor may be missing, and whatever the normalisation is, the work is the same.
-    config = replace(recipe.feedback, image_mean=[0.0] * 3, image_std=[1.0] * 3)
+    # A cache is known by the VAE's weights, and there are none: the plan counts the run without its cache.
+    config = replace(recipe.feedback, image_mean=[0.0] * 3, image_std=[1.0] * 3, latent_cache=None)
     callback = DiffusionFeedbackCallback(config, generator)
     callback.attach(model)
     return generator, callback.hook

@@ -89,3 +89,11 @@ def test_the_command_reports_counts_and_asks_for_a_folder(parts, tmp_path, capsy
     printed = capsys.readouterr().out
     assert "12 pictures encoded, 0 were already there, 0 were duplicates." in printed
     assert str(tmp_path / "cache") in printed
+
+
+def test_a_recipe_with_a_cache_can_be_planned(parts, tmp_path):
+    from deem_plugin.training.skeleton import build_skeleton
+
+    skeleton = build_skeleton(recipe(parts, tmp_path, feedback__latent_cache=tmp_path / "not-filled-yet"))
+
+    assert skeleton.generator.latent_cache is None
