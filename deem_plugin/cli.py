@@ -134,6 +134,18 @@ def _compare(arguments) -> int:
     return 0
 
 
+def _bench_feedback(arguments) -> int:
+    from .training.bench import draw_parts, run_bench, table, write_json
+
+    bench = run_bench(arguments.config, arguments.pairs, arguments.device)
+    print(table(bench))
+    if arguments.json is not None:
+        write_json(bench, arguments.json)
+    if arguments.plot is not None:
+        draw_parts(bench, arguments.plot)
+    return 0
+
+
 def _convert_official(arguments) -> int:
     from .models.convert import convert_official
 
@@ -259,6 +271,17 @@ def build_parser() -> argparse.ArgumentParser:
     reconstruct.add_argument("--denoiser", help="generator, when it is no longer where the training run had it")
     reconstruct.add_argument("--steps", type=int, default=50, help="denoising steps")
     reconstruct.set_defaults(run=_reconstruct)
+
+    bench = commands.add_parser("bench", help="time what the feedback costs")
+    feedback = bench.add_subparsers(dest="what", required=True, metavar="WHAT").add_parser(
+        "feedback", help="a feedback step by its parts, plain and with each option in turn"
+    )
+    feedback.add_argument("--config", default="mid", help="sizes: tiny, mid or paper")
+    feedback.add_argument("--pairs", type=int, default=10, help="pairs of steps for each option")
+    feedback.add_argument("--device", help="cpu, cuda, ...")
+    feedback.add_argument("--json", type=Path, help="file for all figures")
+    feedback.add_argument("--plot", type=Path, help="file for a picture of the parts")
+    feedback.set_defaults(run=_bench_feedback)
 
     convert = commands.add_parser("convert-official", help="convert a checkpoint of the authors' code")
     convert.add_argument("checkpoint", type=Path, help="weights file, or folder of shards")
