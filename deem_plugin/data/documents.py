@@ -98,28 +98,3 @@ class Document:
             )
         if not mask.any():
             raise ValueError(f"{where} has an empty mask: no pixel of the picture is meant. Leave the sample out.")
-
-
-def join_parts(document: Document, image_mark: str, region_mark: str) -> tuple[str, str]:
-    """
-    Writes a document as text with marks, as processors take it beside `document.images` and `document.masks`.
-
-    Returns:
-        `tuple[str, str]`: The prompt and what is learned; the document's text is the one followed by the other.
-
-    Raises:
-        ValueError: If a text has a mark within, which would ask for one more picture.
-    """
-    texts = []
-    for index, part in enumerate(document.parts):
-        if isinstance(part, str):
-            for mark in (image_mark, region_mark):
-                if mark in part:
-                    raise ValueError(
-                        f"The text of part {index} of {document.name} has {mark} within: {part[:80]!r}. It would be "
-                        f"taken for a picture; take it out of the text."
-                    )
-            texts.append(part)
-        else:
-            texts.append(region_mark if isinstance(part, Region) else image_mark)
-    return "".join(texts[: document.learn_from]), "".join(texts[document.learn_from :])

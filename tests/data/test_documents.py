@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from deem_plugin.data.document_collator import DocumentCollator
-from deem_plugin.data.documents import Document, Region, join_parts
+from deem_plugin.data.documents import Document, Region
 
 from ..models.tiny_deem import tiny_deem
 from ..tiny import tiny_image
@@ -21,19 +21,6 @@ def test_pictures_and_masks_come_in_reading_order():
 
     assert document.images == [IMAGE, IMAGE]
     assert document.masks == [None, inside.mask]
-
-
-def test_parts_become_marks_split_into_prompt_and_target():
-    document = Document([region(), "What is it?", "A cat", IMAGE], learn_from=2)
-
-    assert join_parts(document, "<image>", "<region>") == ("<region>What is it?", "A cat<image>")
-
-
-def test_a_mark_within_a_text_is_refused():
-    document = Document(["see <image> here"], name="document 7")
-
-    with pytest.raises(ValueError, match="part 0 of document 7 has <image> within.*take it out"):
-        join_parts(document, "<image>", "<region>")
 
 
 @pytest.mark.parametrize(
