@@ -196,7 +196,16 @@ def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of the `deem` command."""
     parser = argparse.ArgumentParser(prog="deem", description="Diffusion eyes for vision-language models.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_training(commands)
+    _add_evaluation(commands)
+    _add_data(commands)
+    _add_robustvqa(commands)
+    _add_models(commands)
+    _add_demo(commands)
+    return parser
 
+
+def _add_training(commands) -> None:
     train = commands.add_parser("train", help="train by a recipe (also under `accelerate launch` / `torchrun`)")
     train.add_argument("recipe", help="name of a shipped recipe, or path of a YAML file")
     train.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example training.max_steps=10")
@@ -220,6 +229,19 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here, in bytes and FLOPs")
     plan.set_defaults(run=_plan)
 
+    bench = commands.add_parser("bench", help="time what the feedback costs")
+    feedback = bench.add_subparsers(dest="what", required=True, metavar="WHAT").add_parser(
+        "feedback", help="a feedback step by its parts, plain and with each option in turn"
+    )
+    feedback.add_argument("--config", default="mid", help="sizes: tiny, mid or paper")
+    feedback.add_argument("--pairs", type=int, default=10, help="pairs of steps for each option")
+    feedback.add_argument("--device", help="cpu, cuda, ...")
+    feedback.add_argument("--json", type=Path, help="file for all figures")
+    feedback.add_argument("--plot", type=Path, help="file for a picture of the parts")
+    feedback.set_defaults(run=_bench_feedback)
+
+
+def _add_evaluation(commands) -> None:
     evaluate = commands.add_parser("eval", help="run lmms-eval on a checkpoint; fails when the evaluation fails")
     evaluate.add_argument("pretrained", help="checkpoint folder or hub id: any Hugging Face VLM")
     evaluate.add_argument("--tasks", default="robustvqa,pope", help="comma-separated lmms-eval tasks")
@@ -243,6 +265,18 @@ def build_parser() -> argparse.ArgumentParser:
     encoder.add_argument("--out", type=Path, help="JSON file for the scores, picture by picture")
     encoder.set_defaults(run=_eval_encoder)
 
+    compare = commands.add_parser("compare", help="two evaluations question by question: differences and flips")
+    compare.add_argument("base", type=Path, help="folder of lmms-eval's results and sample logs, to compare with")
+    compare.add_argument("new", type=Path, help="folder of the evaluation in question")
+    compare.add_argument("--out", type=Path, help="folder for compare.md, .json and .png; by default that of NEW")
+    compare.add_argument("--html", action="store_true", help="also a page with all flips and their images")
+    compare.set_defaults(run=_compare)
+
+    tasks = commands.add_parser("lmms-tasks-dir", help="print the folder of our lmms-eval tasks")
+    tasks.set_defaults(run=_lmms_tasks_dir)
+
+
+def _add_data(commands) -> None:
     data = commands.add_parser("data", help="bring benchmark data to where lmms-eval finds it offline")
     sources = data.add_subparsers(dest="source", required=True, metavar="ACTION")
     importer = sources.add_parser("import", help="import a benchmark from local files")
@@ -255,15 +289,8 @@ def build_parser() -> argparse.ArgumentParser:
     mmvp.add_argument("source", type=Path, help="folder with Questions.csv and `MMVP Images`, as published")
     mmvp.set_defaults(run=_import_mmvp)
 
-    _add_robustvqa(commands)
 
-    compare = commands.add_parser("compare", help="two evaluations question by question: differences and flips")
-    compare.add_argument("base", type=Path, help="folder of lmms-eval's results and sample logs, to compare with")
-    compare.add_argument("new", type=Path, help="folder of the evaluation in question")
-    compare.add_argument("--out", type=Path, help="folder for compare.md, .json and .png; by default that of NEW")
-    compare.add_argument("--html", action="store_true", help="also a page with all flips and their images")
-    compare.set_defaults(run=_compare)
-
+def _add_models(commands) -> None:
     reconstruct = commands.add_parser("reconstruct", help="show what the generator sees in a checkpoint's tokens")
     reconstruct.add_argument("checkpoint", type=Path, help="folder of a VLM trained with feedback")
     reconstruct.add_argument("images", type=Path, nargs="+", help="picture files")
@@ -271,17 +298,6 @@ def build_parser() -> argparse.ArgumentParser:
     reconstruct.add_argument("--denoiser", help="generator, when it is no longer where the training run had it")
     reconstruct.add_argument("--steps", type=int, default=50, help="denoising steps")
     reconstruct.set_defaults(run=_reconstruct)
-
-    bench = commands.add_parser("bench", help="time what the feedback costs")
-    feedback = bench.add_subparsers(dest="what", required=True, metavar="WHAT").add_parser(
-        "feedback", help="a feedback step by its parts, plain and with each option in turn"
-    )
-    feedback.add_argument("--config", default="mid", help="sizes: tiny, mid or paper")
-    feedback.add_argument("--pairs", type=int, default=10, help="pairs of steps for each option")
-    feedback.add_argument("--device", help="cpu, cuda, ...")
-    feedback.add_argument("--json", type=Path, help="file for all figures")
-    feedback.add_argument("--plot", type=Path, help="file for a picture of the parts")
-    feedback.set_defaults(run=_bench_feedback)
 
     convert = commands.add_parser("convert-official", help="convert a checkpoint of the authors' code")
     convert.add_argument("checkpoint", type=Path, help="weights file, or folder of shards")
@@ -291,6 +307,8 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("--image-decoder-heads", type=int, default=16, help="as trained")
     convert.set_defaults(run=_convert_official)
 
+
+def _add_demo(commands) -> None:
     demo = commands.add_parser("demo", help="train a small VLM with and without feedback and compare them")
     demo.add_argument("--out", type=Path, default=Path("out/demo"))
     demo.add_argument("--seeds", type=int, default=1, help="pairs of runs")
@@ -298,10 +316,6 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--fast", action="store_true", help="a few steps of everything, to see that it runs")
     demo.add_argument("--interleaved", action="store_true", help="the paper's three stages in small, instead")
     demo.set_defaults(run=_demo)
-
-    tasks = commands.add_parser("lmms-tasks-dir", help="print the folder of our lmms-eval tasks")
-    tasks.set_defaults(run=_lmms_tasks_dir)
-    return parser
 
 
 def _add_robustvqa(commands) -> None:
