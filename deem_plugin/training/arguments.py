@@ -7,7 +7,7 @@ TOWER_ONLY = (
     "`model.{name}` belongs to `model.vision_tower`, which is not set. Set `vision_tower: deem` or `deem:<encoder>`, "
     "or leave it out."
 )
-DATA_KINDS = ("conversations", "documents")
+DATA_KINDS = ("conversations", "documents", "shards")
 # The three ways to name what is trained; a recipe takes exactly one.
 SOURCES = ("model", "language_model", "encoder")
 
@@ -164,7 +164,11 @@ class DataArguments:
             folder of pictures.
         kind (`str`, *optional*, defaults to `"conversations"`):
             `conversations`, or for the interleaved model also `documents`, as
-            [`~deem_plugin.data.document_files.load_documents`] takes them.
+            [`~deem_plugin.data.document_files.load_documents`] takes them, or `shards`, which are streamed.
+        interleaved, pairs (`str`, *optional*):
+            Of `shards`: tar files (a path, an address or a glob) of MMC4's documents and of captioned pictures, see
+            [`~deem_plugin.data.shards`]. A run over them needs `training.max_steps`.
+        weights (`list[float]`, *optional*, defaults to `[2, 1]`): Of `shards`: how often each of the two comes.
         image_dir (`str`, *optional*): Folder that the image paths are relative to; by default the data's own.
         max_length (`int`, *optional*):
             Longest conversation in tokens; what is beyond is cut off, images never. Of documents the length of a row,
@@ -174,12 +178,20 @@ class DataArguments:
 
     path: str | None = field(default=None, metadata={"help": "Conversations, or a folder of pictures."})
     kind: str = field(default="conversations", metadata={"help": f"One of {', '.join(DATA_KINDS)}."})
+    interleaved: str | None = field(default=None, metadata={"help": "Tar files of interleaved documents."})
+    pairs: str | None = field(default=None, metadata={"help": "Tar files of captioned pictures."})
+    weights: list[float] = field(
+        default_factory=lambda: [2.0, 1.0], metadata={"help": "How often documents and pairs come."}
+    )
     image_dir: str | None = field(default=None, metadata={"help": "Folder that the image paths are relative to."})
     max_length: int | None = field(default=None, metadata={"help": "Longest conversation in tokens."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where the memory-mapped tables are kept."})
 
     def __post_init__(self):
-        if self.path is None:
+        if self.kind == "shards":
+            if self.interleaved is None and self.pairs is None:
+                raise ValueError("`data.kind: shards` needs tar files: set `data.interleaved`, `data.pairs`, or both.")
+        elif self.path is None:
             raise ValueError(
                 "The recipe does not say what to train on. Set `data.path` to a LLaVA .json or .jsonl file, a data "
                 "set with `messages` and `images`, or, for an encoder alone, a folder of pictures."

@@ -88,11 +88,13 @@ def _check(recipe: Recipe):
             "LoRA with FSDP cannot be merged into the model at the end. Leave `training.fsdp` out (LoRA needs little "
             "memory, so DDP fits), or set `model.lora_r: 0`."
         )
-    if recipe.data.kind == "documents" and recipe.deem is None:
+    if recipe.data.kind != "conversations" and recipe.deem is None:
         raise ValueError(
-            "`data.kind: documents` is for the interleaved model alone. Add the section `deem`, or train on "
-            "conversations."
+            f"`data.kind: {recipe.data.kind}` is for the interleaved model alone. Add the section `deem`, or train on "
+            f"conversations."
         )
+    if recipe.data.kind == "shards" and args.max_steps <= 0:
+        raise ValueError("A stream of shards has no length. Set `training.max_steps`.")
     if recipe.model.encoder and recipe.feedback is None:
         raise ValueError(
             "An encoder alone learns from the feedback only, and the recipe has none. Add the section `feedback` "
@@ -151,25 +153,38 @@ def _move_conditioner(args, folder: str):
         os.replace(written, os.path.join(folder, FILE_NAME))
 
 
+def _load_data(recipe: Recipe):
+    """Returns what a VLM trains on: a memory-mapped table, or a stream."""
+    from deem_plugin.data.conversations import load_conversations
+    from deem_plugin.data.document_files import load_documents
+    from deem_plugin.data.shards import mix_streams, stream_interleaved, stream_pairs
+
+    args, data = recipe.training, recipe.data
+    if data.kind == "shards":
+        seed = args.seed if args.data_seed is None else args.data_seed
+        sources = zip((stream_interleaved, stream_pairs), (data.interleaved, data.pairs), data.weights, strict=True)
+        streams = [(read(shards, seed=seed)[0], weight) for read, shards, weight in sources if shards is not None]
+        # Each rank reads shards of its own; by default the first one would read everything for all.
+        args.accelerator_config.dispatch_batches = False
+        return streams[0][0] if len(streams) == 1 else mix_streams(*zip(*streams, strict=True), seed=seed)
+    load = {"conversations": load_conversations, "documents": load_documents}[data.kind]
+    with args.main_process_first(desc=f"reading {data.kind}"):
+        return load(data.path, data.image_dir, data.cache_dir)
+
+
 def _prepare_vlm(recipe: Recipe, make_feedback):
     """Returns the Trainer of a VLM and the function that saves it."""
     from deem_plugin.data.collator import ConversationCollator
-    from deem_plugin.data.conversations import load_conversations
     from deem_plugin.data.document_collator import DocumentCollator
-    from deem_plugin.data.document_files import load_documents
     from deem_plugin.training.model import make_model
     from deem_plugin.training.report import MovementCheck
     from deem_plugin.training.trainer import RecipeTrainer
     from deem_plugin.vision.hosts import find_tower
 
     args, data = recipe.training, recipe.data
-    load, collator = {
-        "conversations": (load_conversations, ConversationCollator),
-        "documents": (load_documents, DocumentCollator),
-    }[data.kind]
-    with args.main_process_first(desc=f"reading {data.kind}"):
-        dataset = load(data.path, data.image_dir, data.cache_dir)
+    dataset = _load_data(recipe)
     model, processor = make_model(recipe.model, recipe.deem)
+    collator = ConversationCollator if data.kind == "conversations" else DocumentCollator
     callback = _feedback_callback(recipe, make_feedback, model, processor)
     base = model.get_base_model() if recipe.model.lora_r else model
     callbacks = [MovementCheck(find_tower(base))] + ([callback] if callback else [])

@@ -1,9 +1,11 @@
 """Recipes of the interleaved model: assembled, trained, gone on with; and gradients however a batch is cut."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+import tarfile
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from deem_plugin.training.run import train
 
 from ..feedback.tiny_generators import save_generator
 from ..models.tiny_deem import language_tokenizer, tiny_language_model, tiny_tower
+from ..tiny import tiny_image
 from .helpers import tiny_overrides
 from .interleaved_step import one_step
 
@@ -153,7 +156,7 @@ def test_the_shipped_stages_run_one_after_another(size, parts, documents, langua
         if stage == "tune":
             overrides.append(f"data.image_dir={parts / 'images'}")
         else:
-            overrides += [f"data.path={documents}", "data.max_length=64"]
+            overrides += [f"data.path={documents}", "data.max_length=64", "data.kind=documents"]
         if stage != "regions":
             overrides += [f"deem.denoiser={generator}", "deem.dtype=float32", "deem.target_size=null"]
 
@@ -169,6 +172,54 @@ def test_the_shipped_stages_run_one_after_another(size, parts, documents, langua
     assert (
         AutoProcessor.from_pretrained(start).image_processor.crop_size.height == model.config.vision_config.image_size
     )
+
+
+def write_shards(folder):
+    """Two shards of MMC4 documents of two pictures each, and two of captioned pictures."""
+    for number in range(2):
+        for kind in ("mmc4", "pairs"):
+            with tarfile.open(folder / f"{kind}-{number}.tar", "w") as tar:
+                for sample in range(4):
+                    name, picture = f"{kind}{number}{sample}", io.BytesIO()
+                    tiny_image(sample).save(picture, format="PNG")
+                    record = {
+                        "text_list": ["one text", "and another"],
+                        "image_info": [
+                            {"image_name": f"{i}.png", "matched_text_index": i, "matched_sim": 0.5} for i in range(2)
+                        ],
+                    }
+                    files = {
+                        "json": json.dumps(record).encode(),
+                        "0.png": picture.getvalue(),
+                        "1.png": picture.getvalue(),
+                    }
+                    if kind == "pairs":
+                        files = {"txt": b"a caption of some length", "png": picture.getvalue()}
+                    for suffix, data in files.items():
+                        info = tarfile.TarInfo(f"{name}.{suffix}")
+                        info.size = len(data)
+                        tar.addfile(info, io.BytesIO(data))
+
+
+def test_a_recipe_streams_shards(parts, language_model, tower, tmp_path):
+    write_shards(tmp_path)
+    data = {"kind": "shards", "interleaved": str(tmp_path / "mmc4-*.tar"), "pairs": str(tmp_path / "pairs-*.tar")}
+    sections = {
+        "model": {"language_model": str(language_model), "vision_tower": f"deem:{tower}"},
+        "data": data,
+        "deem": {"denoiser": str(save_generator(tmp_path / "generator", "sd1"))},
+    }
+    overrides = tiny_overrides(parts, tmp_path / "out", feedback=False) + ["data.image_dir=null"]
+
+    final = train(load_recipe(write_recipe(tmp_path, sections), overrides))
+
+    assert (final / "model.safetensors").is_file()
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert history[1]["step"] == 2 and history[1]["image_loss"] > 0
+    with pytest.raises(ValueError, match="A stream of shards has no length. Set `training.max_steps`"):
+        train(load_recipe(write_recipe(tmp_path, sections), [*overrides, "training.max_steps=-1"]))
+    with pytest.raises(ValueError, match="needs tar files: set `data.interleaved`, `data.pairs`, or both"):
+        load_recipe(write_recipe(tmp_path, sections | {"data": {"kind": "shards"}}))
 
 
 def test_the_7b_recipe_trains_as_many_parameters_as_the_paper():
