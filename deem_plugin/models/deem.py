@@ -334,11 +334,15 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _maps_for_text(self, maps, input_ids, starts):
         """Returns the maps that the language model looks at, arranged by rows, and which token sees which."""
-        start = self.config.image_start_token_id
-        counts = (input_ids == start).sum(1).tolist()
+        start, slot = self.config.image_start_token_id, self.config.image_token_id
         levels = self.config.language_synchroniser.get("num_levels", LANGUAGE_LEVELS)
         chosen = positioned_maps(maps)[-levels:]  # the finest ones cost most and tell a language model least
-        return by_rows(chosen, counts), visible_images(input_ids, starts, start)
+        return by_rows(chosen, self._pictures_by_row(input_ids)), visible_images(input_ids, starts, start, slot)
+
+    def _pictures_by_row(self, input_ids) -> list[int]:
+        """Counts the pictures that each row shows; one that is yet to be drawn has a start, but no slots."""
+        slots = (input_ids == self.config.image_token_id).sum(1)
+        return (slots // self.config.vision_config.num_image_tokens).tolist()
 
     def prepare_inputs_for_generation(
         self, input_ids, pixel_values=None, region_masks=None, is_first_iteration=False, **kwargs
@@ -352,7 +356,7 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
         """Repeats the pictures of a row together, so that those of several rows do not mix under beam search."""
         of_images = {name: kwargs.pop(name, None) for name in ("pixel_values", "region_masks")}
-        counts = (input_ids == self.config.image_start_token_id).sum(1).tolist()
+        counts = self._pictures_by_row(input_ids)
         for name, value in of_images.items():
             if value is not None and expand_size > 1:
                 value = torch.cat([own.repeat(expand_size, 1, 1, 1) for own in torch.split(value, counts)])

@@ -9,7 +9,7 @@ from ..feedback.diffusion_feedback import DiffusionFeedback
 from ..feedback.objectives import unnormalize
 from ..feedback.timesteps import TIMESTEP_SAMPLERS
 from ..vision.grids import positioned_maps, region_to_patches
-from .interleaving import image_places, previous_images, reversed_contexts, row_starts
+from .interleaving import has_picture, image_places, previous_images, reversed_contexts, row_starts
 from .losses import Draws, mean_of_valid
 from .maps import of_previous
 
@@ -180,6 +180,9 @@ def looking_back(model, maps, input_ids, starts, chosen=slice(None), repeats=1):
         return nullcontext()
     rows, places = image_places(input_ids, model.config.image_start_token_id)
     previous = previous_images(rows, places, starts[rows, places])[chosen]
+    # Maps are there of pictures that were read; a start at the end of a prompt has none yet.
+    read = has_picture(input_ids, rows, places, model.config.image_token_id)
+    previous = torch.where((previous >= 0) & read[previous], read.cumsum(0)[previous] - 1, -1)
     before, seen = of_previous(positioned_maps(maps), previous)
     before = [torch.cat([level] * repeats) for level in before]
     return model.unet_synchroniser.attached(model.generator.denoiser.model, before, torch.cat([seen] * repeats))

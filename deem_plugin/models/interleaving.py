@@ -103,19 +103,27 @@ def image_places(input_ids, image_start_token_id):
     return (input_ids == image_start_token_id).nonzero(as_tuple=True)
 
 
-def visible_images(input_ids, starts, image_start_token_id):
+def has_picture(input_ids, rows, places, image_token_id):
+    """Tells of each image start whether slots follow, `(images,)`; a picture that is yet to be drawn has none."""
+    following = (places + 1).clamp(max=input_ids.shape[1] - 1)
+    return (input_ids[rows, following] == image_token_id) & (following > places)
+
+
+def visible_images(input_ids, starts, image_start_token_id, image_token_id):
     """
     Tells which pictures of its row each token can look back at: those of its own document that began before it.
 
     Args:
         input_ids (`torch.Tensor`): Shape `(batch, tokens)`.
         starts (`torch.Tensor`): Where the document of each token begins, see `row_starts`; same shape.
-        image_start_token_id (`int`): Id of the token before the slots of a picture.
+        image_start_token_id, image_token_id (`int`): Ids of the token before the slots of a picture, and of a slot.
 
     Returns:
         `torch.Tensor`: Boolean, shape `(batch, tokens, most images of a row)`.
     """
     rows, places = image_places(input_ids, image_start_token_id)
+    read = has_picture(input_ids, rows, places, image_token_id)
+    rows, places = rows[read], places[read]
     counts = torch.bincount(rows, minlength=len(input_ids))
     first_slots = pad_sequence(torch.split(places + 1, counts.tolist()), batch_first=True, padding_value=-1)
     first_slots = first_slots[:, None, :]  # (batch, 1, images)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from PIL import Image
+from torchvision.transforms.functional import to_tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from deem_plugin.feedback import load_generator
@@ -235,6 +237,37 @@ def test_pictures_depend_on_text_and_seed_alone(generator):
     assert both[1].tobytes() != other[0].tobytes()
     with pytest.raises(ValueError, match=r"Rows \[0\] have no <image_start>"):
         generate_images(model, processor(text=["no picture"], return_tensors="pt"), [1])
+
+
+def test_a_drawing_sees_the_picture_before_it_in_its_own_row(generator):
+    unet = {
+        key: generator.denoiser.model.config[key] for key in ("sample_size", "block_out_channels", "layers_per_block")
+    }
+    model, processor = tiny_deem(**LOOKING, unet_synchroniser={"unet": unet, "inner_dim": 32, "num_heads": 4})
+    model.attach_generator(generator)
+    open_gates(model)
+    with torch.no_grad():
+        for block in (*model.unet_synchroniser.skip_blocks, model.unet_synchroniser.middle_block):
+            torch.nn.init.normal_(block.zero.weight, std=5.0)
+        for adapter in model.vision_tower.encoder.adapters.parameters():
+            torch.nn.init.normal_(adapter)  # beside positions of size one, new adapters would not be seen
+    model.eval()
+    images = [tiny_image(index, size=(64, 64)) for index in range(3)]
+    texts = ["<image>a cat<image_start>", "<image>b<image>and so on<image_start>"]
+
+    together = generate_images(
+        model, processor(text=texts, images=images, padding=True, return_tensors="pt"), [1, 2], steps=2
+    )
+    alone = [
+        generate_images(model, processor(text=[text], images=some, return_tensors="pt"), [seed], steps=2)[0]
+        for text, some, seed in zip(texts, (images[:1], images[1:]), (1, 2), strict=True)
+    ]
+    red = [Image.new("RGB", (64, 64), (255, 0, 0))]
+    other = generate_images(model, processor(text=texts[:1], images=red, return_tensors="pt"), [1], steps=2)[0]
+
+    for one, two in zip(together, alone, strict=True):
+        assert (to_tensor(one) - to_tensor(two)).abs().max() < 0.02
+    assert (to_tensor(other) - to_tensor(alone[0])).abs().max() > 0.02
 
 
 def test_text_and_pictures_come_in_turn_and_are_reproducible(generator, monkeypatch):

@@ -48,10 +48,10 @@ def test_pictures_fill_their_slots_and_the_start_is_added_by_the_embedding(case)
 
 
 def test_a_token_sees_the_pictures_of_its_own_document_that_began_before_it(case):
-    visible = il.visible_images(case["text_ids"], il.latest_places(case["text_ids"], BOS), START)
+    visible = il.visible_images(case["text_ids"], il.latest_places(case["text_ids"], BOS), START, IMAGE)
 
     assert torch.equal(visible.float(), case["cross_attention_mask"])
-    none = il.visible_images(torch.tensor([[BOS, 5, 6]]), torch.zeros(1, 3), START)
+    none = il.visible_images(torch.tensor([[BOS, 5, 6]]), torch.zeros(1, 3), START, IMAGE)
     assert none.shape == (1, 3, 0)
 
 
@@ -84,7 +84,7 @@ def test_left_padding_and_documents_without_a_first_token_begin_with_the_row():
     attention_mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
 
     starts = il.row_starts(input_ids, document_ids=torch.tensor([[-1, -1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1]]))
-    visible = il.visible_images(input_ids, starts, START)
+    visible = il.visible_images(input_ids, starts, START, IMAGE)
     labels = il.make_labels(input_ids, attention_mask, **IDS)
 
     assert starts.tolist() == [[0, 0, 2, 2, 2, 2, 2], [0, 0, 0, 0, 4, 4, 4]]
@@ -96,6 +96,16 @@ def test_left_padding_and_documents_without_a_first_token_begin_with_the_row():
     assert labels[1].tolist() == [7, START, -100, 8, -100, -100, -100]
     with pytest.raises(ValueError, match="3 prompt lengths for 2 rows"):
         il.make_labels(input_ids, attention_mask, **IDS, prompt_lengths=[1, 2, 3])
+
+
+def test_a_picture_that_is_yet_to_be_drawn_is_not_looked_at():
+    input_ids = torch.tensor([[BOS, START, IMAGE, IMAGE, 5, START], [BOS, 6, START, IMAGE, IMAGE, START]])
+    rows, places = il.image_places(input_ids, START)
+
+    assert il.has_picture(input_ids, rows, places, IMAGE).tolist() == [True, False, True, False]
+    visible = il.visible_images(input_ids, torch.zeros_like(input_ids), START, IMAGE)
+    assert visible.shape == (2, 6, 1)
+    assert visible[:, :, 0].tolist() == [[False, False, True, True, True, True], [False] * 3 + [True] * 3]
 
 
 def test_no_picture_gives_empty_places():
