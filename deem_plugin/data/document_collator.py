@@ -6,11 +6,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from deem_plugin.data.collator import IGNORE_INDEX
 from deem_plugin.data.images import load_image
 
 logger = logging.getLogger(__name__)
-
-IGNORE_INDEX = -100
 
 
 class DocumentCollator:
