@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..feedback.denoisers import check_context_dim
 from ..vision.grids import positioned_maps
@@ -29,10 +29,12 @@ NEW_TOKEN_BIAS = -5.0
 HEAD_STD = 1e-3
 # Maps that a language model looks at by default: strides 8, 16 and 32 of a ConvNeXt.
 LANGUAGE_LEVELS = 3
+# What this transformers calls a causal language model's keys and values, in arguments and outputs alike.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 @dataclass
-class DeemOutput(ModelOutput):
+class DeemOutput(CausalLMOutputWithPast):
     """
     Output of [`DeemForConditionalGeneration`].
 
@@ -41,19 +43,16 @@ class DeemOutput(ModelOutput):
         lm_loss, image_loss, feedback_loss (`torch.Tensor`, *optional*):
             Next token (NTP), next image (NIP), same image (CSR); `None` where a loss was not computed.
         logits (`torch.Tensor`): Shape `(batch, tokens, vocabulary)`, the new tokens last.
-        past_key_values (`Cache`, *optional*): For the next step of `generate`.
+        cache (`Cache`, *optional*): For the next step of `generate`; `past_key_values` before transformers 5.24.
         last_hidden_state (`torch.Tensor`): Of the language model, shape `(batch, tokens, hidden_size)`.
         image_tokens (`torch.Tensor`, *optional*): What the tower saw, `(images, queries, tower width)`.
         maps (`dict[str, torch.Tensor]`, *optional*): Its multi-scale maps.
         image_maps (`tuple`, *optional*): The maps as the language model looks at them, for the next step.
     """
 
-    loss: torch.Tensor | None = None
     lm_loss: torch.Tensor | None = None
     image_loss: torch.Tensor | None = None
     feedback_loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: object | None = None
     last_hidden_state: torch.Tensor | None = None
     image_tokens: torch.Tensor | None = None
     maps: dict[str, torch.Tensor] | None = None
@@ -82,7 +81,7 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [CACHE]
 
     def __init__(self, config: DeemConfig, language_model=None, vision_tower=None):
         super().__init__(config)
@@ -201,7 +200,6 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values=None,
         inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         region_masks: torch.Tensor | None = None,
@@ -222,7 +220,7 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Args:
             input_ids (`torch.Tensor`): Shape `(batch, tokens)`. Before its slots a picture has an image start.
             attention_mask (`torch.Tensor`, *optional*): Zero at padding, `(batch, tokens)`.
-            position_ids, past_key_values, inputs_embeds, use_cache, logits_to_keep: As for any causal language model.
+            position_ids, inputs_embeds, use_cache, logits_to_keep: As for any causal language model.
             pixel_values (`torch.Tensor`, *optional*): The pictures in reading order, `(images, 3, size, size)`.
             region_masks (`torch.Tensor`, *optional*):
                 Shape `(images, 1, height, width)`, nonzero where a picture is meant. Patches outside are not seen, and
@@ -244,6 +242,7 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
             generator (`torch.Generator`, *optional*): Source of what is drawn.
             draws (`dict[str, Draws]`, *optional*): Under `"feedback"` and `"image"`, instead of drawing.
             image_maps (`tuple`, *optional*): What an earlier step of `generate` returned under this name.
+            kwargs: The language model's own, its `cache` among them (`past_key_values` before transformers 5.24).
 
         Returns:
             `DeemOutput`: With losses where there are labels. The two denoising losses are computed in training alone,
@@ -275,7 +274,6 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 logits_to_keep=logits_to_keep,
                 output_hidden_states=True,
@@ -285,9 +283,9 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
         kept = hidden[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else hidden[:, logits_to_keep]
         result = DeemOutput(
             logits=torch.cat([outputs.logits[..., : self.config.first_new_token_id], self.new_head(kept)], dim=-1),
-            past_key_values=outputs.past_key_values,
             last_hidden_state=hidden,
             image_maps=image_maps,
+            **{CACHE: getattr(outputs, CACHE)},
         )
         if features is not None:
             result.image_tokens, result.maps = features.last_hidden_state, features.maps
