@@ -11,6 +11,7 @@ from transformers import (
     CLIPImageProcessor,
     CLIPModel,
     CLIPTextConfig,
+    CLIPTextModel,
     CLIPVisionConfig,
     CLIPVisionModel,
     LlamaConfig,
@@ -226,6 +227,28 @@ def tiny_sd_folder(path: str | Path, context_dim: int = 16, prediction_type: str
         requires_safety_checker=False,
     ).save_pretrained(path)
     return Path(path)
+
+
+def tiny_text_encoder(folder: Path, context_dim: int = 16) -> Path:
+    """Adds a tiny CLIP text encoder of eight positions, with a tokenizer, to a generator's folder."""
+    words = ["<pad>", "</s>", "a", "photo", "of", "."]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>").save_pretrained(
+        folder / "tokenizer"
+    )
+    config = CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=context_dim,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=8,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    CLIPTextModel(config).save_pretrained(folder / "text_encoder")
+    return folder
 
 
 def tiny_image(seed: int = 0, size: tuple[int, int] = (IMAGE_SIZE, IMAGE_SIZE)) -> Image.Image:

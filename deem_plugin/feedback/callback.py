@@ -8,16 +8,20 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..vision.hosts import find_tower
+from .anchor import Anchor
 from .checkpoint import FILE_NAME, load_conditioner, save_conditioner
 from .conditioner import Conditioner
 from .config import FeedbackConfig
+from .contrastive import ContrastiveFeedback
 from .denoisers import check_context_dim
 from .diffusion_feedback import DiffusionFeedback
 from .generator import load_generator
 from .hook import FeedbackHook
 from .latent_cache import LatentCache, fingerprint
+from .prompts import prompt_states
 from .timesteps import TIMESTEP_SAMPLERS
 from .views import TokenReading
+from .weighting import LOSS_WEIGHTINGS
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +43,8 @@ class DiffusionFeedbackCallback(TrainerCallback):
         config (`FeedbackConfig`): The settings.
         generator (`Generator`, *optional*): The frozen generator; loaded from `config.denoiser` by default.
         feedback (`Callable`, *optional*):
-            `(latents, context, *, generator) -> (images,)` with an attribute `context_dim`; a [`DiffusionFeedback`]
-            on the generator's denoiser by default.
+            `(latents, context, *, generator) -> (images,)` with an attribute `context_dim`; by default what the
+            `objective` of the config names, on the generator's denoiser.
 
     Example:
 
@@ -86,11 +90,14 @@ class DiffusionFeedbackCallback(TrainerCallback):
             return
         base = _without_peft(model)
         tower = find_tower(base)
-        if not any(parameter.requires_grad for parameter in tower.parameters()):
+        if self.config.conditioner_only:
+            tower.requires_grad_(False)
+        elif not any(parameter.requires_grad for parameter in tower.parameters()):
             raise ValueError(
                 f"The vision tower ({type(tower).__name__}) is frozen: all its parameters have requires_grad=False, "
                 f"so that there is nothing to feed back to. Unfreeze it (`tower.requires_grad_(True)`, or no `freeze` "
-                f"pattern on it in the recipe), put LoRA on it, or leave the feedback out."
+                f"pattern on it in the recipe), put LoRA on it, or leave the feedback out. To train the conditioner "
+                f"alone, set `conditioner_only`."
             )
         mean, std = normalization(self.config, processing_class)
         if self.generator is None:
@@ -98,15 +105,23 @@ class DiffusionFeedbackCallback(TrainerCallback):
         if self.config.latent_cache is not None:
             self.generator.latent_cache = LatentCache(self.config.latent_cache, fingerprint(self.generator))
         if self.feedback is None:
-            sampler = TIMESTEP_SAMPLERS[self.config.timestep_sampling]
-            self.feedback = DiffusionFeedback(self.generator.denoiser, sampler)
+            self.feedback = make_objective(self.config, self.generator.denoiser)
 
         reading = TokenReading.of(base.config)
         self.model = base
         self._add_conditioner(base, tower, reading)
         self.hook = FeedbackHook(
-            lambda: self.conditioner, self.feedback, self.generator, reading, mean, std, self.config.in_eval
+            lambda: self.conditioner,
+            self.feedback,
+            self.generator,
+            reading,
+            mean,
+            std,
+            self.config,
+            Anchor(tower) if self.config.anchor_weight else None,
         )
+        if self.config.conditioner is not None:
+            self.start_from(self.config.conditioner)
         # First among the hooks, so that it runs before FSDP reshards the tower.
         tower.register_forward_hook(self.hook, prepend=True, with_kwargs=True)
         base.register_forward_pre_hook(self._take_targets, with_kwargs=True)
@@ -115,19 +130,28 @@ class DiffusionFeedbackCallback(TrainerCallback):
         config = self.config
         # A tower that resamples already gives the very queries that the language model reads.
         resampled = getattr(tower.config, "num_queries", 0) > 0
-        anchor = next(tower.parameters())
+        of_tower = next(tower.parameters())
+        pooled_only = config.condition == "cls"
+        prompt = None
+        if config.prompt is not None:
+            prompt = prompt_states(config.denoiser, config.prompt, self.feedback.context_dim)
         # The Trainer's own random numbers stay as they would be without the feedback.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             conditioner = Conditioner(
-                tower.config.hidden_size * max(1, len(reading.layers)),
+                tower.config.hidden_size * (1 if pooled_only else max(1, len(reading.layers))),
                 self.feedback.context_dim,
-                num_queries=0 if resampled else config.num_queries,
+                num_queries=config.num_queries if config.condition == "queries" and not resampled else 0,
                 resampler_dim=config.resampler_dim,
                 resampler_layers=config.resampler_layers,
                 resampler_heads=config.resampler_heads,
+                mlp=pooled_only,
+                vector_dim=getattr(self.feedback, "vector_dim", 0) if pooled_only else 0,
+                prompt_tokens=0 if prompt is None else len(prompt),
             )
-        base.add_module(CONDITIONER_NAME, conditioner.to(device=anchor.device, dtype=anchor.dtype))
+        if prompt is not None:
+            conditioner.prompt_states.copy_(prompt)
+        base.add_module(CONDITIONER_NAME, conditioner.to(device=of_tower.device, dtype=of_tower.dtype))
         # It trains and resumes with the model, yet a saved VLM holds no key that its own class does not know.
         if isinstance(base, PreTrainedModel):
             names = {f"{CONDITIONER_NAME}.{name}" for name in conditioner.state_dict()}
@@ -191,6 +215,8 @@ class DiffusionFeedbackCallback(TrainerCallback):
         if not args.deepspeed and not args.fsdp:
             self._check_optimizer(optimizer)
         self.generator.to(args.device)
+        if self.hook.anchor is not None:
+            self.hook.anchor.to(args.device)
         if state.global_step > 0 and self._resume_from is None:
             folder = args.resume_from_checkpoint
             if not isinstance(folder, str | os.PathLike):
@@ -233,6 +259,8 @@ class DiffusionFeedbackCallback(TrainerCallback):
         values = {}
         if "loss" in logs and (value := self.hook.train_loss.take(args.device)) is not None:
             values["feedback_loss"] = value
+        if "loss" in logs and (value := self.hook.anchor_loss.take(args.device)) is not None:
+            values["anchor_loss"] = value
         if self.config.in_eval and "eval_loss" in logs:
             if (value := self.hook.eval_loss.take(args.device)) is not None:
                 values["eval_feedback_loss"] = value
@@ -253,6 +281,14 @@ class DiffusionFeedbackCallback(TrainerCallback):
         """Writes the conditioner to the output folder, where `trainer.save_model()` puts the model."""
         save_conditioner(self.conditioner, self.config, args.output_dir, write=args.should_save)
         self.hook.scale = 0.0
+
+
+def make_objective(config, denoiser):
+    """Returns the feedback that `config.objective` names, on a frozen denoiser."""
+    sampler = TIMESTEP_SAMPLERS[config.timestep_sampling]
+    if config.objective == "contrastive":
+        return ContrastiveFeedback(denoiser, sampler, config.num_negatives, official_defects=config.official_defects)
+    return DiffusionFeedback(denoiser, sampler, config.draws_per_image, LOSS_WEIGHTINGS[config.loss_weighting])
 
 
 def normalization(config, processing_class):

@@ -11,17 +11,31 @@ class Conditioner(nn.Module):
     Makes the denoiser's context of a picture's visual tokens.
 
     Patch tokens, as a stock VLM has them, go through a small perceiver resampler and a linear head. Queries that a
-    DEEM tower has resampled already go through the head alone; it is the `proj_i` of the official code.
+    DEEM tower has resampled already go through the head alone; it is the `proj_i` of the official code. A pooled
+    vector goes through a small MLP instead, and a second one makes the vector by which some denoisers are modulated
+    (GenHancer, https://arxiv.org/abs/2503.19480; DCR, https://arxiv.org/abs/2603.04803).
 
     Args:
         input_dim (`int`): Width of the visual tokens.
         context_dim (`int`): Width of the denoiser's context.
         num_queries (`int`, *optional*, defaults to `0`): Queries of the resampler; `0` for the head alone.
         resampler_dim, resampler_layers, resampler_heads (`int`, *optional*): Shape of the resampler.
+        mlp (`bool`, *optional*, defaults to `False`): Whether the head is an MLP.
+        vector_dim (`int`, *optional*, defaults to `0`): Width of the denoiser's vector; `0` for none.
+        prompt_tokens (`int`, *optional*, defaults to `0`): Length of `prompt_states`; `0` for none.
     """
 
     def __init__(
-        self, input_dim, context_dim, num_queries=0, resampler_dim=768, resampler_layers=2, resampler_heads=12
+        self,
+        input_dim,
+        context_dim,
+        num_queries=0,
+        resampler_dim=768,
+        resampler_layers=2,
+        resampler_heads=12,
+        mlp=False,
+        vector_dim=0,
+        prompt_tokens=0,
     ):
         super().__init__()
         self.arguments = {
@@ -31,6 +45,9 @@ class Conditioner(nn.Module):
             "resampler_dim": resampler_dim,
             "resampler_layers": resampler_layers,
             "resampler_heads": resampler_heads,
+            "mlp": mlp,
+            "vector_dim": vector_dim,
+            "prompt_tokens": prompt_tokens,
         }
         self.resampler = None
         if num_queries:
@@ -41,15 +58,23 @@ class Conditioner(nn.Module):
                 num_layers=resampler_layers,
                 num_heads=resampler_heads,
             )
-        self.head = nn.Linear(resampler_dim if num_queries else input_dim, context_dim)
-        # As in the official code: the condition starts near zero, so that the first feedback is a whisper.
-        nn.init.normal_(self.head.weight, std=1e-3)
-        nn.init.zeros_(self.head.bias)
+        width = resampler_dim if num_queries else input_dim
+        if mlp:
+            self.head = _mlp(width, context_dim)
+        else:
+            self.head = nn.Linear(width, context_dim)
+            # As in the official code: the condition starts near zero, so that the first feedback is a whisper.
+            nn.init.normal_(self.head.weight, std=1e-3)
+            nn.init.zeros_(self.head.bias)
+        self.vector_head = _mlp(input_dim, vector_dim) if vector_dim else None
+        # States of a text that never changes, to which the visual tokens are added. They are saved with the weights,
+        # so that nobody needs the text encoder again.
+        self.register_buffer("prompt_states", torch.zeros(prompt_tokens, context_dim) if prompt_tokens else None)
 
     @property
     def dtype(self) -> torch.dtype:
         """Precision of the weights."""
-        return self.head.weight.dtype
+        return next(self.parameters()).dtype
 
     def forward(self, tokens, token_mask=None):
         """
@@ -62,11 +87,30 @@ class Conditioner(nn.Module):
             `torch.Tensor`: Context, shape `(batch, queries, context_dim)`.
         """
         tokens = tokens.to(self.dtype)
-        if self.resampler is None:
-            if token_mask is not None and not token_mask.all():
-                raise ValueError(
-                    "The pictures of this batch have different numbers of visual tokens, and the conditioner has no "
-                    "resampler that could even them out. Set `feedback.num_queries` above 0."
-                )
-            return self.head(tokens)
-        return self.head(self.resampler(tokens, token_mask))
+        if self.resampler is not None:
+            tokens = self.resampler(tokens, token_mask)
+        elif token_mask is not None and not token_mask.all():
+            raise ValueError(
+                "The pictures of this batch have different numbers of visual tokens, and the conditioner has no "
+                "resampler that could even them out. Set `feedback.num_queries` above 0 and `feedback.condition: "
+                "queries`."
+            )
+        context = self.head(tokens)
+        return context if self.prompt_states is None else self._with_prompt(context)
+
+    def vector(self, tokens):
+        """Returns what modulates the denoiser, made of the tokens' mean, `(batch, vector_dim)`; or None."""
+        return None if self.vector_head is None else self.vector_head(tokens.to(self.dtype).mean(dim=1))
+
+    def _with_prompt(self, context):
+        """Adds the states of the prompt: by position, or, where the numbers of tokens differ, their mean (DIVA)."""
+        states = self.prompt_states
+        if context.shape[1] not in (1, len(states)):
+            states = states.mean(dim=0, keepdim=True)
+        return context + states
+
+
+def _mlp(input_dim, output_dim):
+    return nn.Sequential(
+        nn.LayerNorm(input_dim), nn.Linear(input_dim, output_dim), nn.GELU(), nn.Linear(output_dim, output_dim)
+    )

@@ -4,6 +4,9 @@ from dataclasses import dataclass, field
 
 WEIGHT_SCHEDULES = ("constant", "linear")
 TIMESTEP_SAMPLINGS = ("shrink", "uniform", "logit_normal", "stratified")
+LOSS_WEIGHTINGS = ("uniform", "min_snr", "cosmap")
+CONDITIONS = ("queries", "patches", "cls", "cls+patches")
+OBJECTIVES = ("mse", "contrastive")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -29,9 +32,26 @@ class FeedbackConfig:
             Computes the feedback at every `every`-th optimizer step only. The weight is not scaled up for it.
         timestep_sampling (`str`, *optional*, defaults to `"shrink"`):
             One of `shrink`, `uniform`, `logit_normal`, `stratified` (see `deem_plugin.feedback.timesteps`).
+        loss_weighting (`str`, *optional*, defaults to `"uniform"`):
+            How much the error counts at each timestep: `uniform`, `min_snr` (DDPM) or `cosmap` (flow), see
+            `deem_plugin.feedback.weighting`.
+        draws_per_image (`int`, *optional*, defaults to `1`):
+            Noises and timesteps drawn for each picture, whose errors are averaged.
+        objective (`str`, *optional*, defaults to `"mse"`):
+            `mse`, the denoising error, or `contrastive`, DCR's loss against the conditions of other pictures.
+        num_negatives (`int`, *optional*):
+            Of `contrastive`: other pictures that each one is held against; by default all of the micro-batch.
+        condition (`str`, *optional*, defaults to `"queries"`):
+            What the generator is shown: `queries` (the tokens that the language model reads, resampled), `patches`
+            (each of them), `cls` (the tower's pooled vector alone), `cls+patches`. See
+            `deem_plugin.feedback.conditions`.
+        num_patches (`int`, *optional*):
+            Of `cls+patches`: patches drawn at random for each picture; by default all.
+        prompt (`str`, *optional*):
+            A fixed text, to whose states from the generator's own text encoder the visual tokens are added.
         num_queries (`int`, *optional*, defaults to `77`):
-            Context tokens that the conditioner makes of the visual tokens. A tower that resamples already (the DEEM
-            preset) gives its own queries and ignores this.
+            Of `queries`: context tokens that the conditioner makes of the visual tokens. A tower that resamples
+            already (the DEEM preset) gives its own queries and ignores this.
         resampler_dim (`int`, *optional*, defaults to `768`):
             Width of the conditioner's resampler.
         resampler_layers (`int`, *optional*, defaults to `2`):
@@ -42,6 +62,16 @@ class FeedbackConfig:
             Precision in which the frozen denoiser is held: `float32`, `bfloat16` or `float16`.
         latent_cache (`str`, *optional*):
             Folder that `deem cache-latents` has filled. Pictures are then looked up there and never encoded.
+        anchor_weight (`float`, *optional*, defaults to `0.0`):
+            Factor on the distance to the tower as it was when the run began, relative to the feedback loss (both are
+            multiplied by `weight`). Holds a copy of the tower.
+        conditioner_only (`bool`, *optional*, defaults to `False`):
+            Freezes the tower and trains the conditioner alone: the first of GenHancer's and DCR's two stages.
+        conditioner (`str`, *optional*):
+            Folder with the `feedback.safetensors` to start from; by default that of the model, if it has one.
+        official_defects (`bool`, *optional*, defaults to `False`):
+            Reproduces what the code of the objective's paper does wrong (`contrastive`: see
+            `deem_plugin.feedback.contrastive` and `deem_plugin.feedback.second_view`).
         in_eval (`bool`, *optional*, defaults to `False`):
             Whether evaluation computes and logs `eval_feedback_loss` too.
         image_mean (`list[float]`, *optional*), image_std (`list[float]`, *optional*):
@@ -56,12 +86,23 @@ class FeedbackConfig:
     warmup_steps: int = field(default=0, metadata={"help": "Length of the linear ramp, in optimizer steps."})
     every: int = field(default=1, metadata={"help": "Compute the feedback at every k-th optimizer step only."})
     timestep_sampling: str = field(default="shrink", metadata={"help": f"One of {', '.join(TIMESTEP_SAMPLINGS)}."})
+    loss_weighting: str = field(default="uniform", metadata={"help": f"One of {', '.join(LOSS_WEIGHTINGS)}."})
+    draws_per_image: int = field(default=1, metadata={"help": "Noises and timesteps drawn for each picture."})
+    objective: str = field(default="mse", metadata={"help": f"One of {', '.join(OBJECTIVES)}."})
+    num_negatives: int | None = field(default=None, metadata={"help": "Other pictures that each is held against."})
+    condition: str = field(default="queries", metadata={"help": f"One of {', '.join(CONDITIONS)}."})
+    num_patches: int | None = field(default=None, metadata={"help": "Random patches of `cls+patches`."})
+    prompt: str | None = field(default=None, metadata={"help": "A fixed text that the visual tokens are added to."})
     num_queries: int = field(default=77, metadata={"help": "Context tokens made of the visual tokens."})
     resampler_dim: int = field(default=768, metadata={"help": "Width of the conditioner's resampler."})
     resampler_layers: int = field(default=2, metadata={"help": "Layers of the conditioner's resampler."})
     resampler_heads: int = field(default=12, metadata={"help": "Attention heads of the conditioner's resampler."})
     dtype: str = field(default="float32", metadata={"help": f"Precision of the denoiser: {', '.join(DTYPES)}."})
     latent_cache: str | None = field(default=None, metadata={"help": "Folder that `deem cache-latents` has filled."})
+    anchor_weight: float = field(default=0.0, metadata={"help": "Factor on the distance to the tower as it was."})
+    conditioner_only: bool = field(default=False, metadata={"help": "Train the conditioner on a frozen tower."})
+    conditioner: str | None = field(default=None, metadata={"help": "Folder of the conditioner to start from."})
+    official_defects: bool = field(default=False, metadata={"help": "Reproduce the defects of the published code."})
     in_eval: bool = field(default=False, metadata={"help": "Compute and log `eval_feedback_loss` in evaluation."})
     image_mean: list[float] | None = field(default=None, metadata={"help": "Mean of `pixel_values` (RGB)."})
     image_std: list[float] | None = field(default=None, metadata={"help": "Standard deviation of `pixel_values`."})
@@ -70,11 +111,17 @@ class FeedbackConfig:
     def __post_init__(self):
         if self.weight < 0:
             raise ValueError(f"`weight` must be zero or positive, got {self.weight}.")
-        if self.every < 1:
-            raise ValueError(f"`every` must be at least 1, got {self.every}.")
+        if self.anchor_weight < 0:
+            raise ValueError(f"`anchor_weight` must be zero or positive, got {self.anchor_weight}.")
+        for name in ("every", "draws_per_image", "num_patches", "num_negatives"):
+            if (given := getattr(self, name)) is not None and given < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {given}.")
         for name, choices in (
             ("weight_schedule", WEIGHT_SCHEDULES),
             ("timestep_sampling", TIMESTEP_SAMPLINGS),
+            ("loss_weighting", LOSS_WEIGHTINGS),
+            ("condition", CONDITIONS),
+            ("objective", OBJECTIVES),
             ("dtype", DTYPES),
         ):
             if (given := getattr(self, name)) not in choices:
@@ -84,6 +131,23 @@ class FeedbackConfig:
                 f"`weight_schedule: linear` needs `warmup_steps` of at least 1, got {self.warmup_steps}. "
                 f"Set the ramp's length in optimizer steps, or use `weight_schedule: constant`."
             )
+        for name, owner, value in (
+            ("num_patches", "condition", "cls+patches"),
+            ("num_negatives", "objective", "contrastive"),
+            ("official_defects", "objective", "contrastive"),
+        ):
+            if getattr(self, name) and getattr(self, owner) != value:
+                raise ValueError(
+                    f"`{name}` belongs to `{owner}: {value}`, and `{owner}` is {getattr(self, owner)!r}. Leave "
+                    f"`{name}` out or set `{owner}: {value}`."
+                )
+        if self.objective == "contrastive" and (self.draws_per_image > 1 or self.loss_weighting != "uniform"):
+            raise ValueError(
+                "`objective: contrastive` draws once an image and weighs all timesteps alike. Leave `draws_per_image` "
+                "and `loss_weighting` out, or set `objective: mse`."
+            )
+        if self.conditioner_only and self.anchor_weight:
+            raise ValueError("A frozen tower cannot drift: leave `anchor_weight` out where `conditioner_only` is set.")
         if self.resampler_dim % self.resampler_heads:
             raise ValueError(
                 f"`resampler_dim` ({self.resampler_dim}) must be a multiple of `resampler_heads` "
@@ -91,6 +155,11 @@ class FeedbackConfig:
             )
         if (self.image_mean is None) != (self.image_std is None):
             raise ValueError("Give both `image_mean` and `image_std`, or neither (then the processor's are used).")
+
+    @property
+    def reads_pooled(self) -> bool:
+        """Whether the generator is shown the tower's pooled vector."""
+        return self.condition in ("cls", "cls+patches")
 
     def weight_at(self, step: int) -> float:
         """Returns the factor on the feedback loss at optimizer step `step` (from 0); 0 when the step is left out."""

@@ -2,8 +2,10 @@
 
 import torch
 
+from .conditions import condition_tokens
 from .injection import Injection
-from .objectives import unnormalize
+from .objectives import normalize, unnormalize
+from .second_view import augment, augment_as_published
 from .views import call_arguments, image_views
 
 
@@ -44,32 +46,60 @@ class FeedbackHook:
         generator (`Generator`): Encodes pictures to latents.
         reading (`TokenReading`): Which of the tower's outputs the VLM reads.
         mean, std (`Sequence[float]`): Normalisation of `pixel_values`.
-        in_eval (`bool`): Whether the feedback is also computed (not sent back) in evaluation.
+        config (`FeedbackConfig`): Which tokens the generator is shown, and whether evaluation shows them too.
+        anchor (`Anchor`, *optional*): What the tower should not move away from.
     """
 
-    def __init__(self, conditioner, feedback, generator, reading, mean, std, in_eval=False):
+    def __init__(self, conditioner, feedback, generator, reading, mean, std, config, anchor=None):
         self.conditioner = conditioner
         self.feedback = feedback
         self.generator = generator
         self.reading = reading
         self.mean, self.std = mean, std
-        self.in_eval = in_eval
+        self.config = config
+        self.anchor = anchor
         # What the training loop sets before each step.
         self.scale = 0.0
         self.seed = 0
         # `target_pixel_values` of the batch, put here before the model runs and taken by the next call of the tower.
         self.target_pixel_values = None
-        self.train_loss, self.eval_loss = RunningMean(), RunningMean()
+        self.train_loss, self.eval_loss, self.anchor_loss = RunningMean(), RunningMean(), RunningMean()
         self.pending: list[Injection] = []
 
-    def per_image_loss(self, views):
-        """Returns the feedback of each image of `views`, `(images,)`, with fresh noise."""
-        tokens, mask = views.padded_tokens()
-        rng = torch.Generator(device=tokens.device).manual_seed(self.seed)
+    def per_image_loss(self, views, look_again=None):
+        """
+        Returns the feedback of each image of `views`, `(images,)`, with fresh noise.
+
+        Args:
+            views (`ImageViews`): What the tower gave.
+            look_again (`Callable`, *optional*): `(pixel_values) -> ImageViews`: the tower on other pictures.
+        """
+        device = views.tokens[0].device
+        rng = torch.Generator(device=device).manual_seed(self.seed)
         self.seed += 1  # another micro-batch, other noise
         with torch.no_grad():
-            latents = self.generator.to(tokens.device).encode(self._pictures(views), generator=rng)
-        return self.feedback(latents, self.conditioner()(tokens, mask), generator=rng)
+            latents = self.generator.to(device).encode(self._pictures(views), generator=rng)
+        context, vector = self._condition(views, rng)
+        extra = {} if vector is None else {"vector": vector}
+        if getattr(self.feedback, "second_view", False):
+            extra["second_view"] = self._condition(look_again(self._augmented(views, rng)), rng)
+        return self.feedback(latents, context, generator=rng, **extra)
+
+    def _condition(self, views, rng):
+        """Returns context and vector of the images."""
+        # A sample of the patches is the training's; evaluation sees them all.
+        num_patches = self.config.num_patches if torch.is_grad_enabled() else None
+        tokens, mask = condition_tokens(views, self.config.condition, num_patches, rng)
+        conditioner = self.conditioner()
+        return conditioner(tokens, mask), conditioner.vector(tokens)
+
+    def _augmented(self, views, rng):
+        """Returns `pixel_values` of an augmented view of each image."""
+        pixel_values = torch.stack(views.pictures)
+        if self.config.official_defects:
+            return augment_as_published(pixel_values, rng)
+        pictures = augment(unnormalize(pixel_values, self.mean, self.std), rng)
+        return normalize(pictures, self.mean, self.std).to(pixel_values.dtype)
 
     def _pictures(self, views):
         """Returns what the generator must restore, `(images, 3, height, width)` in [0, 1]."""
@@ -94,15 +124,26 @@ class FeedbackHook:
         if training and self.scale == 0.0:
             return output
         # TRL also runs training batches without gradients, for its metrics: they are no evaluation.
-        if not training and (tower.training or not self.in_eval):
+        if not training and (tower.training or not self.config.in_eval):
             return output
 
-        views = image_views(call_arguments(tower, args, kwargs), output, self.reading)
-        loss = self.per_image_loss(views).mean()
+        inputs = call_arguments(tower, args, kwargs)
+        views = image_views(inputs, output, self.reading)
+
+        def look_again(pixel_values):
+            again = {**inputs, "pixel_values": pixel_values}
+            # `forward`, not a call: this hook is not to be run for it.
+            return image_views(again, tower.forward(**again), self.reading)
+
+        loss = self.per_image_loss(views, look_again).mean()
         if not training:
             self.eval_loss.add(loss)
             return output
         self.train_loss.add(loss)
+        if self.anchor is not None:
+            distance = self.anchor.distance(views, inputs, lambda *call: image_views(*call, self.reading)).mean()
+            self.anchor_loss.add(distance)
+            loss = loss + self.config.anchor_weight * distance
         injection = Injection(loss, self.scale)
         self.pending.append(injection)
         # The VLM reads one of these; whichever its backward pass reaches first carries the gradient.

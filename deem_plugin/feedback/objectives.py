@@ -61,6 +61,13 @@ def squared_error(prediction, target):
     return F.mse_loss(prediction.float(), target.float(), reduction="none")
 
 
+def normalize(pictures, mean, std):
+    """Undoes [`unnormalize`]: pictures `(batch, 3, height, width)` in [0, 1] to `pixel_values`, float32."""
+    mean = torch.as_tensor(mean, device=pictures.device, dtype=torch.float32).view(-1, 1, 1)
+    std = torch.as_tensor(std, device=pictures.device, dtype=torch.float32).view(-1, 1, 1)
+    return (pictures.float() - mean) / std
+
+
 def unnormalize(pixel_values, mean, std):
     """
     Turns a processor's `pixel_values` back into a picture in [0, 1].

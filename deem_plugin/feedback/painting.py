@@ -6,13 +6,14 @@ import torch
 
 
 @torch.no_grad()
-def paint(generator, context, *, steps=50, scheduler=None, guidance=1.0, null_context=None, rng=None):
+def paint(generator, context, *, vector=None, steps=50, scheduler=None, guidance=1.0, null_context=None, rng=None):
     """
     Paints pictures from context alone, starting at pure noise.
 
     Args:
         generator (`Generator`): The frozen generator.
         context (`torch.Tensor`): Shape `(batch, tokens, context_dim)`.
+        vector (`torch.Tensor`, *optional*): What modulates the denoiser, `(batch, vector_dim)`, where one does.
         steps (`int`, *optional*, defaults to `50`): Denoising steps.
         scheduler (`SchedulerMixin`, *optional*):
             A scheduler of diffusers for the generator's kind of process; by default DDIM
@@ -42,6 +43,9 @@ def paint(generator, context, *, steps=50, scheduler=None, guidance=1.0, null_co
     latents = randn_tensor(shape, generator=rng, device=context.device)
     latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
     contexts = context if guidance == 1.0 else torch.cat([null_context.to(context).expand_as(context), context])
+    vectors = vector
+    if vector is not None and guidance != 1.0:
+        vectors = torch.cat([torch.zeros_like(vector), vector])
     options = _options_of_step(scheduler, rng)
     for timestep in scheduler.timesteps:
         inputs = latents
@@ -49,7 +53,7 @@ def paint(generator, context, *, steps=50, scheduler=None, guidance=1.0, null_co
             inputs = scheduler.scale_model_input(latents, timestep)
         if guidance != 1.0:
             inputs = torch.cat([inputs, inputs])
-        prediction = denoiser.at_times(inputs, timestep.expand(len(inputs)), contexts).float()
+        prediction = denoiser.at_times(inputs, timestep.expand(len(inputs)), contexts, vectors).float()
         if guidance != 1.0:
             without, given = prediction.chunk(2)
             prediction = without + guidance * (given - without)

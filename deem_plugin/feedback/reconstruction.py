@@ -5,31 +5,35 @@ from pathlib import Path
 import torch
 
 from .checkpoint import load_conditioner
+from .conditions import condition_tokens
 from .generator import load_generator
 from .objectives import unnormalize
 from .painting import paint
-from .views import TokenReading
+from .views import TokenReading, image_views
 
 
 @torch.no_grad()
-def picture_context(model, conditioner, pixel_values):
+def picture_condition(model, conditioner, pixel_values, condition="queries"):
     """
-    Returns the context that a VLM's tower and a conditioner make of pictures.
+    Returns the condition that a VLM's tower and a conditioner make of pictures.
 
     Args:
         model (`PreTrainedModel`): The VLM.
         conditioner (`Conditioner`): As trained beside it.
         pixel_values (`torch.Tensor`): Shape `(batch, 3, height, width)`, normalised by the VLM's processor.
+        condition (`str`, *optional*, defaults to `"queries"`): What it was trained to show, see `FeedbackConfig`.
 
     Returns:
-        `torch.Tensor`: Shape `(batch, queries, context_dim)`.
+        `tuple`: The context, shape `(batch, queries, context_dim)`, and the vector `(batch, vector_dim)` or None.
     """
     from ..vision.hosts import find_tower
 
     reading = TokenReading.of(model.config)
     tower = find_tower(model)
-    output = tower(pixel_values.to(tower.dtype), output_hidden_states=bool(reading.layers))
-    return conditioner(reading.select(output))
+    inputs = {"pixel_values": pixel_values.to(tower.dtype)}
+    output = tower(**inputs, output_hidden_states=bool(reading.layers))
+    tokens, mask = condition_tokens(image_views(inputs, output, reading), condition)
+    return conditioner(tokens, mask), conditioner.vector(tokens)
 
 
 def reconstruct_files(checkpoint, image_files, out, denoiser=None, steps=50):
@@ -56,8 +60,8 @@ def reconstruct_files(checkpoint, image_files, out, denoiser=None, steps=50):
     images = [Image.open(file).convert("RGB") for file in image_files]
     pixel_values = image_processor(images, return_tensors="pt")["pixel_values"]
 
-    context = picture_context(model, conditioner, pixel_values)
-    painted = paint(generator, context, steps=steps, rng=torch.Generator().manual_seed(0))
+    context, vector = picture_condition(model, conditioner, pixel_values, settings["condition"])
+    painted = paint(generator, context, vector=vector, steps=steps, rng=torch.Generator().manual_seed(0))
     seen = generator.resize(unnormalize(pixel_values, image_processor.image_mean, image_processor.image_std))
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     save_image(torch.cat([seen, painted]), out, nrow=len(images), padding=1, pad_value=1.0)

@@ -101,8 +101,6 @@ class ModelArguments:
             )
         if self.vision_tower is None and self.vision_pretrained is not None:
             raise ValueError(TOWER_ONLY.format(name="vision_pretrained"))
-        if self.encoder is not None and self.lora_r:
-            raise ValueError("LoRA is for VLMs; an encoder alone (`model.encoder`) trains in full. Set `lora_r: 0`.")
 
 
 @dataclass

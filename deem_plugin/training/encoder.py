@@ -6,12 +6,13 @@ from deem_plugin.training.arguments import ModelArguments
 from deem_plugin.training.parts import freeze_unused
 
 
-def load_encoder(arguments: ModelArguments):
+def load_encoder(arguments: ModelArguments, reads_pooled: bool = False):
     """
     Loads the encoder of a recipe.
 
     Args:
         arguments (`ModelArguments`): The recipe's section `model`, with `encoder` set.
+        reads_pooled (`bool`, *optional*, defaults to `False`): As in [`vision_part`].
 
     Returns:
         `tuple[PreTrainedModel, PreTrainedModel, BaseImageProcessor]`: What the checkpoint holds (a whole CLIP with
@@ -27,18 +28,28 @@ def load_encoder(arguments: ModelArguments):
         options["attn_implementation"] = arguments.attn_implementation
     whole = AutoModel.from_pretrained(arguments.encoder, **options)
     # CLIP and SigLIP: the text tower stays as it is and is kept, so that zero-shot evaluation remains possible.
-    tower = vision_part(whole)
+    tower = vision_part(whole, reads_pooled)
     return whole, tower, AutoImageProcessor.from_pretrained(arguments.encoder)
 
 
-def vision_part(whole):
-    """Returns the vision encoder of what [`load_encoder`] loads; what the feedback does not read of it is frozen."""
+def vision_part(whole, reads_pooled: bool = False):
+    """
+    Returns the vision encoder of what [`load_encoder`] loads; what the feedback does not read of it is frozen.
+
+    Args:
+        whole (`PreTrainedModel`): The encoder, or a model with one and a text tower.
+        reads_pooled (`bool`, *optional*, defaults to `False`): Whether the feedback reads the pooled vector too.
+    """
     tower = whole.vision_model if hasattr(whole.config, "vision_config") else whole
     size = tower.config.image_size
     with torch.enable_grad():
         blank = torch.zeros(1, 3, size, size, dtype=tower.dtype, device=tower.device)
-        # CLIP's last norm, for example, serves the pooled vector only, which the feedback does not read.
-        freeze_unused(tower.named_parameters(), tower(pixel_values=blank).last_hidden_state)
+        output = tower(pixel_values=blank)
+        features = output.last_hidden_state.flatten()
+        if reads_pooled and output.pooler_output is not None:
+            features = torch.cat([features, output.pooler_output.flatten()])
+        # CLIP's last norm, for example, serves the pooled vector only.
+        freeze_unused(tower.named_parameters(), features)
     return tower
 
 

@@ -138,7 +138,7 @@ def _feedback_callback(recipe: Recipe, make_feedback, model, processing_class):
     callback.attach(model, processing_class)
     # A later stage goes on with the conditioner of the stage before, or its first steps would only learn that again.
     start = recipe.model.model or recipe.model.encoder
-    if start and (Path(start) / FILE_NAME).is_file():
+    if config.conditioner is None and start and (Path(start) / FILE_NAME).is_file():
         callback.start_from(start)
         logger.info("The conditioner of the feedback goes on from %s.", Path(start) / FILE_NAME)
     return callback
@@ -216,6 +216,7 @@ def _prepare_encoder(recipe: Recipe, make_feedback):
     from deem_plugin.data.collator import ImageCollator
     from deem_plugin.data.images import load_image_folder
     from deem_plugin.training.encoder import load_encoder, save_encoder
+    from deem_plugin.training.model import add_lora
     from deem_plugin.training.parts import freeze
     from deem_plugin.training.report import MovementCheck
     from deem_plugin.training.trainer import EncoderTrainer
@@ -223,11 +224,12 @@ def _prepare_encoder(recipe: Recipe, make_feedback):
     args, data = recipe.training, recipe.data
     with args.main_process_first(desc="listing images"):
         dataset = load_image_folder(data.path, data.cache_dir)
-    whole, tower, image_processor = load_encoder(recipe.model)
-    freeze(tower, recipe.model.freeze)
-    callback = _feedback_callback(recipe, make_feedback, tower, image_processor)
+    whole, tower, image_processor = load_encoder(recipe.model, recipe.feedback.reads_pooled)
+    model = add_lora(tower, recipe.model) if recipe.model.lora_r else tower
+    freeze(model, recipe.model.freeze)
+    callback = _feedback_callback(recipe, make_feedback, model, image_processor)
     trainer = EncoderTrainer(
-        model=tower,
+        model=model,
         args=args,
         train_dataset=dataset,
         data_collator=ImageCollator(image_processor),
@@ -237,8 +239,11 @@ def _prepare_encoder(recipe: Recipe, make_feedback):
     )
 
     def save(folder: str):
-        """Saves the encoder in its own class, and the conditioner."""
+        """Saves the encoder in its own class, with LoRA merged in, and the conditioner."""
         if args.should_save:
+            if recipe.model.lora_r:
+                model.save_pretrained(os.path.join(folder, "adapter"))
+                model.merge_and_unload()
             save_encoder(whole, image_processor, folder)
         _move_conditioner(args, folder)
 

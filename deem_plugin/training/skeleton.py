@@ -52,7 +52,10 @@ def build_skeleton(recipe: Recipe) -> Skeleton:
     """
     arguments, notes = recipe.model, []
     if arguments.encoder is not None:
-        model = tower = vision_part(_from_config(AutoModel, arguments.encoder, "model.encoder", arguments))
+        whole = _from_config(AutoModel, arguments.encoder, "model.encoder", arguments)
+        model = tower = vision_part(whole, recipe.feedback is not None and recipe.feedback.reads_pooled)
+        if arguments.lora_r:
+            model = add_lora(model, arguments)
         freeze(tower, arguments.freeze)
         image_tokens = 0
     else:
@@ -153,8 +156,10 @@ def _attach_feedback(recipe: Recipe, model):
         return None, None
     generator = load_generator(recipe.feedback.denoiser, recipe.feedback.dtype, weights=False)
     # The processor may be missing, and whatever the normalisation is, the work is the same.
-    # A cache is known by the VAE's weights, and there are none: the plan counts the run without its cache.
-    config = replace(recipe.feedback, image_mean=[0.0] * 3, image_std=[1.0] * 3, latent_cache=None)
+    # A cache is known by the weights of the VAE, and there are none: the plan counts the run without. A prompt and
+    # the values that a conditioner starts from change no count.
+    unplanned = {"latent_cache": None, "prompt": None, "conditioner": None}
+    config = replace(recipe.feedback, image_mean=[0.0] * 3, image_std=[1.0] * 3, **unplanned)
     callback = DiffusionFeedbackCallback(config, generator)
     callback.attach(model)
     return generator, callback.hook

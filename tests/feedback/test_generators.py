@@ -68,7 +68,7 @@ def test_a_perfect_prediction_costs_nothing(generator, latents, monkeypatch):
     denoiser = generator.denoiser
     noise, timesteps = torch.randn_like(latents), torch.tensor([9, 799])
     perfect = denoiser.target(latents, noise, timesteps)
-    monkeypatch.setattr(denoiser, "_predict", lambda noisy, times, context: perfect)
+    monkeypatch.setattr(denoiser, "_predict", lambda noisy, times, context, *vector: perfect)
 
     loss = DiffusionFeedback(denoiser)(latents, torch.zeros(2, 5, CONTEXT_DIM), timesteps=timesteps, noise=noise)
 
@@ -171,7 +171,7 @@ def test_a_flow_that_predicts_perfectly_is_painted_to_the_very_latents(tmp_path,
     denoiser = generator.denoiser
     latents = torch.randn(1, 4, denoiser.sample_size, denoiser.sample_size)
 
-    def perfect(noisy, times, context):
+    def perfect(noisy, times, context, vector=None):
         """(x - x0) / sigma is noise - x0; the sampler's times are 1000 sigma."""
         return (noisy - latents) / (times.view(-1, 1, 1, 1) / 1000)
 
@@ -207,10 +207,36 @@ def test_a_network_that_reads_more_than_noisy_latents_is_refused(tmp_path):
 def test_sdxl_is_told_the_size_of_the_picture_in_pixels(tmp_path):
     denoiser = load_generator(save_generator(tmp_path, "sdxl")).denoiser
 
-    conditions = denoiser._size_conditions(torch.randn(2, 4, SIZE, SIZE))
+    told = []
+    forward = denoiser.model.forward
+    denoiser.model.forward = lambda *args, **kwargs: (
+        told.append(kwargs["added_cond_kwargs"]),
+        forward(*args, **kwargs),
+    )[1]
+    inputs = torch.randn(2, 4, SIZE, SIZE), torch.tensor([1, 2]), torch.randn(2, 5, CONTEXT_DIM)
 
-    assert conditions["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]] * 2
-    assert conditions["text_embeds"].shape == (2, 12) and not conditions["text_embeds"].any()
+    denoiser(*inputs)
+    denoiser(*inputs, torch.ones(2, 12))
+
+    assert told[0]["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]] * 2
+    assert told[0]["text_embeds"].shape == (2, 12) and not told[0]["text_embeds"].any()
+    assert told[1]["text_embeds"].all()
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux-dev", "sdxl"])
+def test_a_vector_modulates_the_networks_that_take_one_and_is_refused_by_the_others(name, tmp_path):
+    denoiser = load_generator(save_generator(tmp_path / name, name)).denoiser
+    sd1 = load_generator(save_generator(tmp_path / "sd1", "sd1")).denoiser
+    inputs = torch.randn(2, denoiser.channels, SIZE, SIZE), torch.tensor([100, 900]), torch.randn(2, 5, CONTEXT_DIM)
+    vector = torch.randn(2, denoiser.vector_dim, requires_grad=True)
+
+    prediction = denoiser(*inputs, vector)
+    prediction.square().mean().backward()
+
+    assert vector.grad.abs().sum(dim=1).min() > 0
+    assert not torch.allclose(prediction, denoiser(*inputs))
+    with pytest.raises(ValueError, match="nothing modulates a UNet2DConditionModel.*Leave `vector` out"):
+        sd1(torch.randn(2, 4, SIZE, SIZE), inputs[1], inputs[2], vector)
 
 
 def test_the_refiner_of_sdxl_is_refused(tmp_path):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ..tiny import tiny_full_clip, tiny_image, tiny_llama, tiny_llava, tiny_sd_folder
+from ..tiny import tiny_full_clip, tiny_image, tiny_llama, tiny_llava, tiny_sd_folder, tiny_text_encoder
 
 
 @pytest.fixture(scope="session")
@@ -15,7 +15,7 @@ def parts(tmp_path_factory) -> Path:
     tiny_llava(folder / "llava")
     tiny_llama(folder / "llama")
     tiny_full_clip(folder / "clip")
-    tiny_sd_folder(folder / "sd")
+    tiny_text_encoder(tiny_sd_folder(folder / "sd"))
     (folder / "images").mkdir()
     records = []
     for index in range(16):

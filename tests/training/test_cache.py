@@ -21,7 +21,7 @@ def recipe(parts, out, **settings):
 def encoder_recipe(parts, out, **settings):
     """The recipe of an encoder alone, on all sixteen pictures."""
     stand_ins = {"model__encoder": parts / "clip", "data__path": parts / "images"}
-    return load_recipe("clip-feedback", tiny_overrides(parts, out, **stand_ins, **settings))
+    return load_recipe("deem", tiny_overrides(parts, out, **stand_ins, **settings))
 
 
 def losses(out):

@@ -31,7 +31,7 @@ RECIPES = {
     "lora": ("llava-1.5-7b-feedback-lora", {"model__model": "llava", "model__lora_r": 2}, True),
     "mounted": ("tiny-tune", {"model__model": "llava", "model__vision_tower": "deem:{clip}"}, True),
     "align": ("llava-1.5-7b-align", {"model__language_model": "llama", "model__vision_tower": "deem:{clip}"}, False),
-    "encoder": ("clip-feedback", {"model__encoder": "clip"}, True),
+    "encoder": ("deem", {"model__encoder": "clip"}, True),
 }
 
 

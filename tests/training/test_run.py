@@ -16,20 +16,26 @@ from .helpers import tiny_overrides
 # What each shipped recipe needs beside the tiny parts in general.
 STAND_INS = {
     "llava-1.5-7b-align": {"model__language_model": "llama", "model__vision_tower": "deem:{parts}/clip"},
-    "clip-feedback": {"model__encoder": "clip", "data__path": "images"},
 }
+# Recipes that train an encoder alone; the later stage of two has no earlier one to start from here.
+ENCODERS = ("deem", "diva", "diva-faithful", "dcr-align", "dcr", "dcr-faithful", "genhancer", "genhancer-faithful")
 WITHOUT_FEEDBACK = ("llava-1.5-7b-align", "llava-1.5-7b-baseline")
 
 
 # The model that a recipe starts from, where it is no LLaVA.
-START = {"clip-feedback": "clip"}
+START = {"deem": "clip"}
 
 
 def recipe_for(name, parts, out, **settings):
     """Loads a shipped recipe with tiny parts in place of the big ones."""
     stand_ins = {}
-    for key, value in STAND_INS.get(name, {"model__model": "llava"}).items():
+    start = {"model__encoder": "clip", "data__path": "images"} if name in ENCODERS else {"model__model": "llava"}
+    for key, value in STAND_INS.get(name, start).items():
         stand_ins[key] = value.format(parts=parts) if "{" in value else parts / value
+    if name in ENCODERS:
+        settings = {"feedback__conditioner": "null", **settings}
+        if name.startswith("diva"):
+            settings["feedback__num_patches"] = 7  # with the class token as many as the tiny text encoder's states
     if name.endswith("-lora"):
         stand_ins |= {"model__lora_r": 2, "model__lora_alpha": 4}
     overrides = tiny_overrides(parts, out, name not in WITHOUT_FEEDBACK, **{**stand_ins, **settings})
@@ -63,7 +69,7 @@ def test_every_shipped_recipe_runs_for_two_steps(name, parts, tmp_path):
     assert len(losses(tmp_path, "feedback_loss")) == (2 if fed else 0)
     assert (final / "feedback.safetensors").is_file() is fed
     assert not any("feedback" in key or "denoiser" in key for key in weights(final))
-    if name == "clip-feedback":
+    if name in ENCODERS:
         return
     model, info = AutoModelForImageTextToText.from_pretrained(final, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
@@ -113,7 +119,7 @@ def test_a_mounted_tower_comes_back_with_the_model(parts, tmp_path):
 
 def test_an_encoder_keeps_its_class_and_its_text_tower(parts, tmp_path):
     # Plain SGD's bounded steps would be too small to see in two of them.
-    recipe = recipe_for("clip-feedback", parts, tmp_path, training__learning_rate=1.0)
+    recipe = recipe_for("deem", parts, tmp_path, training__learning_rate=1.0)
     final = train(recipe)
 
     model = AutoModel.from_pretrained(final)
@@ -127,7 +133,7 @@ def test_an_encoder_keeps_its_class_and_its_text_tower(parts, tmp_path):
 def test_an_encoder_without_feedback_is_an_error(parts, tmp_path):
     overrides = tiny_overrides(parts, tmp_path, model__encoder=parts / "clip") + ["feedback=null"]
     with pytest.raises(ValueError, match="learns from the feedback only"):
-        train(load_recipe("clip-feedback", overrides))
+        train(load_recipe("deem", overrides))
 
 
 def test_parts_train_at_their_own_learning_rates(parts, tmp_path):
@@ -208,7 +214,7 @@ class Interrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("name", ["tiny-tune", "clip-feedback", "llava-1.5-7b-feedback-lora"])
+@pytest.mark.parametrize("name", ["tiny-tune", "deem", "llava-1.5-7b-feedback-lora"])
 def test_resuming_gives_the_weights_of_an_uninterrupted_run(parts, tmp_path, name, monkeypatch):
     settings = {"training__save_strategy": "steps", "training__save_steps": 2, "training__max_steps": 4}
     whole = train(recipe_for(name, parts, tmp_path / "one", **settings))
@@ -267,3 +273,14 @@ def test_without_feedback_the_data_and_the_new_weights_are_the_same(parts, tmp_p
 
     one, two = weights(fed), weights(plain)
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_an_encoder_with_lora_is_saved_merged_and_keeps_its_text_tower(parts, tmp_path):
+    before = weights(parts / "clip")
+
+    final = train(recipe_for("dcr", parts, tmp_path, training__learning_rate=0.1, feedback__prompt="null"))
+
+    after = weights(final)
+    assert set(before) == set(after) and (final / "adapter" / "adapter_model.safetensors").is_file()
+    assert changed(before, after, "vision_model.encoder")
+    assert not changed(before, after, "text_model") and not changed(before, after, "embedding")

@@ -35,6 +35,11 @@ class Denoiser(ABC):
         """Width of the context tokens that the network attends to."""
 
     @property
+    def vector_dim(self) -> int:
+        """Width of the pooled text embedding that modulates the network; 0 if it takes none."""
+        return 0
+
+    @property
     def sample_size(self) -> int:
         """Height and width of the latents that the network was trained on, in cells."""
         return self.model.config.sample_size
@@ -62,7 +67,7 @@ class Denoiser(ABC):
         self.model.to(device)
         return self
 
-    def __call__(self, noisy_latents, timesteps, context):
+    def __call__(self, noisy_latents, timesteps, context, vector=None):
         """
         Predicts the target.
 
@@ -70,23 +75,30 @@ class Denoiser(ABC):
             noisy_latents (`torch.Tensor`): Shape `(batch, channels, height, width)`.
             timesteps (`torch.Tensor`): Integers, shape `(batch,)`.
             context (`torch.Tensor`): Shape `(batch, tokens, context_dim)`; gradients flow back to it.
+            vector (`torch.Tensor`, *optional*):
+                In place of the pooled text embedding, shape `(batch, vector_dim)`; neutral without it.
 
         Returns:
             `torch.Tensor`: Shape of `noisy_latents`.
         """
-        return self.at_times(noisy_latents, self.process.times(timesteps), context)
+        return self.at_times(noisy_latents, self.process.times(timesteps), context, vector)
 
-    def at_times(self, noisy_latents, times, context):
+    def at_times(self, noisy_latents, times, context, vector=None):
         """As a call, at `times` as a diffusers scheduler counts them while it samples: (0, T], not only integers."""
         dtype = self.model.dtype
+        if self.vector_dim:
+            vector = noisy_latents.new_zeros(len(noisy_latents), self.vector_dim) if vector is None else vector
+            return self._predict(noisy_latents.to(dtype), times, context.to(dtype), vector.to(dtype))
+        if vector is not None:
+            raise ValueError(
+                f"Got a vector of shape {tuple(vector.shape)}, but nothing modulates a {type(self.model).__name__}: "
+                f"it reads its context only. Leave `vector` out."
+            )
         return self._predict(noisy_latents.to(dtype), times, context.to(dtype))
 
     @abstractmethod
-    def _predict(self, noisy_latents, times, context): ...
-
-    def _zeros(self, latents, width):
-        """Returns the neutral value of a pooled text embedding, shape `(batch, width)`."""
-        return latents.new_zeros(len(latents), width)
+    def _predict(self, noisy_latents, times, context, *vector):
+        """As [`at_times`], all of the network's dtype; `vector` where `vector_dim` is not 0."""
 
     def _picture_size(self, latents):
         """Returns height and width of the picture in pixels, shape `(batch, 2)`."""

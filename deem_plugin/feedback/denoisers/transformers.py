@@ -33,7 +33,7 @@ class SD3Denoiser(FlowDenoiser):
     """
     Stable Diffusion 3 and 3.5 (`SD3Transformer2DModel`, https://arxiv.org/abs/2403.03206).
 
-    The pooled text embedding is zeros, which it met in training wherever its CLIP encoders were dropped.
+    Without a vector the pooled text embedding is zeros, as wherever its CLIP encoders were dropped in training.
     """
 
     @property
@@ -41,10 +41,14 @@ class SD3Denoiser(FlowDenoiser):
         """Width of the joint-attention text states: 4096."""
         return self.model.config.joint_attention_dim
 
-    def _predict(self, noisy_latents, times, context):
-        pooled = self._zeros(noisy_latents, self.model.config.pooled_projection_dim)
+    @property
+    def vector_dim(self) -> int:
+        """Width of the pooled CLIP embeddings: 2048."""
+        return self.model.config.pooled_projection_dim
+
+    def _predict(self, noisy_latents, times, context, vector):
         return self.model(
-            noisy_latents, encoder_hidden_states=context, pooled_projections=pooled, timestep=times
+            noisy_latents, encoder_hidden_states=context, pooled_projections=vector, timestep=times
         ).sample
 
 
@@ -64,14 +68,19 @@ class FluxDenoiser(FlowDenoiser):
     """
     FLUX.1 dev and schnell (`FluxTransformer2DModel`): tokens of 2 x 2 latent cells, positions beside them.
 
-    The pooled CLIP embedding is zeros. Dev, whose guidance was distilled into an input, is told 1: no guidance, the
-    scale at which the velocity of the data is the right answer.
+    Without a vector the pooled CLIP embedding is zeros. Dev, whose guidance was distilled into an input, is told 1: no
+    guidance, the scale at which the velocity of the data is the right answer.
     """
 
     @property
     def context_dim(self) -> int:
         """Width of the T5 states that the transformer projects: 4096."""
         return self.model.config.joint_attention_dim
+
+    @property
+    def vector_dim(self) -> int:
+        """Width of the pooled CLIP embedding: 768."""
+        return self.model.config.pooled_projection_dim
 
     @property
     def sample_size(self) -> int:
@@ -83,7 +92,7 @@ class FluxDenoiser(FlowDenoiser):
         """Channels of the unpacked latents: 16."""
         return self.model.config.in_channels // 4
 
-    def _predict(self, noisy_latents, times, context):
+    def _predict(self, noisy_latents, times, context, vector):
         height, width = noisy_latents.shape[-2:]
         guidance = None
         if self.model.config.guidance_embeds:
@@ -91,7 +100,7 @@ class FluxDenoiser(FlowDenoiser):
         prediction = self.model(
             pack(noisy_latents),
             encoder_hidden_states=context,
-            pooled_projections=self._zeros(noisy_latents, self.model.config.pooled_projection_dim),
+            pooled_projections=vector,
             timestep=self._sigma(times),  # the network multiplies by 1000 itself
             img_ids=self._positions(height // 2, width // 2, context),
             txt_ids=context.new_zeros(context.shape[1], 3),

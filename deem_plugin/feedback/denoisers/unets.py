@@ -34,17 +34,20 @@ class UNetDenoiser(Denoiser):
         """Width of the text states that the UNet was trained on: 768 (SD 1.x), 1024 (SD 2.x) or 2048 (XL)."""
         return self.model.config.cross_attention_dim
 
-    def _predict(self, noisy_latents, times, context):
-        conditions = None
-        if self.model.config.addition_embed_type == "text_time":
-            conditions = self._size_conditions(noisy_latents)
-        return self.model(noisy_latents, times, encoder_hidden_states=context, added_cond_kwargs=conditions).sample
-
-    def _size_conditions(self, latents):
+    @property
+    def vector_dim(self) -> int:
+        """Width of XL's pooled text embedding, 1280; 0 for 1.x and 2.x."""
         config = self.model.config
-        width = config.projection_class_embeddings_input_dim - SDXL_TIME_IDS * config.addition_time_embed_dim
-        size = self._picture_size(latents)
-        return {
-            "text_embeds": self._zeros(latents, width),
-            "time_ids": torch.cat([size, torch.zeros_like(size), size], dim=1),
-        }
+        if config.addition_embed_type is None:
+            return 0
+        return config.projection_class_embeddings_input_dim - SDXL_TIME_IDS * config.addition_time_embed_dim
+
+    def _predict(self, noisy_latents, times, context, vector=None):
+        conditions = None
+        if vector is not None:
+            size = self._picture_size(noisy_latents)
+            conditions = {
+                "text_embeds": vector,
+                "time_ids": torch.cat([size, torch.zeros_like(size), size], dim=1),
+            }
+        return self.model(noisy_latents, times, encoder_hidden_states=context, added_cond_kwargs=conditions).sample

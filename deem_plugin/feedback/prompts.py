@@ -1,0 +1,48 @@
+"""The states of a fixed text, to which methods made for text-to-image generators add the visual tokens."""
+
+import torch
+
+
+@torch.no_grad()
+def prompt_states(path_or_id, prompt, context_dim):
+    """
+    Returns what a generator's own text encoder says of a prompt.
+
+    The encoder is loaded, asked once and forgotten: a constant needs no network.
+
+    Args:
+        path_or_id (`str`): The generator's folder or hub id, of Stable Diffusion 1.x or 2.x.
+        prompt (`str`): The text; `""` is the empty one.
+        context_dim (`int`): Width of the generator's context.
+
+    Returns:
+        `torch.Tensor`: Shape `(77, context_dim)`, float32.
+
+    Raises:
+        ValueError: If the generator has no such text encoder.
+    """
+    from transformers import AutoTokenizer, CLIPTextModel
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path_or_id, subfolder="tokenizer")
+        encoder = CLIPTextModel.from_pretrained(path_or_id, subfolder="text_encoder", use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`feedback.prompt` needs the generator's own text encoder, and `{path_or_id}` has no CLIP `text_encoder` "
+            f"with a `tokenizer` that can be loaded ({error}). Leave `prompt` out, or give the whole folder of a "
+            f"Stable Diffusion."
+        ) from error
+    width = encoder.config.hidden_size
+    if width != context_dim:
+        raise ValueError(
+            f"The text encoder of `{path_or_id}` gives states of width {width}, but the denoiser attends to width "
+            f"{context_dim}: it reads more than one encoder. Leave `feedback.prompt` out for this generator."
+        )
+    inputs = tokenizer(
+        prompt,
+        padding="max_length",
+        max_length=encoder.config.max_position_embeddings,
+        truncation=True,
+        return_tensors="pt",
+    )
+    return encoder.eval()(inputs.input_ids).last_hidden_state[0].float()
