@@ -182,7 +182,13 @@ def _demo(arguments) -> int:
         return interleaved(arguments.out / "interleaved", fast=arguments.fast)
     from .demo.run import main
 
-    return main(arguments.out, seeds=arguments.seeds, controls=arguments.controls, fast=arguments.fast)
+    return main(
+        arguments.out,
+        seeds=arguments.seeds,
+        controls=arguments.controls,
+        fast=arguments.fast,
+        methods=arguments.methods,
+    )
 
 
 def _lmms_tasks_dir(arguments) -> int:
@@ -312,9 +318,11 @@ def _add_demo(commands) -> None:
     demo = commands.add_parser("demo", help="train a small VLM with and without feedback and compare them")
     demo.add_argument("--out", type=Path, default=Path("out/demo"))
     demo.add_argument("--seeds", type=int, default=1, help="pairs of runs")
-    demo.add_argument("--controls", action="store_true", help="also the arms that keep the claim honest")
     demo.add_argument("--fast", action="store_true", help="a few steps of everything, to see that it runs")
-    demo.add_argument("--interleaved", action="store_true", help="the paper's three stages in small, instead")
+    what = demo.add_mutually_exclusive_group()
+    what.add_argument("--controls", action="store_true", help="also the arms that keep the claim honest")
+    what.add_argument("--methods", action="store_true", help="instead DEEM, DIVA, DCR, GenHancer, ROSS on one budget")
+    what.add_argument("--interleaved", action="store_true", help="instead the paper's three stages in small")
     demo.set_defaults(run=_demo)
 
 

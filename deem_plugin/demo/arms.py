@@ -30,12 +30,14 @@ class Arm:
         title (`str`): How the report calls it.
         feedback (`bool`): Whether the recipes' feedback is on.
         control (`str`, *optional*): Key of `controls.CONTROLS`: what replaces the diffusion feedback.
+        method (`str`, *optional*): Key of `methods.METHODS`: whose feedback it is; the demo's own without it.
         step_factor (`float`): Factor on the recipes' steps.
     """
 
     title: str
     feedback: bool = True
     control: str | None = None
+    method: str | None = None
     step_factor: float = 1.0
 
 
@@ -48,6 +50,17 @@ CONTROL_ARMS = {
     "another-image": Arm("feedback toward another image", control="another-image"),
     "pixel-decoder": Arm("pixel decoder, no diffusion", control="pixel-decoder"),
 }
+METHOD_ARMS = {
+    name: Arm(title, method=name)
+    for name, title in (
+        ("deem", "DEEM"),
+        ("diva", "DIVA"),
+        ("dcr", "DCR"),
+        ("genhancer", "GenHancer"),
+        ("ross", "ROSS"),
+    )
+}
+ALL_ARMS = ARMS | CONTROL_ARMS | METHOD_ARMS
 
 
 @dataclass(frozen=True)
@@ -75,9 +88,17 @@ def train_arm(folder: Path, name: str, settings: Settings) -> Path:
 
     from .controls import CONTROLS
     from .generator import shipped_generator
+    from .methods import method_overrides, train_first_stage
 
-    arm = {**ARMS, **CONTROL_ARMS}[name]
-    checkpoint = folder / START
+    arm = ALL_ARMS[name]
+    checkpoint = start = folder / START
+    chosen = [f"feedback.denoiser={shipped_generator()}"] if arm.feedback else ["feedback=null"]
+    if arm.method is not None:
+        _announce("first stage")
+        chosen += method_overrides(arm.method)
+        chosen += train_first_stage(
+            arm.method, folder / name, start, shipped_generator(), settings.seed, settings.fast
+        )
     for index, (stage, data) in enumerate(zip(STAGES, ("captions.json", "questions.json"), strict=True)):
         overrides = [
             f"model.model={checkpoint}",
@@ -86,8 +107,9 @@ def train_arm(folder: Path, name: str, settings: Settings) -> Path:
             f"training.output_dir={folder / name / stage}",
             f"training.seed={settings.seed}",
         ]
-        overrides.append(f"feedback.denoiser={shipped_generator()}" if arm.feedback else "feedback=null")
-        recipe = load_recipe(stage, overrides)
+        recipe = load_recipe(stage, overrides + chosen)
+        if index and recipe.feedback is not None:
+            recipe.feedback.conditioner = None  # the second stage goes on with that of the first
         steps = settings.steps[index] if settings.steps else recipe.training.max_steps
         if settings.fast:
             recipe.training.logging_steps = 1
@@ -113,7 +135,8 @@ def run_arm(folder: Path, name: str):
     from deem_plugin.feedback.generator import load_generator
 
     from .generator import load_code, shipped_generator
-    from .probes import look_into
+    from .models import load_names
+    from .probes import look_into, zero_shot
     from .sets import probe_scenes
 
     checkpoint = folder / START
@@ -127,7 +150,12 @@ def run_arm(folder: Path, name: str):
     generator, code = load_generator(str(shipped_generator())), load_code(shipped_generator())
     report = look_into(model, processor, generator, code, scenes, pictures)
     save_file({"painted": report.reconstructions}, folder / name / PAINTED_FILE)
-    tokens = {"probes": report.probes, "denoising_error": report.denoising_error}
+    names = load_names(folder / START, model.model.vision_tower.config.encoder_dim)
+    tokens = {
+        "probes": report.probes,
+        "denoising_error": report.denoising_error,
+        "zero_shot": zero_shot(model, processor, names, scenes, pictures),
+    }
     (folder / name / TOKENS_FILE).write_text(json.dumps(tokens), encoding="utf-8")
 
 

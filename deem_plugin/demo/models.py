@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import nn
 from tqdm.auto import tqdm
@@ -53,6 +54,10 @@ CHAT_TEMPLATE = (
     "{{ '</s>' if message['role'] == 'assistant' else ' ' }}"
     "{% endfor %}"
 )
+
+# Beside the start: the tower by itself, for methods that train an encoder first, and what its zero-shot answers need.
+TOWER_FOLDER = "tower"
+NAMES_FILE = "shape_names.safetensors"
 
 PRETRAINING_STEPS = 100
 PRETRAINING_BATCH = 48
@@ -126,7 +131,28 @@ def build_tower() -> DeemVisionTower:
     )
 
 
-def pretrain_tower(tower: DeemVisionTower, pixels: torch.Tensor, scenes: Scenes, seed: int, steps: int) -> float:
+class ShapeNames(nn.Module):
+    """
+    The text side of the tower's contrastive pretraining: one vector a shape, and a head on the mean of the patches.
+
+    Args:
+        encoder_dim (`int`): Width of the patches.
+    """
+
+    def __init__(self, encoder_dim: int):
+        super().__init__()
+        self.names = nn.Embedding(len(SHAPES), WIDTH)
+        self.head = nn.Linear(encoder_dim, WIDTH)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """Returns how well each name fits, `(pictures, shapes)`, of patches `(pictures, patches, encoder_dim)`."""
+        vectors = F.normalize(self.head(patches.mean(dim=1)), dim=1)
+        return vectors @ F.normalize(self.names.weight, dim=1).T / PRETRAINING_TEMPERATURE
+
+
+def pretrain_tower(
+    tower: DeemVisionTower, pixels: torch.Tensor, scenes: Scenes, seed: int, steps: int
+) -> tuple[ShapeNames, float]:
     """
     Teaches the encoder the names of shapes by contrast, in place.
 
@@ -138,27 +164,23 @@ def pretrain_tower(tower: DeemVisionTower, pixels: torch.Tensor, scenes: Scenes,
         steps (`int`): Optimizer steps.
 
     Returns:
-        `float`: The last batch's loss.
+        `tuple[ShapeNames, float]`: The names as learned, and the last batch's loss.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        names = nn.Embedding(len(SHAPES), WIDTH)
-        head = nn.Linear(tower.config.encoder_dim, WIDTH)
-    trained = nn.ModuleList([tower.encoder, names, head])
+        names = ShapeNames(tower.config.encoder_dim)
+    trained = nn.ModuleList([tower.encoder, names])
     optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-3, weight_decay=0.05)
     loss = torch.zeros(())
     for _ in tqdm(range(steps), desc="shape names", dynamic_ncols=True):
         chosen = torch.randint(len(scenes), (PRETRAINING_BATCH,), generator=generator)
-        patches = tower.encoder(pixels[chosen]).tokens.patches
-        vectors = F.normalize(head(patches.mean(dim=1)), dim=1)
-        logits = vectors @ F.normalize(names.weight, dim=1).T / PRETRAINING_TEMPERATURE
-        loss = F.cross_entropy(logits, scenes.shape[chosen])
+        loss = F.cross_entropy(names(tower.encoder(pixels[chosen]).tokens.patches), scenes.shape[chosen])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     optimizer.zero_grad()
-    return loss.item()
+    return names, loss.item()
 
 
 def build_vlm(seed: int):
@@ -183,7 +205,18 @@ def save_start(out: str | Path, scenes: Scenes, pictures: torch.Tensor, seed: in
     model, processor = build_vlm(seed)
     tower = model.model.vision_tower
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (tower.config.image_mean, tower.config.image_std))
-    pretrain_tower(tower, (pictures - mean) / std, scenes, seed, steps)
+    names, _ = pretrain_tower(tower, (pictures - mean) / std, scenes, seed, steps)
+    out = Path(out)
     model.save_pretrained(out)
     processor.save_pretrained(out)
-    return Path(out)
+    tower.save_pretrained(out / TOWER_FOLDER)
+    processor.image_processor.save_pretrained(out / TOWER_FOLDER)
+    save_file(names.state_dict(), out / NAMES_FILE)
+    return out
+
+
+def load_names(start: str | Path, encoder_dim: int) -> ShapeNames:
+    """Returns the shape names that a start was pretrained with."""
+    names = ShapeNames(encoder_dim)
+    names.load_state_dict(load_file(Path(start) / NAMES_FILE))
+    return names.eval()

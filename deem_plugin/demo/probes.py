@@ -52,6 +52,25 @@ def visual_tokens(model, processor, pictures: torch.Tensor, batch_size: int = 10
     return torch.cat([tower((part - mean) / std).last_hidden_state for part in pictures.split(batch_size)])
 
 
+@torch.no_grad()
+def zero_shot(model, processor, names, scenes: Scenes, pictures: torch.Tensor, batch_size: int = 100) -> float:
+    """
+    Returns how often the name that the encoder was pretrained with still fits the shape best: what it has retained.
+
+    Args:
+        model, processor: The VLM.
+        names (`ShapeNames`): The text side of the pretraining, unchanged since.
+        scenes (`Scenes`), pictures (`torch.Tensor`): Held-out scenes; pictures in [0, 1].
+    """
+    tower = find_tower(model).eval()
+    image_processor = processor.image_processor
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (image_processor.image_mean, image_processor.image_std))
+    guesses = [
+        names(tower.encoder((part - mean) / std).tokens.patches).argmax(dim=1) for part in pictures.split(batch_size)
+    ]
+    return (torch.cat(guesses) == scenes.shape).double().mean().item()
+
+
 def standardized(tokens: torch.Tensor, fitted: int) -> torch.Tensor:
     """Returns tokens as one row a picture, with mean 0 and standard deviation 1 over the first `fitted` rows."""
     values = tokens.flatten(1)

@@ -3,11 +3,10 @@
 import json
 from pathlib import Path
 
-import numpy as np
-
 from .arms import COMPARE_FOLDER, RESULTS_FOLDER, SETTINGS_FILE, STAGES, START, TASKS, TOKENS_FILE, Arm
 from .figures import draw_losses, draw_reconstructions, draw_scores
 from .scores import HEADLINES, Metric, read_metrics
+from .tables import cell, difference_cell, mean, table
 
 MAIN_ARM, BASELINE = "feedback", "no-feedback"
 
@@ -33,7 +32,8 @@ TOKENS = """\
 Linear probes on frozen tokens of held-out scenes: accuracy for shape (chance 0.13) and background texture (0.25), R2
 for position and size. *Before* is the tower that the arms of seed 0 start from. *Denoising error* is that of the
 generator when its condition is read from the tokens by one more linear probe: the lower, the more of the picture is in
-the tokens. The pictures are what it then expects to see before it is shown anything."""
+the tokens. *Zero-shot shape* is what the encoder retains of its pretraining: how often the vector that it learned for
+a shape's name then still fits best. The pictures are what it then expects to see before it is shown anything."""
 COMMANDS = """\
 The arm with feedback by hand; the other one has `feedback=null` in place of the generator:
 
@@ -102,44 +102,15 @@ def _read(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _mean(values: list[float]) -> float:
-    return float(np.mean(values))
-
-
-def _standard_error(values: list[float]) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
-
-
-def _cell(seeds: list[Metric]) -> str:
-    """Renders one score: with its interval for one seed, with its standard error over seeds for several."""
-    if len(seeds) == 1:
-        low, high = seeds[0].interval()
-        return f"{seeds[0].value:.3f} [{low:.3f}, {high:.3f}]"
-    values = [seed.value for seed in seeds]
-    return f"{_mean(values):.3f} ({_standard_error(values):.3f})"
-
-
-def _difference_cell(ours: list[Metric], others: list[Metric]) -> str:
-    differences = [a.value - b.value for a, b in zip(ours, others, strict=True)]
-    if len(differences) == 1:
-        low, high = ours[0].interval(others[0])
-        return f"{differences[0]:+.3f} [{low:+.3f}, {high:+.3f}]"
-    return f"{_mean(differences):+.3f} ({_standard_error(differences):.3f})"
-
-
 def _scores_table(metrics: list[dict[str, dict[str, Metric]]], arms: dict[str, Arm]) -> str:
     header = ["score", *(arm.title for arm in arms.values()), "feedback - no feedback"]
     rows = []
     for metric in metrics[0][BASELINE]:
         by_arm = {name: [seed[name][metric] for seed in metrics] for name in arms}
         title = f"**{metric}**" if metric in HEADLINES else metric
-        cells = [_cell(by_arm[name]) for name in arms]
-        rows.append([title, *cells, _difference_cell(by_arm[MAIN_ARM], by_arm[BASELINE])])
-    return _table(header, rows)
+        cells = [cell(by_arm[name]) for name in arms]
+        rows.append([title, *cells, difference_cell(by_arm[MAIN_ARM], by_arm[BASELINE])])
+    return table(header, rows)
 
 
 def _verdicts(metrics: list[dict[str, dict[str, Metric]]], arms: dict[str, Arm]) -> str:
@@ -154,18 +125,20 @@ def _verdicts(metrics: list[dict[str, dict[str, Metric]]], arms: dict[str, Arm])
             wins = sum(difference > 0 for difference in differences)
             holds = "every seed" if wins == len(differences) else f"{wins} of {len(differences)} seeds"
             by_seed = ", ".join(f"{difference:+.3f}" for difference in differences)
-            rows.append([metric, f"feedback - {arm.title}", _difference_cell(ours, others), by_seed, holds])
-    return _table(["score", "comparison", "difference", "by seed", "feedback ahead on"], rows)
+            rows.append([metric, f"feedback - {arm.title}", difference_cell(ours, others), by_seed, holds])
+    return table(["score", "comparison", "difference", "by seed", "feedback ahead on"], rows)
 
 
 def _tokens_table(tokens: list[dict[str, dict]], start: dict, arms: dict[str, Arm]) -> str:
     rows = []
     for probe in start["probes"]:
-        means = [f"{_mean([seed[name]['probes'][probe] for seed in tokens]):.3f}" for name in arms]
+        means = [f"{mean([seed[name]['probes'][probe] for seed in tokens]):.3f}" for name in arms]
         rows.append([f"probe: {probe}", f"{start['probes'][probe]:.3f}", *means])
-    errors = [f"{_mean([seed[name]['denoising_error'] for seed in tokens]):.4f}" for name in arms]
+    errors = [f"{mean([seed[name]['denoising_error'] for seed in tokens]):.4f}" for name in arms]
     rows.append(["denoising error", f"{start['denoising_error']:.4f}", *errors])
-    return _table(["", "before", *(arm.title for arm in arms.values())], rows)
+    kept = [f"{mean([seed[name]['zero_shot'] for seed in tokens]):.3f}" for name in arms]
+    rows.append(["zero-shot shape", f"{start['zero_shot']:.3f}", *kept])
+    return table(["", "before", *(arm.title for arm in arms.values())], rows)
 
 
 def _times_table(folders: list[Path], arms: dict[str, Arm]) -> str:
@@ -174,5 +147,5 @@ def _times_table(folders: list[Path], arms: dict[str, Arm]) -> str:
         logs = [[_read(folder / name / stage / "trainer_state.json") for stage in STAGES] for folder in folders]
         steps = sum(state["global_step"] for state in logs[0])
         seconds = [sum(state["log_history"][-1]["train_runtime"] for state in states) for states in logs]
-        rows.append([arm.title, str(steps), f"{_mean(seconds):.0f} s"])
-    return _table(["arm", "steps", "training time (two arms side by side)"], rows)
+        rows.append([arm.title, str(steps), f"{mean(seconds):.0f} s"])
+    return table(["arm", "steps", "training time (two arms side by side)"], rows)

@@ -13,7 +13,9 @@ FAST_TRAIN_SCENES, FAST_TEST_SCENES, FAST_PROBE_SCENES = 120, 6, 60
 FAST_STEPS = (4, 4)
 
 
-def main(out_dir: str | Path, seeds: int = 1, controls: bool = False, fast: bool = False) -> int:
+def main(
+    out_dir: str | Path, seeds: int = 1, controls: bool = False, fast: bool = False, methods: bool = False
+) -> int:
     """
     Trains a small vision-language model with and without diffusion feedback, and compares the two.
 
@@ -24,6 +26,7 @@ def main(out_dir: str | Path, seeds: int = 1, controls: bool = False, fast: bool
         seeds (`int`): Trainings of each arm, with different data and weights.
         controls (`bool`): Whether the control arms are trained, too.
         fast (`bool`): Whether a few steps on little data must do, to see that everything runs.
+        methods (`bool`): Whether the shipped recipes of several methods are compared instead, in `methods.md`.
 
     Returns:
         `int`: Exit status.
@@ -34,18 +37,22 @@ def main(out_dir: str | Path, seeds: int = 1, controls: bool = False, fast: bool
     """
     if seeds < 1:
         raise ValueError(f"`seeds` is the number of trainings of each arm and must be at least 1, got {seeds}.")
+    from .methods_report import METHODS_ARMS, write_methods_report
     from .report import BASELINE, MAIN_ARM, write_report
     from .runner import compare_arms, run_arms
 
     out = Path(out_dir).absolute()
-    arms = ARMS | CONTROL_ARMS if controls else ARMS
+    arms = METHODS_ARMS if methods else ARMS | CONTROL_ARMS if controls else ARMS
     folders = [out / f"seed-{seed}" for seed in range(seeds)]
     prepare(out, folders, fast)
     jobs = [(folder, name) for folder in folders for name in arms]
     run_arms(out, [*jobs, (folders[0], START)])
-    for folder in folders:
-        compare_arms(out, folder, BASELINE, MAIN_ARM)
-    report = write_report(out, folders, arms, fast)
+    if methods:
+        report = write_methods_report(out, folders, fast)
+    else:
+        for folder in folders:
+            compare_arms(out, folder, BASELINE, MAIN_ARM)
+        report = write_report(out, folders, arms, fast)
     sys.stdout.write(f"Report: {report}\n")
     return 0
 

@@ -64,10 +64,15 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         ValueError: On an unknown recipe, section or key and on a value of the wrong kind; lists the choices.
     """
     path = find_recipe(name_or_path)
-    sections = _read(path)
+    sections = read_sections(path)
     for override in overrides:
         _apply(sections, override, path.stem)
     return build_recipe(path.stem, sections)
+
+
+def read_sections(name_or_path: str | Path) -> dict[str, dict | None]:
+    """Returns the sections of a recipe as its file and those that it extends give them, checked by name only."""
+    return _read(find_recipe(name_or_path))
 
 
 def build_recipe(name: str, sections: dict[str, dict | None]) -> Recipe:
