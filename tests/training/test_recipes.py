@@ -74,7 +74,7 @@ def test_a_chat_template_beside_the_recipe_is_found(write, tmp_path):
     [
         (
             ["feedback.wieght=3"],
-            "Unknown key in `feedback` 'wieght' .*did you mean 'weight'.*Choices: denoiser, weight",
+            "Unknown key in `feedback` 'wieght' .*did you mean 'weight'.*Choices: denoiser, source",
         ),
         (["training.learning_rat=3"], "Unknown key in `training` 'learning_rat' .*did you mean 'learning_rate'"),
         (["model.modle=x"], "Unknown key in `model` 'modle'.*did you mean 'model'"),

@@ -1,0 +1,156 @@
+"""ROSS's denoiser: it restores a picture's latents token by token from what a language model says of each token."""
+
+import math
+
+import torch
+from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed
+from torch import nn
+
+from .processes import forward_process
+
+TIME_DIM = 256
+
+
+class TokenDenoiser(nn.Module):
+    """
+    A diffusion transformer in which each visual token modulates its own block of the latents (ROSS,
+    https://arxiv.org/abs/2410.09575).
+
+    Unlike the frozen denoisers it is new and trains with the model, and like the conditioner it is left behind when
+    the model is saved. All modulations and the output start at zero, as in DiT's adaLN-zero.
+
+    Args:
+        token_dim (`int`): Width of the language model's hidden states.
+        channels (`int`): Values in a token's block of latents.
+        width, layers, heads (`int`, *optional*): Its shape; ROSS's by default.
+    """
+
+    def __init__(self, token_dim, channels, width=1024, layers=3, heads=16):
+        super().__init__()
+        self.arguments = {
+            "token_dim": token_dim,
+            "channels": channels,
+            "width": width,
+            "layers": layers,
+            "heads": heads,
+        }
+        self.norm = nn.LayerNorm(token_dim, elementwise_affine=False)
+        self.read_token = nn.Linear(token_dim, width)
+        self.read_latents = nn.Linear(channels, width)
+        self.frequencies = Timesteps(TIME_DIM, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time = TimestepEmbedding(TIME_DIM, width)
+        self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(layers))
+        self.last_norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.last_modulation = nn.Linear(width, 2 * width)
+        self.output = nn.Linear(width, channels)
+        nn.init.normal_(self.read_token.weight, std=0.02)
+        for module in (*(block.modulation for block in self.blocks), self.last_modulation, self.output):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the weights."""
+        return self.output.weight.dtype
+
+    def forward(self, noisy, timesteps, tokens, grid):
+        """
+        Args:
+            noisy (`torch.Tensor`): The noisy latents, a block a token, shape `(batch, tokens, channels)`.
+            timesteps (`torch.Tensor`): Shape `(batch,)`.
+            tokens (`torch.Tensor`): The language model's hidden states, shape `(batch, tokens, token_dim)`.
+            grid (`tuple[int, int]`): Rows and columns of the tokens.
+
+        Returns:
+            `torch.Tensor`: The predicted noise, shape of `noisy`.
+        """
+        time = self.time(self.frequencies(timesteps).to(self.dtype))
+        condition = time[:, None] + self.read_token(nn.functional.silu(self.norm(tokens.to(self.dtype))))
+        condition = nn.functional.silu(condition)
+        positions = get_2d_sincos_pos_embed(self.arguments["width"], grid, output_type="pt", device=noisy.device)
+        hidden = self.read_latents(noisy.to(self.dtype)) + positions.to(self.dtype)
+        for block in self.blocks:
+            hidden = block(hidden, condition)
+        shift, scale = self.last_modulation(condition).chunk(2, dim=-1)
+        return self.output(self.last_norm(hidden) * (1 + scale) + shift)
+
+
+class _Block(nn.Module):
+    """A transformer block, each token of which has its own shift, scale and gate."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.attention = Attention(width, heads=heads, dim_head=width // heads, bias=True)
+        self.mlp_norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.mlp = FeedForward(width, mult=4, activation_fn="gelu-approximate")
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def forward(self, hidden, condition):
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(condition).chunk(6, dim=-1)
+        hidden = hidden + gate * self.attention(self.attention_norm(hidden) * (1 + scale) + shift)
+        return hidden + mlp_gate * self.mlp(self.mlp_norm(hidden) * (1 + mlp_scale) + mlp_shift)
+
+
+class TokenBlocks:
+    """
+    Makes a [`TokenDenoiser`] look like a denoiser, for [`DiffusionFeedback`]: latents in, latents out.
+
+    The process is ROSS's: DDPM with the cosine schedule (https://arxiv.org/abs/2102.09672), predicting the noise.
+
+    Args:
+        network (`Callable`): Returns the [`TokenDenoiser`]; asked at each call, since wrappers may replace it.
+        context_dim (`int`): Width of the language model's hidden states.
+        cells (`int`): Latent cells of a token along each side.
+        grid (`tuple[int, int]`, *optional*): Rows and columns of a picture's tokens; by default a square.
+    """
+
+    vector_dim = 0
+
+    def __init__(self, network, context_dim, cells=2, grid=None):
+        from diffusers import DDPMScheduler
+
+        self.network = network
+        self.context_dim = context_dim
+        self.cells = cells
+        self.grid = grid
+        self.scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+        self.process = forward_process(self.scheduler)
+        self.num_train_timesteps = self.scheduler.config.num_train_timesteps
+
+    def grid_of(self, count):
+        """
+        Returns rows and columns of a picture of `count` tokens.
+
+        Raises:
+            ValueError: If they make no such grid.
+        """
+        side = math.isqrt(count)
+        rows, columns = self.grid or (side, side)
+        if rows * columns != count:
+            raise ValueError(
+                f"The language model reads {count} tokens a picture, which are no {rows} x {columns} grid. "
+                f"`source: llm` asks each token for its own block of the picture: set `feedback.token_grid` to rows "
+                f"and columns, or use a tower without a class token and without separators."
+            )
+        return rows, columns
+
+    def noise(self, latents, noise, timesteps):
+        """Adds noise to clean latents `(batch, channels, height, width)`."""
+        return self.process.noise(latents, noise, timesteps)
+
+    def target(self, latents, noise, timesteps):
+        """Returns the noise."""
+        return self.process.target(latents, noise, timesteps)
+
+    def __call__(self, noisy_latents, timesteps, context, vector=None):
+        """Predicts the noise in latents `(batch, channels, rows * cells, columns * cells)`."""
+        rows, columns = self.grid_of(context.shape[1])
+        side = self.cells
+        blocks = noisy_latents.unflatten(3, (columns, side)).unflatten(2, (rows, side))  # b c rows side columns side
+        shape = blocks.permute(0, 2, 4, 1, 3, 5).shape
+        tokens = blocks.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        predicted = self.network()(tokens, timesteps, context, (rows, columns))
+        return predicted.reshape(shape).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
