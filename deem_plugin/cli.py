@@ -11,6 +11,13 @@ def _train(arguments) -> int:
     return main(arguments.recipe, arguments.overrides)
 
 
+def _train_denoiser(arguments) -> int:
+    from .training.denoiser import main
+
+    print(main(arguments.recipe, arguments.overrides))
+    return 0
+
+
 def _cache_latents(arguments) -> int:
     from .training.cache import main
 
@@ -216,6 +223,11 @@ def _add_training(commands) -> None:
     train.add_argument("recipe", help="name of a shipped recipe, or path of a YAML file")
     train.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example training.max_steps=10")
     train.set_defaults(run=_train)
+
+    denoiser = commands.add_parser("train-denoiser", help="train a generator of your own, on images alone")
+    denoiser.add_argument("recipe", help="one with a section `generator`, such as genhancer-generator")
+    denoiser.add_argument("overrides", nargs="*", metavar="section.key=value", help="as `deem train` takes them")
+    denoiser.set_defaults(run=_train_denoiser)
 
     cache = commands.add_parser("cache-latents", help="encode a recipe's pictures once, for feedback.latent_cache")
     cache.add_argument("recipe", help="as `deem train` takes it")

@@ -3,27 +3,21 @@
 import logging
 import os
 
-import torch
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..vision.hosts import find_tower
 from .anchor import Anchor
 from .checkpoint import FILE_NAME, load_conditioner, save_conditioner
-from .conditioner import Conditioner
 from .config import FeedbackConfig
-from .contrastive import ContrastiveFeedback
 from .denoisers import check_context_dim
-from .diffusion_feedback import DiffusionFeedback
+from .factory import make_conditioner, make_objective, make_token_denoiser
 from .generator import load_autoencoder, load_generator
 from .hook import FeedbackHook
 from .language_hook import LanguageHook
 from .latent_cache import LatentCache, fingerprint
-from .prompts import prompt_states
-from .timesteps import TIMESTEP_SAMPLERS
-from .token_denoiser import TokenBlocks, TokenDenoiser
+from .token_denoiser import TokenBlocks
 from .views import TokenReading
-from .weighting import LOSS_WEIGHTINGS
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +108,7 @@ class DiffusionFeedbackCallback(TrainerCallback):
 
         reading = TokenReading.of(base.config)
         self.model = base
-        self._add_conditioner(base, tower, reading)
+        self._put_into(base, make_conditioner(self.config, tower, reading, self.feedback))
         self.hook = FeedbackHook(
             lambda: self.conditioner,
             self.feedback,
@@ -140,16 +134,7 @@ class DiffusionFeedbackCallback(TrainerCallback):
         if self.feedback is None:
             self.feedback = make_objective(config, blocks)
         self.model = base
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            denoiser = TokenDenoiser(
-                width,
-                self.generator.codec.channels * config.token_cells**2,
-                width=config.resampler_dim,
-                layers=config.resampler_layers,
-                heads=config.resampler_heads,
-            )
-        self._put_into(base, denoiser, next(decoder.parameters()))
+        self._put_into(base, make_token_denoiser(config, decoder, width, self.generator.codec.channels))
         token_id = getattr(base.config, "image_token_id", None)
         if token_id is None:
             token_id = base.config.image_token_index
@@ -175,36 +160,9 @@ class DiffusionFeedbackCallback(TrainerCallback):
         module.register_forward_hook(self.hook, prepend=True, with_kwargs=True)
         base.register_forward_pre_hook(self._take_targets, with_kwargs=True)
 
-    def _add_conditioner(self, base, tower, reading):
-        config = self.config
-        # A tower that resamples already gives the very queries that the language model reads.
-        resampled = getattr(tower.config, "num_queries", 0) > 0
-        of_tower = next(tower.parameters())
-        pooled_only = config.condition == "cls"
-        prompt = None
-        if config.prompt is not None:
-            prompt = prompt_states(config.denoiser, config.prompt, self.feedback.context_dim)
-        # The Trainer's own random numbers stay as they would be without the feedback.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            conditioner = Conditioner(
-                tower.config.hidden_size * (1 if pooled_only else max(1, len(reading.layers))),
-                self.feedback.context_dim,
-                num_queries=config.num_queries if config.condition == "queries" and not resampled else 0,
-                resampler_dim=config.resampler_dim,
-                resampler_layers=config.resampler_layers,
-                resampler_heads=config.resampler_heads,
-                mlp=pooled_only,
-                vector_dim=getattr(self.feedback, "vector_dim", 0) if pooled_only else 0,
-                prompt_tokens=0 if prompt is None else len(prompt),
-            )
-        if prompt is not None:
-            conditioner.prompt_states.copy_(prompt)
-        self._put_into(base, conditioner, of_tower)
-
-    def _put_into(self, base, conditioner, like):
-        """Makes the conditioner a module of the model, of the device and dtype of the parameter `like`."""
-        base.add_module(CONDITIONER_NAME, conditioner.to(device=like.device, dtype=like.dtype))
+    def _put_into(self, base, conditioner):
+        """Makes the conditioner a module of the model."""
+        base.add_module(CONDITIONER_NAME, conditioner)
         # It trains and resumes with the model, yet a saved VLM holds no key that its own class does not know.
         if isinstance(base, PreTrainedModel):
             names = {f"{CONDITIONER_NAME}.{name}" for name in conditioner.state_dict()}
@@ -335,14 +293,6 @@ class DiffusionFeedbackCallback(TrainerCallback):
         """Writes the conditioner to the output folder, where `trainer.save_model()` puts the model."""
         save_conditioner(self.conditioner, self.config, args.output_dir, write=args.should_save)
         self.hook.scale = 0.0
-
-
-def make_objective(config, denoiser):
-    """Returns the feedback that `config.objective` names, on a frozen denoiser."""
-    sampler = TIMESTEP_SAMPLERS[config.timestep_sampling]
-    if config.objective == "contrastive":
-        return ContrastiveFeedback(denoiser, sampler, config.num_negatives, official_defects=config.official_defects)
-    return DiffusionFeedback(denoiser, sampler, config.draws_per_image, LOSS_WEIGHTINGS[config.loss_weighting])
 
 
 def normalization(config, processing_class):

@@ -11,16 +11,22 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from deem_plugin.resources import recipes_dir
-from deem_plugin.training.arguments import TOWER_ONLY, DataArguments, DeemArguments, ModelArguments
+from deem_plugin.training.arguments import (
+    TOWER_ONLY,
+    DataArguments,
+    DeemArguments,
+    GeneratorArguments,
+    ModelArguments,
+)
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from deem_plugin.feedback.config import FeedbackConfig
 
-SECTIONS = ("model", "data", "feedback", "deem", "training")
+SECTIONS = ("model", "data", "feedback", "deem", "generator", "training")
 # `section: null` takes these out of what a recipe extends; elsewhere an empty section changes nothing.
-OPTIONAL_SECTIONS = ("feedback", "deem")
+OPTIONAL_SECTIONS = ("feedback", "deem", "generator")
 
 
 @dataclass
@@ -35,6 +41,7 @@ class Recipe:
         feedback (`FeedbackConfig`, *optional*): The diffusion feedback of a VLM or an encoder; none without it.
         deem (`DeemArguments`, *optional*): The interleaved model, which has its own feedback; none without it.
         training (`TrainingArguments`): The Trainer's own arguments.
+        generator (`GeneratorArguments`, *optional*): What `deem train-denoiser` trains; none for `deem train`.
     """
 
     name: str
@@ -43,6 +50,7 @@ class Recipe:
     feedback: "FeedbackConfig | None"
     deem: DeemArguments | None
     training: "TrainingArguments"
+    generator: GeneratorArguments | None = None
 
 
 def list_recipes() -> list[str]:
@@ -81,14 +89,15 @@ def build_recipe(name: str, sections: dict[str, dict | None]) -> Recipe:
 
     Args:
         name (`str`): The run's name; the default of `training.output_dir` is `runs/<name>`.
-        sections (`dict`): `model`, `data`, `training` and, for a run with feedback, `feedback` or `deem`.
+        sections (`dict`): `model`, `data`, `training` and, for a run with feedback, `feedback` or `deem`; `generator`
+            for one of `deem train-denoiser`.
     """
     from transformers import TrainingArguments
 
     from deem_plugin.feedback.config import FeedbackConfig
 
     _check_names(sections, SECTIONS, "section", name)
-    feedback, deem = sections.get("feedback"), sections.get("deem")
+    feedback, deem, generator = (sections.get(section) for section in OPTIONAL_SECTIONS)
     if feedback is not None and deem is not None:
         raise ValueError(
             f"The recipe {name!r} has the sections `feedback` and `deem`. A DEEM has a feedback of its own: leave "
@@ -106,6 +115,7 @@ def build_recipe(name: str, sections: dict[str, dict | None]) -> Recipe:
         feedback=None if feedback is None else _build(FeedbackConfig, "feedback", feedback, name),
         deem=None if deem is None else _build(DeemArguments, "deem", deem, name),
         training=_build(TrainingArguments, "training", training, name),
+        generator=None if generator is None else _build(GeneratorArguments, "generator", generator, name),
     )
 
 

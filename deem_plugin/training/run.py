@@ -58,7 +58,7 @@ def train(recipe: Recipe, make_feedback: Callable | None = None) -> Path:
     args = recipe.training
     _check(recipe)
     check_writable(args.output_dir)
-    _resolve_resume(args)
+    resolve_resume(args)
     # New weights (projector, LoRA) are drawn before the Trainer exists, which seeds only itself.
     set_seed(args.seed)
     prepare = _prepare_encoder if recipe.model.encoder else _prepare_vlm
@@ -93,6 +93,11 @@ def _check(recipe: Recipe):
             f"`data.kind: {recipe.data.kind}` is for the interleaved model alone. Add the section `deem`, or train on "
             f"conversations."
         )
+    if recipe.generator is not None:
+        raise ValueError(
+            f"The recipe {recipe.name!r} has a section `generator`: it trains one. Run `deem train-denoiser "
+            f"{recipe.name}`, or leave the section out."
+        )
     if recipe.data.kind == "shards" and args.max_steps <= 0:
         raise ValueError("A stream of shards has no length. Set `training.max_steps`.")
     if recipe.model.encoder and recipe.feedback is None:
@@ -105,7 +110,7 @@ def _check(recipe: Recipe):
         args.ddp_find_unused_parameters = True
 
 
-def _resolve_resume(args):
+def resolve_resume(args):
     """Puts the folder of the checkpoint to resume from into the arguments, where the callbacks look for it too."""
     if args.resume_from_checkpoint == RESUME_LAST:
         last = last_complete_checkpoint(args.output_dir)

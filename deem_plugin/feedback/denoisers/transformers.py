@@ -84,8 +84,8 @@ class FluxDenoiser(FlowDenoiser):
 
     @property
     def sample_size(self) -> int:
-        """128 cells, FLUX's own default of 1024 pixels; the config does not say."""
-        return 128
+        """128 cells, FLUX's own default of 1024 pixels; one that we have trained says its size."""
+        return self.model.config.get("sample_size", 128)
 
     @property
     def channels(self) -> int:

@@ -1,0 +1,83 @@
+"""Generators of one's own: new networks of the known kinds, small enough to be trained from scratch."""
+
+import json
+from pathlib import Path
+
+from .denoisers import DENOISERS, FlowDenoiser
+from .generator import Generator
+from .latents import PixelCodec
+
+
+def make_generator(network, config, codec, image_size):
+    """
+    Makes a generator with new weights, in training mode.
+
+    Args:
+        network (`str`): Class of diffusers, one of `DENOISERS`.
+        config (`dict`): Its arguments. `sample_size` and, where it is missing, `in_channels` are filled in.
+        codec (`VaeCodec` or `PixelCodec`): Its autoencoder.
+        image_size (`int`): Side of the pictures that it is trained on, in pixels.
+
+    Returns:
+        `Generator`: Of flow matching without shift, but for networks that know DDPM only (epsilon).
+
+    Raises:
+        ValueError: If the network is unknown, does not take its arguments, or does not fit the codec.
+    """
+    import diffusers
+
+    if network not in DENOISERS:
+        raise ValueError(f"`generator.network` must be one of {', '.join(DENOISERS)}, got {network!r}.")
+    if image_size % codec.downscale:
+        raise ValueError(
+            f"`generator.image_size` is {image_size}, but a latent cell of this autoencoder has {codec.downscale} "
+            f"pixels a side. Give a multiple."
+        )
+    adapter, network_class = DENOISERS[network], getattr(diffusers, network)
+    sample_size = image_size // codec.downscale
+    defaults = {"sample_size": sample_size}
+    if network != "FluxTransformer2DModel":  # which counts the channels of 2 x 2 cells
+        defaults |= {"in_channels": codec.channels, "out_channels": codec.channels}
+    try:
+        model = network_class.from_config({**defaults, **config})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`generator.config` does not make a {network}: {error}") from error
+    unknown = set(config) - set(network_class._get_init_keys(network_class))
+    if unknown:
+        raise ValueError(f"`generator.config` names {sorted(unknown)}, which a {network} does not know.")
+    scheduler = (
+        diffusers.FlowMatchEulerDiscreteScheduler()
+        if issubclass(adapter, FlowDenoiser)
+        else diffusers.DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    )
+    denoiser = adapter(model, scheduler, codec.downscale)
+    if denoiser.channels != codec.channels:
+        raise ValueError(
+            f"`generator.config` makes a {network} of {denoiser.channels} channels, but its autoencoder's latents "
+            f"have {codec.channels}. Leave `in_channels` out, or correct it (for FLUX four times the channels)."
+        )
+    model.requires_grad_(True).train()
+    return Generator(denoiser, codec)
+
+
+def save_generator(generator, folder):
+    """
+    Writes a generator as a diffusers folder, which `load_generator` reads.
+
+    Args:
+        generator (`Generator`): Of any kind; its autoencoder is written with it.
+        folder (`str` or `Path`): An existing or a new folder.
+    """
+    folder = Path(folder)
+    denoiser, codec = generator.denoiser, generator.codec
+    parts = {
+        "unet" if hasattr(denoiser.model, "down_blocks") else "transformer": denoiser.model,
+        "scheduler": denoiser.scheduler,
+    }
+    if not isinstance(codec, PixelCodec):
+        parts["vae"] = codec.vae
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+    index = {"_class_name": "DiffusionPipeline"}
+    index |= {name: ["diffusers", type(part).__name__] for name, part in sorted(parts.items())}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

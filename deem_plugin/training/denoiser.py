@@ -1,0 +1,158 @@
+"""Trains a generator of one's own on the tokens of a frozen encoder: `deem train-denoiser`."""
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from deem_plugin.feedback.callback import normalization
+from deem_plugin.feedback.checkpoint import save_conditioner
+from deem_plugin.feedback.conditions import condition_tokens
+from deem_plugin.feedback.factory import make_conditioner, make_objective
+from deem_plugin.feedback.generator import load_autoencoder
+from deem_plugin.feedback.latents import PixelCodec
+from deem_plugin.feedback.light import make_generator, save_generator
+from deem_plugin.feedback.objectives import unnormalize
+from deem_plugin.feedback.views import TokenReading, image_views
+from deem_plugin.training.checkpoint import FINAL_NAME, check_writable, save_in_one_piece, set_aside_incomplete
+from deem_plugin.training.recipes import Recipe, load_recipe
+from deem_plugin.training.run import resolve_resume
+
+logger = logging.getLogger(__name__)
+
+
+class GeneratorTraining(nn.Module):
+    """
+    A generator and the conditioner that speaks to it, both new, on a frozen encoder.
+
+    It makes visible what the encoder does not tell: the generator learns to restore pictures as well as the encoder's
+    tokens allow, and in the next stage the encoder is asked to allow more (GenHancer's stage 1,
+    https://arxiv.org/abs/2503.19480).
+
+    Args:
+        tower (`nn.Module`): The vision encoder. Frozen, and no module of this one.
+        conditioner (`Conditioner`), generator (`Generator`): What is trained.
+        config (`FeedbackConfig`): Condition, timesteps and draws.
+        mean, std (`Sequence[float]`): Normalisation of `pixel_values`.
+    """
+
+    def __init__(self, tower, conditioner, generator, config, mean, std):
+        super().__init__()
+        # In a tuple, so that neither state dict nor optimizer nor DDP sees them.
+        self.frozen = (tower.requires_grad_(False).eval(), generator)
+        self.conditioner = conditioner
+        self.network = generator.denoiser.model
+        self.feedback = make_objective(config, generator.denoiser)
+        self.config = config
+        self.mean, self.std = mean, std
+        self.seed = 0  # of the next micro-batch, set before each step
+
+    def forward(self, pixel_values):
+        """Returns `{"loss": the denoising error}` of pictures `(images, 3, height, width)`."""
+        tower, generator = self.frozen
+        tower.to(pixel_values.device)
+        generator.codec.to(pixel_values.device)
+        rng = torch.Generator(device=pixel_values.device).manual_seed(self.seed)
+        self.seed += 1
+        inputs = {"pixel_values": pixel_values.to(tower.dtype)}
+        with torch.no_grad():
+            views = image_views(inputs, tower(**inputs), TokenReading.of(tower.config))
+            tokens, mask = condition_tokens(views, self.config.condition, self.config.num_patches, rng)
+            latents = generator.encode(unnormalize(pixel_values, self.mean, self.std), generator=rng)
+        vector = self.conditioner.vector(tokens)
+        return {"loss": self.feedback(latents, self.conditioner(tokens, mask), vector=vector, generator=rng).mean()}
+
+
+class _StepSeeds(TrainerCallback):
+    """Makes the noise a function of step and rank, so that a resumed run draws what it would have drawn."""
+
+    def __init__(self, training):
+        self.training = training
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.training.seed = (state.global_step * 4_099 + args.process_index) * 1_024 + args.seed * 2**40
+
+
+def main(name: str, overrides: Sequence[str] = ()) -> str:
+    """Trains the generator of the recipe `name`; what `deem train-denoiser` runs. Returns what to print."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    final = train_denoiser(load_recipe(name, overrides))
+    return f"Saved {final}. Train with it: `feedback.denoiser={final} feedback.conditioner={final}`."
+
+
+def train_denoiser(recipe: Recipe) -> Path:
+    """
+    Trains the generator of a recipe's section `generator`, and the conditioner, on images alone.
+
+    Args:
+        recipe (`Recipe`): With `model.encoder`, a folder of pictures, and the section `generator`.
+
+    Returns:
+        `Path`: A folder in diffusers' layout with `feedback.safetensors` beside it. It appears only when it is
+        complete.
+
+    Raises:
+        ValueError: If a section is missing or does not fit.
+    """
+    from transformers import set_seed
+
+    from deem_plugin.data.collator import ImageCollator
+    from deem_plugin.data.images import load_image_folder
+    from deem_plugin.training.encoder import load_encoder
+
+    args, config = recipe.training, recipe.feedback
+    _check(recipe)
+    check_writable(args.output_dir)
+    resolve_resume(args)
+    set_seed(args.seed)
+    with args.main_process_first(desc="listing images"):
+        dataset = load_image_folder(recipe.data.path, recipe.data.cache_dir)
+    _, tower, image_processor = load_encoder(recipe.model)
+    shape = recipe.generator
+    codec = PixelCodec() if shape.autoencoder is None else load_autoencoder(shape.autoencoder).codec
+    generator = make_generator(shape.network, shape.config, codec, shape.image_size)
+    conditioner = make_conditioner(config, tower, TokenReading.of(tower.config), generator.denoiser)
+    mean, std = normalization(config, image_processor)
+    trainer = Trainer(
+        model=GeneratorTraining(tower, conditioner, generator, config, mean, std),
+        args=args,
+        train_dataset=dataset,
+        data_collator=ImageCollator(image_processor),
+    )
+    trainer.add_callback(_StepSeeds(trainer.model))
+    try:
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    except BaseException:
+        if args.should_save:
+            set_aside_incomplete(args.output_dir)
+        raise
+    trainer.save_state()
+    final = Path(args.output_dir) / FINAL_NAME
+
+    def save(folder: str):
+        if args.should_save:
+            os.makedirs(folder, exist_ok=True)
+            save_generator(generator, folder)
+            save_conditioner(conditioner, replace(config, denoiser=str(final)), folder)
+
+    return save_in_one_piece(final, save, args.should_save, trainer.accelerator.wait_for_everyone)
+
+
+def _check(recipe: Recipe):
+    """Raises on recipes that train no generator."""
+    if recipe.generator is None or recipe.feedback is None or recipe.model.encoder is None:
+        raise ValueError(
+            f"The recipe {recipe.name!r} trains no generator: it needs the sections `generator` and `feedback`, and "
+            f"`model.encoder`. See the recipe `genhancer-generator`; for a model with feedback run `deem train`."
+        )
+    config = recipe.feedback
+    if config.denoiser is not None or config.objective != "mse" or config.source != "tower" or config.prompt:
+        raise ValueError(
+            "A generator of one's own is trained by its denoising error on the tower's tokens alone: leave "
+            "`feedback.denoiser`, `objective`, `source` and `prompt` out."
+        )
