@@ -52,9 +52,10 @@ class DocumentCollator:
         batch = self._rows([document[:2] for document in documents])
         parts = [part for document in documents for part in document[2]]
         if parts:
-            images = [load_image(part["image"]) for part in parts]
+            images, regions = self.processor.show_regions(
+                [load_image(part["image"]) for part in parts], [_region(part) for part in parts]
+            )
             batch |= dict(self.processor.image_processor(images, return_tensors="pt"))
-            regions = [_region(part) for part in parts]
             if any(region is not None for region in regions):
                 batch["region_masks"] = self.processor.region_masks(images, regions)
         return batch

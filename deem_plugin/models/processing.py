@@ -5,7 +5,7 @@ import re
 import torch
 from transformers import ProcessorMixin
 
-from ..vision.regions import region_mask
+from ..vision.regions import region_mask, square_around
 
 IMAGE_TOKEN = "<image>"
 IMAGE_START_TOKEN = "<image_start>"
@@ -42,7 +42,7 @@ class DeemProcessor(ProcessorMixin):
             text (`str` or `list[str]`): Texts with marks.
             regions (`list`, *optional*):
                 One entry a picture: `None` for `<image>`; for `<region>` a mask, box or points in the pixels of the
-                picture, see `region_mask`. Pictures and masks go through one geometry.
+                picture, see `region_mask`. Pictures and masks go through one geometry, see `show_regions`.
             kwargs: As for every processor of transformers.
 
         Returns:
@@ -56,6 +56,8 @@ class DeemProcessor(ProcessorMixin):
             text = [text] if isinstance(text, str) else list(text)
             self._check_regions([mark for each in text for mark in _MARKS.findall(each)], regions)
             text = [each.replace(REGION_MARK, IMAGE_TOKEN) for each in text]
+        if regions is not None:
+            images, regions = self.show_regions(images, regions)
         inputs = super().__call__(images=images, text=text, **kwargs)
         if regions is not None and any(region is not None for region in regions):
             inputs["region_masks"] = self.region_masks(images, regions)
@@ -75,6 +77,32 @@ class DeemProcessor(ProcessorMixin):
                     f"Mark {index} is {mark}, but its entry of `regions` is {'none' if region is None else 'given'}. "
                     f"Write {REGION_MARK} where a region is meant and {IMAGE_TOKEN} for a whole picture."
                 )
+
+    def show_regions(self, images, regions) -> tuple[list, list]:
+        """
+        Cuts pictures so that the crop to the middle, which comes next, leaves their regions in.
+
+        Only a picture whose region would lose something is cut: to the square next to the middle that shows it.
+
+        Args:
+            images (`list[Image.Image]`): The pictures.
+            regions (`list`): For each picture its region, see `region_mask`, or `None` for all of it.
+
+        Returns:
+            `tuple[list[Image.Image], list]`: Pictures and regions, the regions of pictures that were cut as masks.
+        """
+        shown_images, shown_regions = list(images), list(regions)
+        for index, (image, region) in enumerate(zip(images, regions, strict=True)):
+            if region is None or not self.image_processor.do_center_crop:
+                continue
+            mask = region_mask(region, *image.size)
+            square = square_around(mask)
+            left, top, right, bottom = square
+            middle = ((image.width - (right - left)) // 2, (image.height - (bottom - top)) // 2)
+            if (left, top) != middle:
+                shown_images[index] = image.crop(square)
+                shown_regions[index] = mask[top:bottom, left:right]
+        return shown_images, shown_regions
 
     def region_masks(self, images, regions) -> torch.Tensor:
         """

@@ -1,4 +1,4 @@
-"""Regions of a picture, given as a mask, a box or points, as one boolean mask."""
+"""Regions of a picture, given as a mask, a box or points, as one boolean mask; and the square that shows one."""
 
 import numpy as np
 
@@ -43,3 +43,27 @@ def region_mask(region, width: int, height: int) -> np.ndarray:
             f"Leave the sample out, or correct its coordinates."
         )
     return inside
+
+
+def square_around(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """
+    Finds the square of a picture's shorter side that shows a region, of all such the nearest to the middle.
+
+    Args:
+        mask (`np.ndarray`): Boolean, shape `(height, width)`, with a pixel inside.
+
+    Returns:
+        `tuple[int, int, int, int]`: Left, top, right, bottom in pixels, right and bottom exclusive. A region that is
+        longer than the square is cut off on both sides alike.
+    """
+    side = min(mask.shape)
+    top, left = (_place(mask.any(axis), side) for axis in (1, 0))
+    return left, top, left + side, top + side
+
+
+def _place(inside: np.ndarray, side: int) -> int:
+    """Returns where a stretch of `side` pixels begins that covers what is `inside`, near the middle."""
+    first, last = np.flatnonzero(inside)[[0, -1]].tolist()
+    if last + 1 - first > side:
+        return (first + last + 1 - side) // 2
+    return min(max((len(inside) - side) // 2, last + 1 - side), first)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from deem_plugin.vision.regions import region_mask
+from deem_plugin.vision.regions import region_mask, square_around
 
 from ..tiny import tiny_image
 from .tiny_deem import QUERIES, SIZE, tiny_deem
@@ -63,3 +63,34 @@ def test_boxes_and_points_cover_the_pixels_they_say():
 
     assert box.sum() == 9 and box[2:5, 1:4].all()
     assert points[4, 0] and not points[5, 0] and points[20, 24] and not points[12, 12]
+
+
+@pytest.mark.parametrize(("box", "place"), [((0, 0, 20, 64), 0), ((100, 3, 128, 64), 64), ((20, 0, 60, 9), 20)])
+def test_a_region_beside_the_middle_of_its_picture_is_shown_whole(processor, box, place):
+    """Of a picture twice as wide as high the crop keeps columns 32 to 95; here it keeps 64 of them from `place` on."""
+    image = tiny_image(0, size=(2 * SIZE, SIZE))
+
+    inputs = processor(images=[image], text="<region>", regions=[box], return_tensors="pt")
+
+    alone = processor(images=[image.crop((place, 0, place + SIZE, SIZE))], text="<image>", return_tensors="pt")
+    assert torch.equal(inputs["pixel_values"], alone["pixel_values"])
+    expected = torch.zeros(SIZE, SIZE)
+    expected[box[1] : box[3], box[0] - place : box[2] - place] = 1
+    assert torch.equal(inputs["region_masks"][0, 0], expected)
+
+
+def test_a_picture_whose_middle_shows_its_region_or_that_is_meant_whole_is_not_cut(processor):
+    images = [tiny_image(index, size=(100, 70)) for index in range(2)]
+
+    inputs = processor(images=images, text="<region><image>", regions=[(20, 0, 70, 60), None], return_tensors="pt")
+
+    plain = processor(images=images, text="<image><image>", return_tensors="pt")
+    assert torch.equal(inputs["pixel_values"], plain["pixel_values"])
+
+
+def test_a_region_longer_than_the_square_is_cut_alike_on_both_sides():
+    mask = np.zeros((10, 40), bool)
+    mask[4, 10:30] = True
+
+    assert square_around(mask) == (15, 0, 25, 10)
+    assert square_around(mask.T) == (0, 15, 10, 25)
