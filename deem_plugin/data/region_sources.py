@@ -11,7 +11,8 @@ from deem_plugin.data.regions import LeftOut, RegionError, RegionSample
 
 NAME_QUESTION = "\nWhat is this region?\n"
 PART_QUESTION = "\nWhich part of what is this region?\n"
-DESCRIBE_QUESTION = "\nDescribe this region in a short phrase.\n"
+# In the words in which lmms-eval's RefCOCO tasks ask.
+DESCRIBE_QUESTION = "\nProvide a short description for this region.\n"
 
 
 def iter_instances(
@@ -177,7 +178,10 @@ def _without_image(name: str, image_id) -> RegionError:
 def _read_coco(path: str | os.PathLike, keys: tuple[str, ...]) -> dict[str, Any]:
     """Reads a JSON file in COCO's format."""
     with open(path, encoding="utf-8") as file:
-        data = json.load(file)
+        try:
+            data = json.load(file)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is no valid JSON ({error}): it is broken or cut off. Fetch it again.") from error
     missing = [key for key in keys if not isinstance(data, dict) or key not in data]
     if missing:
         raise ValueError(f"{path} is not in COCO's annotation format: it has no {', '.join(missing)}.")

@@ -60,6 +60,12 @@ class RegionSample:
     answer: str
 
 
+def check_on_error(on_error: str) -> None:
+    """Raises a `ValueError` unless `on_error` is one of `ON_ERROR`."""
+    if on_error not in ON_ERROR:
+        raise ValueError(f"`on_error` is {on_error!r}; expected one of {', '.join(ON_ERROR)}.")
+
+
 class RegionDocuments(Sequence):
     """
     Documents of questions about regions.
@@ -85,8 +91,7 @@ class RegionDocuments(Sequence):
         image_dir: str | os.PathLike,
         on_error: str = "raise",
     ):
-        if on_error not in ON_ERROR:
-            raise ValueError(f"`on_error` is {on_error!r}; expected one of {', '.join(ON_ERROR)}.")
+        check_on_error(on_error)
         self.image_dir = Path(image_dir)
         if not self.image_dir.is_dir():
             raise ValueError(f"The image folder {image_dir} does not exist. Set `image_dir` to that of the pictures.")
@@ -97,7 +102,7 @@ class RegionDocuments(Sequence):
                 self.dropped[sample.reason] += 1
                 continue
             try:
-                self._samples.append(_compact(sample))
+                self._samples.append(compact(sample))
             except RegionError as error:
                 if on_error == "raise":
                     raise
@@ -120,25 +125,34 @@ class RegionDocuments(Sequence):
         Raises:
             ValueError: If the picture is missing, damaged, or has not the size that its annotations speak of.
         """
-        sample = self._samples[index]
-        image = load_image(self.image_dir / sample.file)
-        if image.size != (sample.width, sample.height):
-            raise ValueError(
-                f"The picture {sample.file} is {image.width} x {image.height}, but {sample.name} speaks of one of "
-                f"{sample.width} x {sample.height}. Its regions would lie elsewhere: use the pictures that the "
-                f"annotations were made of, not resized and not turned by EXIF."
-            )
-        prompt = [part if isinstance(part, str) else Region(image, self._mask(part, sample)) for part in sample.prompt]
-        return Document([*prompt, sample.answer], learn_from=len(prompt), name=sample.name)
+        return open_document(self._samples[index], self.image_dir)
 
-    @staticmethod
-    def _mask(region, sample: RegionSample) -> np.ndarray:
+
+def open_document(sample: RegionSample, image_dir: str | os.PathLike = "") -> Document:
+    """
+    Opens the picture of a sample that `compact` has checked, and decodes its regions.
+
+    Raises:
+        ValueError: If the picture is missing, damaged, or has not the size that its annotations speak of.
+    """
+    image = load_image(Path(image_dir) / sample.file)
+    if image.size != (sample.width, sample.height):
+        raise ValueError(
+            f"The picture {sample.file} is {image.width} x {image.height}, but {sample.name} speaks of one of "
+            f"{sample.width} x {sample.height}. Its regions would lie elsewhere: use the pictures that the "
+            f"annotations were made of, not resized and not turned by EXIF."
+        )
+
+    def mask(region) -> np.ndarray:
         if isinstance(region, dict):
             return _coco_masks().decode(region).astype(bool)
         return region_mask(region, sample.width, sample.height)
 
+    prompt = [part if isinstance(part, str) else Region(image, mask(part)) for part in sample.prompt]
+    return Document([*prompt, sample.answer], learn_from=len(prompt), name=sample.name)
 
-def _compact(sample: RegionSample | RegionError) -> RegionSample:
+
+def compact(sample: RegionSample | RegionError) -> RegionSample:
     """Returns a sample with its segmentations as compressed run-length encodings, or raises what is wrong with it."""
     if isinstance(sample, RegionError):
         raise sample
@@ -215,6 +229,13 @@ def encode_segmentation(segmentation: Any, width: int, height: int, name: str) -
     if not masks.area(encoded):
         raise _empty("segmentation", name, width, height)
     return encoded
+
+
+def to_mask(region: Any, width: int, height: int, name: str) -> np.ndarray:
+    """Returns a box or segmentation, as [`RegionSample`] has them, as a boolean mask `(height, width)`."""
+    if isinstance(region, tuple):
+        return region_mask(region, width, height)
+    return _coco_masks().decode(encode_segmentation(region, width, height, name)).astype(bool)
 
 
 def _broken(name: str, why: str) -> RegionError:

@@ -7,7 +7,7 @@ TOWER_ONLY = (
     "`model.{name}` belongs to `model.vision_tower`, which is not set. Set `vision_tower: deem` or `deem:<encoder>`, "
     "or leave it out."
 )
-DATA_KINDS = ("conversations", "documents", "shards")
+DATA_KINDS = ("conversations", "documents", "shards", "regions")
 # The three ways to name what is trained; a recipe takes exactly one.
 SOURCES = ("model", "language_model", "encoder")
 
@@ -180,11 +180,15 @@ class DataArguments:
             folder of pictures.
         kind (`str`, *optional*, defaults to `"conversations"`):
             `conversations`, or for the interleaved model also `documents`, as
-            [`~deem_plugin.data.document_files.load_documents`] takes them, or `shards`, which are streamed.
+            [`~deem_plugin.data.document_files.load_documents`] takes them, `shards`, which are streamed, or `regions`.
         interleaved, pairs (`str`, *optional*):
             Of `shards`: tar files (a path, an address or a glob) of MMC4's documents and of captioned pictures, see
             [`~deem_plugin.data.shards`]. A run over them needs `training.max_steps`.
         weights (`list[float]`, *optional*, defaults to `[2, 1]`): Of `shards`: how often each of the two comes.
+        sources (`list[dict]`, *optional*):
+            Of `regions`: published data sets, as [`~deem_plugin.data.region_sets.load_regions`] takes them.
+        on_error (`str`, *optional*, defaults to `"raise"`):
+            Of `shards` and `regions`: what is done about a sample that is wrong: `raise`, or `skip` and count it.
         image_dir (`str`, *optional*): Folder that the image paths are relative to; by default the data's own.
         max_length (`int`, *optional*):
             Longest conversation in tokens; what is beyond is cut off, images never. Of documents the length of a row,
@@ -199,12 +203,20 @@ class DataArguments:
     weights: list[float] = field(
         default_factory=lambda: [2.0, 1.0], metadata={"help": "How often documents and pairs come."}
     )
+    sources: list[dict] = field(default_factory=list, metadata={"help": "Data sets of regions."})
+    on_error: str = field(default="raise", metadata={"help": "`raise`, or `skip` what is broken."})
     image_dir: str | None = field(default=None, metadata={"help": "Folder that the image paths are relative to."})
     max_length: int | None = field(default=None, metadata={"help": "Longest conversation in tokens."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where the memory-mapped tables are kept."})
 
     def __post_init__(self):
-        if self.kind == "shards":
+        if self.kind == "regions":
+            if not self.sources:
+                raise ValueError(
+                    "`data.kind: regions` needs data sets: set `data.sources` to a list of them, each with `format`, "
+                    "`image_dir` and its files."
+                )
+        elif self.kind == "shards":
             if self.interleaved is None and self.pairs is None:
                 raise ValueError("`data.kind: shards` needs tar files: set `data.interleaved`, `data.pairs`, or both.")
         elif self.path is None:

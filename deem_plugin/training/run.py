@@ -162,18 +162,25 @@ def _load_data(recipe: Recipe):
     """Returns what a VLM trains on: a memory-mapped table, or a stream."""
     from deem_plugin.data.conversations import load_conversations
     from deem_plugin.data.document_files import load_documents
+    from deem_plugin.data.region_sets import load_regions
     from deem_plugin.data.shards import mix_streams, stream_interleaved, stream_pairs
 
     args, data = recipe.training, recipe.data
     if data.kind == "shards":
         seed = args.seed if args.data_seed is None else args.data_seed
         sources = zip((stream_interleaved, stream_pairs), (data.interleaved, data.pairs), data.weights, strict=True)
-        streams = [(read(shards, seed=seed)[0], weight) for read, shards, weight in sources if shards is not None]
+        streams = [
+            (read(shards, seed=seed, on_error=data.on_error)[0], weight)
+            for read, shards, weight in sources
+            if shards is not None
+        ]
         # Each rank reads shards of its own; by default the first one would read everything for all.
         args.accelerator_config.dispatch_batches = False
         return streams[0][0] if len(streams) == 1 else mix_streams(*zip(*streams, strict=True), seed=seed)
-    load = {"conversations": load_conversations, "documents": load_documents}[data.kind]
+    load = {"conversations": load_conversations, "documents": load_documents}.get(data.kind)
     with args.main_process_first(desc=f"reading {data.kind}"):
+        if load is None:
+            return load_regions(data.sources, data.on_error, data.cache_dir)
         return load(data.path, data.image_dir, data.cache_dir)
 
 

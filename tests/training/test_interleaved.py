@@ -16,12 +16,14 @@ from transformers import (
 )
 
 from deem_plugin.data.document_files import write_documents
+from deem_plugin.data.region_sets import load_regions
 from deem_plugin.feedback import load_generator
 from deem_plugin.models import DeemConfig, DeemForConditionalGeneration
 from deem_plugin.training.parts import count_parameters, freeze
 from deem_plugin.training.recipes import load_recipe
 from deem_plugin.training.run import train
 
+from ..data.test_region_sets import write_sources
 from ..feedback.tiny_generators import save_generator
 from ..models.tiny_deem import language_tokenizer, tiny_language_model, tiny_tower
 from ..tiny import tiny_image
@@ -155,6 +157,9 @@ def test_the_shipped_stages_run_one_after_another(size, parts, documents, langua
             overrides += [f"model.model={start}", "model.image_size=96" if size == "7b" else "model.image_size=null"]
         if stage == "tune":
             overrides.append(f"data.image_dir={parts / 'images'}")
+        elif (size, stage) == ("7b", "regions"):
+            (tmp_path / "sources").mkdir()
+            overrides.append(f"data.sources={json.dumps(write_sources(tmp_path / 'sources'))}")
         else:
             overrides += [f"data.path={documents}", "data.max_length=64", "data.kind=documents"]
         if stage != "regions":
@@ -258,9 +263,22 @@ def test_the_7b_recipe_trains_as_many_parameters_as_the_paper():
     assert (official - encoder) / 1e6 + 865.9 == pytest.approx(1271.0, rel=1e-3)
 
 
+def test_the_sources_of_the_regions_recipe_are_ones_that_can_be_read():
+    sources = load_recipe("deem-7b-regions", ["training.use_cpu=true", "training.tf32=null", "training.fsdp=null"])
+
+    assert len(sources.data.sources) == 8
+    for source in sources.data.sources:
+        with pytest.raises(ValueError, match="does not exist. Set it to where the data lie"):
+            load_regions([source])
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
+        (
+            {"deem": {"image_weight": 0, "feedback_weight": 0}, "data": {"kind": "regions"}},
+            "set `data.sources` to a list",
+        ),
         ({"deem": {}}, "need a generator: set `deem.denoiser`"),
         ({"deem": {"image_weight": 0, "feedback_weight": 0}, "feedback": {"denoiser": "x"}}, "A DEEM has a feedback"),
     ],
