@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,13 +12,19 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 from tqdm import tqdm
 
-from deem_plugin.data.chat import render_chat
+from deem_plugin.evaluation.chats import Chat, about_region, asks_for_a_region, cut, read_messages
+from deem_plugin.evaluation.drawing import drawing_prompt, give_generator, keep_drawing, split_wish, with_drawing
 from deem_plugin.evaluation.feature_cache import FeatureCache
 from deem_plugin.evaluation.loading import load_vlm
 from deem_plugin.evaluation.yes_no import asks_yes_or_no, settle_answer, write_margin
+from deem_plugin.models import DeemProcessor, generate_images
+from deem_plugin.models.drawing import GUIDANCE, STEPS
 
-MODEL_ARGS = ("pretrained", "batch_size", "device", "dtype", "raw_answers", "answer_by", "feature_cache_mb")
-ANSWER_BY = ("generation", "loglikelihood")
+MODEL_ARGS = (
+    *("pretrained", "batch_size", "device", "dtype", "raw_answers", "answer_by", "feature_cache_mb"),
+    *("generator", "image_dir", "steps", "guidance"),
+)
+ANSWER_BY = ("generation", "loglikelihood", "drawing")
 
 # For tasks that give no limit, as in lmms-eval's own models.
 _MAX_NEW_TOKENS = 1024
@@ -41,10 +48,16 @@ class _Deem(lmms):
             log-likelihood then carry their margin (`yes_no.write_margin`), of which our own tasks make the AUC.
         answer_by (`str`):
             `generation`, or `loglikelihood`: a prompt that asks for yes or no (`yes_no.asks_yes_or_no`) is answered by
-            the likelier of "Yes" and "No", so that every answer is one of the two; others are generated as ever.
+            the likelier of "Yes" and "No", so that every answer is one of the two; others are generated as ever. With
+            `drawing` the interleaved model answers every prompt by a picture, for text-to-image and editing tasks.
         feature_cache_mb (`int`):
             Megabytes for image features that questions about one picture share, see `feature_cache`; 0 computes them
             for each question.
+        generator (`str`, *optional*):
+            Folder or hub id of the generator that the interleaved model draws with, for `answer_by=drawing` and for
+            tasks that have a picture drawn before they ask (`generate_visual_cot`).
+        image_dir (`str`, *optional*): Where drawn answers go, as `TASK/DOCUMENT.png`.
+        steps, guidance (`int` and `float`): Of drawing, as in [`~deem_plugin.models.generate_images`].
 
     Raises:
         ValueError: If an argument is unknown, missing or has a value that it cannot have.
@@ -59,6 +72,10 @@ class _Deem(lmms):
         raw_answers: bool = False,
         answer_by: str = "generation",
         feature_cache_mb: int = 512,
+        generator: str | None = None,
+        image_dir: str | None = None,
+        steps: int = STEPS,
+        guidance: float = GUIDANCE,
         **unknown: Any,
     ):
         super().__init__()
@@ -76,6 +93,10 @@ class _Deem(lmms):
             raise ValueError(
                 f"feature_cache_mb is {feature_cache_mb!r}; give a whole number of megabytes, 0 for none."
             )
+        if answer_by == "drawing" and (generator is None or image_dir is None):
+            raise ValueError(
+                "answer_by=drawing needs generator=FOLDER_OR_HUB_ID to draw with, and image_dir=FOLDER to draw into."
+            )
         state = PartialState()
         self._rank, self._world_size = state.process_index, state.num_processes
         self.device = torch.device(device) if device is not None else state.device
@@ -87,6 +108,10 @@ class _Deem(lmms):
         self.tokenizer = self.processor.tokenizer
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
+        if generator is not None:
+            give_generator(self.model, generator, str(self.model.dtype).removeprefix("torch."))
+        self.image_dir = None if image_dir is None else Path(image_dir)
+        self.steps, self.guidance = int(steps), float(guidance)
 
     def _messages(self, request: Instance) -> list[dict]:
         """Returns lmms-eval's chat messages of a request, the images in them as PIL images."""
@@ -95,22 +120,46 @@ class _Deem(lmms):
     def _generation_kwargs(self, request: Instance) -> dict:
         raise NotImplementedError
 
+    def _chat(self, request: Instance) -> Chat:
+        """Returns what a request asks; of a region where the task is about one and the model reads regions."""
+        *_, doc_id, task, split = request.args
+        chat = read_messages(self._messages(request), task, doc_id)
+        if asks_for_a_region(task) and isinstance(self.processor, DeemProcessor):
+            return about_region(chat, self.task_dict[task][split][doc_id])
+        return chat
+
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answers the requests, in their order."""
+
+        def answer(chats: list[Chat], kwargs: dict) -> list[str]:
+            if self.answer_by == "drawing":
+                pictures = self._draw(chats)
+                return [keep_drawing(*pair, self.image_dir) for pair in zip(chats, pictures, strict=True)]
+            answers = self._answer(chats, kwargs)
+            if self.raw_answers:
+                return answers
+            return [settle_answer(chat.question, answer) for chat, answer in zip(chats, answers, strict=True)]
+
+        return self._answer_all(requests, answer)
+
+    def _answer_all(self, requests: list[Instance], answer: Callable[[list[Chat], dict], list[str]]) -> list[str]:
+        """Answers requests in batches that all have images or that all have none, and returns them in order."""
+
+        def kind(request: Instance) -> str:
+            # A prompt about a region begins in another way than one of the chat template.
+            return repr((self._generation_kwargs(request), asks_for_a_region(request.args[-2])))
+
         answers: list[str] = [""] * len(requests)
         with self._progress(len(requests), "Answering") as progress:
-            for batch in self._batches(requests, lambda request: repr(self._generation_kwargs(request))):
+            for batch in self._batches(requests, kind):
                 kwargs = self._generation_kwargs(requests[batch[0]])
-                chats = [_split_media(self._messages(requests[index])) for index in batch]
+                chats = [self._chat(requests[index]) for index in batch]
                 # Processors take either images for every prompt or none at all.
                 for with_images in (True, False):
-                    part = [place for place, (_, images) in enumerate(chats) if bool(images) == with_images]
-                    for place, answer in zip(
-                        part, self._answer([chats[place] for place in part], kwargs), strict=True
-                    ):
-                        if not self.raw_answers:
-                            answer = settle_answer(_last_text(chats[place][0]), answer)
-                        answers[batch[place]] = answer
+                    part = [place for place, chat in enumerate(chats) if bool(chat.images) == with_images]
+                    given = answer([chats[place] for place in part], kwargs) if part else []
+                    for place, text in zip(part, given, strict=True):
+                        answers[batch[place]] = text
                 progress.update(len(batch))
         return answers
 
@@ -141,12 +190,17 @@ class _Deem(lmms):
             for window in sorted(windows, key=lambda window: max(map(length, window)), reverse=True):
                 yield from _chunks(sorted(window, key=length, reverse=True), self.batch_size)
 
-    def _encode(self, texts: list[str], images: list[list[Image.Image]], padding_side: str):
+    def _encode(self, texts: list[str], images: list[list[Image.Image]], padding_side: str, regions: list = ()):
         """Tokenizes prompts and preprocesses their images; floats come in the model's dtype."""
         bos = self.tokenizer.bos_token
+        about_regions = {}
+        if any(region is not None for own in regions for region in own):
+            images, regions = ([item for own in lists for item in own] for lists in (images, regions))
+            about_regions = {"regions": regions}
         inputs = self.processor(
             text=texts,
             images=images if any(images) else None,
+            **about_regions,
             padding=True,
             padding_side=padding_side,
             return_tensors="pt",
@@ -155,19 +209,26 @@ class _Deem(lmms):
         )
         return inputs.to(self.device, self.model.dtype)
 
-    def _answer(self, chats: list[tuple[list[dict], list[Image.Image]]], kwargs: dict) -> list[str]:
+    def _draw(self, chats: list[Chat]) -> list[Image.Image]:
+        """Draws what chats that all have images or that all have none ask for; a picture's seed is its document."""
+        prompts = [drawing_prompt(chat) for chat in chats]
+        inputs = self._encode(prompts, [chat.images for chat in chats], padding_side="left")
+        seeds = [chat.doc_id for chat in chats]
+        return generate_images(self.model, inputs, seeds, steps=self.steps, guidance=self.guidance)
+
+    def _answer(self, chats: list[Chat], kwargs: dict) -> list[str]:
         """Answers chats that all have images or that all have none, each in the way that `answer_by` says."""
         by_verdict = self.answer_by != "generation"
-        decided = [by_verdict and asks_yes_or_no(_last_text(messages)) for messages, _ in chats]
+        decided = [by_verdict and asks_yes_or_no(chat.question) for chat in chats]
         verdicts = iter(self._decide([chat for chat, decide in zip(chats, decided, strict=True) if decide]))
         texts = iter(self._generate([chat for chat, decide in zip(chats, decided, strict=True) if not decide], kwargs))
         return [next(verdicts if decide else texts) for decide in decided]
 
-    def _decide(self, chats: list[tuple[list[dict], list[Image.Image]]]) -> list[str]:
+    def _decide(self, chats: list[Chat]) -> list[str]:
         """Returns yes for chats after which "Yes" is likelier than "No", else no, each with its margin."""
         if not chats:
             return []
-        prompt = render_chat(self.processor, chats[0][0], add_generation_prompt=True)
+        prompt = chats[0].render(self.processor)
         # After "ASSISTANT:" some models go on with a space and some do not; after a line break, none does.
         leads = ("",) if prompt[-1].isspace() else ("", " ")
         yes, no = (
@@ -177,29 +238,33 @@ class _Deem(lmms):
         return [write_margin(margin) for margin in (yes.logsumexp(0) - no.logsumexp(0)).tolist()]
 
     @torch.inference_mode()
-    def _generate(self, chats: list[tuple[list[dict], list[Image.Image]]], kwargs: dict) -> list[str]:
+    def _generate(self, chats: list[Chat], kwargs: dict) -> list[str]:
         """Generates answers to chats that all have images or that all have none."""
         if not chats:
             return []
         kwargs = dict(kwargs)
         until = kwargs.pop("until", None) or []
-        texts = [render_chat(self.processor, messages, add_generation_prompt=True) for messages, _ in chats]
-        inputs = self._encode(texts, [images for _, images in chats], padding_side="left")
+        texts = [chat.render(self.processor) for chat in chats]
+        inputs = self._encode(
+            texts, [chat.images for chat in chats], padding_side="left", regions=[chat.regions for chat in chats]
+        )
         shared = self.feature_cache.share(self.model, inputs)
         output = self.model.generate(**shared, generation_config=self._generation_config(kwargs))
         new_tokens = output[:, inputs["input_ids"].shape[1] :]
         answers = self.processor.batch_decode(new_tokens, skip_special_tokens=True)
-        return [_cut(answer, [until] if isinstance(until, str) else until) for answer in answers]
+        return [cut(answer, [until] if isinstance(until, str) else until) for answer in answers]
 
     @torch.inference_mode()
-    def _score(self, chats: list, targets: list[str]) -> list[tuple[float, bool]]:
+    def _score(self, chats: list[Chat], targets: list[str]) -> list[tuple[float, bool]]:
         """Scores targets after chats that all have images or that all have none."""
         if not chats:
             return []
-        prompts = [render_chat(self.processor, messages, add_generation_prompt=True) for messages, _ in chats]
+        prompts = [chat.render(self.processor) for chat in chats]
         full = [prompt + target for prompt, target in zip(prompts, targets, strict=True)]
         # Padding goes to the right, where causal attention hides it whatever kind of positions the model has.
-        inputs = self._encode(full, [images for _, images in chats], padding_side="right")
+        inputs = self._encode(
+            full, [chat.images for chat in chats], padding_side="right", regions=[chat.regions for chat in chats]
+        )
         shared = self.feature_cache.share(self.model, inputs)
         log_probs = self.model(**shared).logits.float().log_softmax(-1)  # (batch, tokens, vocabulary)
         results = []
@@ -255,6 +320,20 @@ class DeemSimple(_Deem):
     def _generation_kwargs(self, request: Instance) -> dict:
         return request.args[1]
 
+    def generate_visual_cot(self, requests: list[Instance]) -> list[str]:
+        """Draws what each prompt wishes for, and answers its question with the drawing behind its own pictures."""
+        if getattr(self.model, "generator", None) is None:
+            raise ValueError(
+                "A task has a picture drawn before it asks, which takes the interleaved model and what it draws with: "
+                "`--model_args pretrained=...,generator=FOLDER_OR_HUB_ID`."
+            )
+
+        def answer(chats: list[Chat], kwargs: dict) -> list[str]:
+            wishes, questions = zip(*map(split_wish, chats), strict=True)
+            return self._answer(list(map(with_drawing, questions, self._draw(list(wishes)))), kwargs)
+
+        return self._answer_all(requests, answer)
+
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """
         Returns for each target the *negative* log-probability, summed over its tokens, and whether greedy decoding
@@ -263,10 +342,10 @@ class DeemSimple(_Deem):
         scores: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         with self._progress(len(requests), "Scoring") as progress:
             for batch in self._batches(requests, lambda request: ""):
-                chats = [_split_media(self._messages(requests[index])) for index in batch]
+                chats = [self._chat(requests[index]) for index in batch]
                 targets = [self._target(requests[index]) for index in batch]
                 for with_images in (True, False):
-                    part = [place for place, (_, images) in enumerate(chats) if bool(images) == with_images]
+                    part = [place for place, chat in enumerate(chats) if bool(chat.images) == with_images]
                     results = self._score([chats[place] for place in part], [targets[place] for place in part])
                     for place, result in zip(part, results, strict=True):
                         scores[batch[place]] = result
@@ -280,35 +359,3 @@ class DeemSimple(_Deem):
 
 def _chunks(items: list[int], size: int) -> list[list[int]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def _split_media(messages: list[dict]) -> tuple[list[dict], list[Image.Image]]:
-    """Splits lmms-eval's messages into messages with a mark for each image, as `render_chat` takes, and the images."""
-    images, plain = [], []
-    for message in messages:
-        content = message["content"]
-        parts = []
-        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-            if part["type"] == "text":
-                parts.append({"type": "text", "text": part["text"]})
-            elif part["type"] == "image":
-                image = part["url"]
-                images.append((image if isinstance(image, Image.Image) else Image.open(image)).convert("RGB"))
-                parts.append({"type": "image"})
-            else:
-                raise ValueError(f"A task hands over {part['type']!r}; the model `deem` takes text and images only.")
-        plain.append({"role": message["role"], "content": parts})
-    return plain, images
-
-
-def _last_text(messages: list[dict]) -> str:
-    return "\n".join(part["text"] for part in messages[-1]["content"] if part["type"] == "text")
-
-
-def _cut(answer: str, until: list[str]) -> str:
-    """Returns the answer up to the first of the stop strings; white space before it begins is no stop."""
-    answer = answer.strip()
-    for stop in until:
-        if stop:
-            answer = answer.split(stop, 1)[0]
-    return answer.strip()

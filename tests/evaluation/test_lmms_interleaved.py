@@ -1,9 +1,21 @@
 """The interleaved model in lmms-eval: found by the Auto classes, answering as it does by itself."""
 
-import pytest
+import json
+from pathlib import Path
 
+import numpy as np
+import pytest
+from PIL import Image
+
+from deem_plugin.evaluation.drawing import split_wish
+from deem_plugin.evaluation.lmms import DeemChat, DeemSimple
+from deem_plugin.models import generate_images
+
+from ..feedback.tiny_generators import save_generator
 from ..models.tiny_deem import tiny_deem
-from .test_lmms import GREEDY, chat, chat_requests, docs  # noqa: F401  (a fixture)
+from ..tiny import tiny_image, tiny_llava
+from .helpers import request
+from .test_lmms import GREEDY, chat, chat_requests, docs, to_messages  # noqa: F401  (a fixture)
 
 
 @pytest.fixture(scope="module")
@@ -34,3 +46,100 @@ def test_it_answers_yes_or_no_by_log_likelihood(checkpoint, docs):  # noqa: F811
     )
 
     assert set(answers) <= {"yes", "no"}
+
+
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory):
+    return str(save_generator(tmp_path_factory.mktemp("generator"), "sd1"))
+
+
+REGION = {"question": "What is this?", "bbox": [2, 3, 20, 30], "segmentation": [30, 0, 60, 0, 60, 60, 30, 60]}
+
+
+@pytest.mark.parametrize(("task", "box"), [("refcoco_bbox_val", (2, 3, 22, 33)), ("refcoco_seg_val", (30, 0, 60, 60))])
+def test_it_is_asked_about_the_region_itself(checkpoint, task, box):
+    """Next to a question about a whole picture, in one call; the answer is that of the model by itself."""
+    image = tiny_image(5, (80, 64))
+    rows = {task: [{**REGION, "images": [tiny_image(6)], "image": image}], "other": [docs_of_one(image)]}
+    model = DeemChat(pretrained=checkpoint, device="cpu", batch_size=2, raw_answers=True)
+    model.task_dict = {name: {"test": each} for name, each in rows.items()}
+    requests = [request("", to_messages, dict(GREEDY), 0, name, "test") for name in rows]
+
+    about, whole = model.generate_until(requests)
+
+    inputs = model.processor(text="<region>\nWhat is this?\n", images=[image], regions=[box], return_tensors="pt")
+    output = model.model.generate(**inputs, do_sample=False, max_new_tokens=6)
+    answer = model.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert about == answer.strip().split("\n\n")[0].strip()
+    assert whole == model.generate_until(requests[1:])[0]
+
+
+def docs_of_one(image):
+    return {"question": "What is this?", "images": [image]}
+
+
+def test_a_model_without_regions_gets_what_the_task_has_drawn(tmp_path):
+    tiny_llava(tmp_path)
+    rows = [{**REGION, "images": [tiny_image(6)], "image": tiny_image(5)}]
+    model = DeemChat(pretrained=str(tmp_path), device="cpu", raw_answers=True)
+    model.task_dict = {"refcoco_bbox_val": {"test": rows}, "other": {"test": rows}}
+    requests = [request("", to_messages, dict(GREEDY), 0, task, "test") for task in ("refcoco_bbox_val", "other")]
+
+    assert len(set(model.generate_until(requests))) == 1
+
+
+def test_it_answers_by_pictures_of_the_prompts_in_a_batch_or_alone(checkpoint, generator, tmp_path, docs):  # noqa: F811
+    options = {"answer_by": "drawing", "generator": generator, "steps": 2, "guidance": 2.0}
+    model = chat(checkpoint, docs, batch_size=3, image_dir=str(tmp_path / "one"), **options)
+
+    answers = [json.loads(answer) for answer in model.generate_until(chat_requests(docs))]
+
+    assert [answer["text"] for answer in answers] == [""] * len(docs)
+    paths = [Path(path) for answer in answers for path in answer["images"]]
+    assert paths == [tmp_path / "one" / "task" / f"{index:06d}.png" for index in range(len(docs))]
+    # By the definition: what generate_images draws of the document, with the document's number as its seed.
+    inputs = model.processor(
+        text=f"<image>{docs[3]['question']}<image_start>", images=docs[3]["images"], return_tensors="pt"
+    )
+    [picture] = generate_images(model.model, inputs, [3], steps=2, guidance=2.0)
+    difference = np.asarray(picture, int) - np.asarray(Image.open(paths[3]), int)
+    assert abs(difference).max() <= 1  # batched sums differ in their last bits
+    assert len({path.read_bytes() for path in paths}) == len(docs)
+
+
+def test_it_draws_first_and_then_answers_with_the_drawing_before_it(checkpoint, generator, docs):  # noqa: F811
+    text = "[GEN_PROMPT]mark it[/GEN_PROMPT][QUESTION]What is it?[/QUESTION]"
+    asked = [{"images": doc["images"], "question": text} for doc in docs]
+    model = DeemSimple(
+        pretrained=checkpoint, device="cpu", batch_size=2, raw_answers=True, generator=generator, steps=2, guidance=1.0
+    )
+    model.task_dict = {"task": {"test": asked}}
+    requests = [
+        request(text, dict(GREEDY) | {"visual_cot": True}, lambda doc: doc["images"], index, "task", "test")
+        for index in range(len(asked))
+    ]
+
+    answers = model.generate_visual_cot(requests)
+
+    drawn = model._draw([split_wish(model._chat(each))[0] for each in requests[:2]])
+    model.task_dict = {
+        "task": {
+            "test": [
+                {"images": [*doc["images"], picture], "question": "What is it?"}
+                for doc, picture in zip(asked, drawn, strict=False)
+            ]
+        }
+    }
+    alone = [request("What is it?", *each.args[1:]) for each in requests[:2]]
+    assert answers[:2] == model.generate_until(alone)
+    assert len(answers) == len(docs)
+
+
+def test_drawing_needs_a_model_that_draws_and_something_to_draw_with(checkpoint, generator, tmp_path):
+    with pytest.raises(ValueError, match="answer_by=drawing needs generator=.* and image_dir="):
+        DeemChat(pretrained=checkpoint, answer_by="drawing", generator=generator)
+    with pytest.raises(ValueError, match="takes the interleaved model and what it draws with: .*generator="):
+        DeemSimple(pretrained=checkpoint, device="cpu").generate_visual_cot([])
+    tiny_llava(tmp_path)
+    with pytest.raises(ValueError, match="for the interleaved model, which draws; this is a LlavaForConditional"):
+        DeemChat(pretrained=str(tmp_path), device="cpu", generator=generator)
