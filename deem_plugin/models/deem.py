@@ -262,7 +262,7 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 )
                 if self.language_synchroniser is not None:
                     image_maps = self._maps_for_text(features.maps, input_ids, starts)
-        if document_ids is not None and not self.config.official_defects:
+        if document_ids is not None and not self.config.has_defect("shared_rows"):
             # Positions that start anew, without mask and cache, tell transformers' attention of packed documents.
             position_ids, attention_mask, use_cache = positions_in_documents(document_ids), None, False
 

@@ -76,21 +76,27 @@ def feedback_loss(model, reading, draws=None, generator=None):
     """
     draws = draws or Draws()
     latents = _draw_latents(model, reading, draws, generator)
-    mask = None
+    official = model.config.vision_config.official_regions
+    mask = seen = None
     if reading.region_masks is not None:
         height, width = latents.shape[-2:]
-        mask = region_to_patches(reading.region_masks, height, width).mT.unflatten(-1, (height, width))
+        mask = region_to_patches(reading.region_masks, height, width, official)
+        mask = mask.mT.unflatten(-1, (height, width))
+        if official:  # a region that came out empty has a loss of 0, which counts in the mean
+            seen = mask.flatten(1).any(1)
+            mask = torch.where(seen[:, None, None, None], mask, torch.ones_like(mask))
     looking = nullcontext()
     if model.config.feedback_maps:
-        maps = [level[:, None] for level in positioned_maps(reading.maps, reading.region_masks)]
-        seen = torch.ones(len(latents), 1, device=latents.device)
-        looking = model.unet_synchroniser.attached(model.generator.denoiser.model, maps, seen)
+        maps = [level[:, None] for level in positioned_maps(reading.maps, reading.region_masks, official)]
+        itself = torch.ones(len(latents), 1, device=latents.device)
+        looking = model.unet_synchroniser.attached(model.generator.denoiser.model, maps, itself)
     feedback = DiffusionFeedback(model.generator.denoiser, TIMESTEP_SAMPLERS[model.config.feedback_timesteps])
     context = model.feedback_head(reading.image_tokens)
     with looking:
         losses = feedback(
             latents, context, mask=mask, timesteps=draws.timesteps, noise=draws.noise, generator=generator
         )
+    losses = losses if seen is None else losses * seen
     return mean_of_valid(losses, total=None if reading.totals is None else reading.totals[0])
 
 
@@ -104,8 +110,9 @@ def image_loss(model, reading, draws=None, generator=None):
     context, lengths = image_contexts(model, reading.hidden_states, reading.input_ids, reading.starts)
     dropped = draws.dropped
     if dropped is None:
-        dropped = torch.rand(len(context), generator=generator, device=context.device) < config.null_context_rate
-    if config.official_defects:
+        rate = config.null_context_rate if model.training else 0.0
+        dropped = torch.rand(len(context), generator=generator, device=context.device) < rate
+    if config.has_defect("normalised_twice"):
         # The official code hands over what it has normalised to [-1, 1], and normalises it once more.
         reading = replace(reading, pictures=reading.pictures * 2 - 1, posterior=None)
     latents = _draw_latents(model, reading, draws, generator)
@@ -117,9 +124,9 @@ def image_loss(model, reading, draws=None, generator=None):
             noise=draws.noise,
             generator=generator,
         )
-    if config.official_defects:
-        return (losses * (lengths > SHORTEST_CONTEXT)).mean()
     valid = images_to_learn(lengths, reading.image_loss_mask)
+    if config.has_defect("mean_over_all"):
+        return (losses * valid).mean()
     return mean_of_valid(losses, valid, None if reading.totals is None else reading.totals[1])
 
 

@@ -38,7 +38,15 @@ def positions_in_documents(document_ids):
 
 
 def make_labels(
-    input_ids, attention_mask, *, bos_token_id, image_token_id, image_start_token_id, prompt_lengths=None, after=None
+    input_ids,
+    attention_mask,
+    *,
+    bos_token_id,
+    image_token_id,
+    image_start_token_id,
+    pad_token_id=None,
+    prompt_lengths=None,
+    after=None,
 ):
     """
     Makes the labels of next-token prediction by the official rules.
@@ -50,6 +58,7 @@ def make_labels(
     Args:
         input_ids, attention_mask (`torch.Tensor`): Shape `(batch, tokens)`.
         bos_token_id, image_token_id, image_start_token_id (`int`): Ids of the special tokens.
+        pad_token_id (`int`, *optional*): Id of padding that the mask does not tell of.
         prompt_lengths (`list[int]`, *optional*): For each row the number of its first tokens that are prompt.
         after (`int`, *optional*):
             A token id: text of a document is learned from its first such token on only. With the image start, text
@@ -61,6 +70,8 @@ def make_labels(
     """
     labels = input_ids.clone()
     ignored = (attention_mask == 0) | (input_ids == image_token_id) | (input_ids == bos_token_id)
+    if pad_token_id is not None:
+        ignored |= input_ids == pad_token_id
     follows_bos = torch.zeros_like(ignored)
     follows_bos[:, 1:] = input_ids[:, :-1] == bos_token_id
     ignored |= follows_bos & (input_ids == image_start_token_id)
@@ -167,7 +178,7 @@ def reversed_contexts(hidden_states, rows, places, starts):
         for row, place, start in zip(rows.tolist(), places.tolist(), starts.tolist(), strict=True)
     ]
     lengths = places - starts + 1
-    padded = pad_sequence(contexts, batch_first=True)
+    padded = pad_sequence(contexts, batch_first=True) if contexts else hidden_states[:0, :0]
     return padded, torch.arange(padded.shape[1], device=places.device) < lengths[:, None]
 
 

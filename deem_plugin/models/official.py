@@ -54,6 +54,9 @@ _IGNORED = [
 ]
 # Made in every official model, and of no use in one that was trained without a generator (the third stage).
 _HEADS_OF_A_GENERATOR = re.compile(r"^(visual_tokenizer\.proj_i|context_feat_proj)\.")
+# One parameter under two names, of which a safetensors file keeps either.
+_NULL = "neg_prompt_embeds"
+_SHARED_NULL = f"visual_tokenizer.{_NULL}"
 # What becomes rows of our own new tokens.
 _VOCABULARY = (
     "mm_decoder.embed_tokens.weight",
@@ -107,7 +110,10 @@ def convert_state_dict(official: dict[str, torch.Tensor], image_start_token_id: 
     for name, value in official.items():
         if name in _VOCABULARY or name in result.renamed or name in result.ignored:
             continue
-        if reason := next((why for pattern, why in _IGNORED if re.search(pattern, name)), None):
+        if name == _SHARED_NULL and draws and f"image_decoder.{_NULL}" not in official:
+            result.weights["image_decoder.null_context"] = value
+            result.renamed[name] = "image_decoder.null_context"
+        elif reason := next((why for pattern, why in _IGNORED if re.search(pattern, name)), None):
             result.ignored[name] = reason
         elif not draws and _HEADS_OF_A_GENERATOR.match(name):
             result.ignored[name] = "a head for a generator, which this model was trained without"

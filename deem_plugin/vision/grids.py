@@ -33,7 +33,7 @@ def sincos_position_embedding(
     return embedding[0].flatten(1).T
 
 
-def region_to_patches(region_masks: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def region_to_patches(region_masks: torch.Tensor, height: int, width: int, official: bool = False) -> torch.Tensor:
     """
     Marks the patches that a region touches.
 
@@ -42,10 +42,17 @@ def region_to_patches(region_masks: torch.Tensor, height: int, width: int) -> to
     Args:
         region_masks (`torch.Tensor`): Shape `(batch, 1, mask_height, mask_width)`, nonzero inside the region.
         height, width (`int`): The grid of patches.
+        official (`bool`, *optional*, defaults to `False`):
+            The rule of the authors' code instead, under which a patch belongs to the region when what lies around
+            its middle does. Small regions, and empty ones, then come out empty.
 
     Returns:
         `torch.Tensor`: Shape `(batch, height * width, 1)`, ones and zeros.
     """
+    dtype = region_masks.dtype if region_masks.is_floating_point() else torch.float32
+    if official:
+        resized = F.interpolate(region_masks.float(), (height, width), mode="bilinear", align_corners=False)
+        return (resized > 0).to(dtype).flatten(1)[..., None]
     inside = (region_masks != 0).float()
     if empty := int((inside.flatten(1).sum(1) == 0).sum()):
         raise ValueError(
@@ -53,16 +60,17 @@ def region_to_patches(region_masks: torch.Tensor, height: int, width: int) -> to
             f"pass a mask of ones to look at the whole image."
         )
     touched = F.adaptive_avg_pool2d(inside, (height, width)) > 0
-    return touched.to(region_masks.dtype if region_masks.is_floating_point() else torch.float32).flatten(1)[..., None]
+    return touched.to(dtype).flatten(1)[..., None]
 
 
-def positioned_maps(maps, region_masks=None):
+def positioned_maps(maps, region_masks=None, official=False):
     """
     Adds positions to the tower's maps, and leaves of each only the cells of its region.
 
     Args:
         maps (`dict[str, torch.Tensor]`): From the tower, each `(images, dim, height, width)`.
         region_masks (`torch.Tensor`, *optional*): Shape `(images, 1, height, width)`, nonzero in the region meant.
+        official (`bool`, *optional*, defaults to `False`): As in `region_to_patches`.
 
     Returns:
         `list[torch.Tensor]`: In the tower's order, the finest first; shapes as given.
@@ -73,7 +81,7 @@ def positioned_maps(maps, region_masks=None):
         positions = sincos_position_embedding(level.shape[1], height, width, device=level.device)
         level = level + positions.T.unflatten(1, (height, width)).to(level.dtype)
         if region_masks is not None:
-            cells = region_to_patches(region_masks, height, width)
+            cells = region_to_patches(region_masks, height, width, official)
             level = level * cells.mT.unflatten(2, (height, width)).to(level.dtype)
         result.append(level)
     return result

@@ -16,10 +16,12 @@ class RegionTokens(nn.Module):
 
     Args:
         dim (`int`): Width of the maps and of the tokens.
+        official_regions (`bool`, *optional*, defaults to `False`): As in [`DeemVisionConfig`].
     """
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, official_regions: bool = False):
         super().__init__()
+        self.official_regions = official_regions
         self.features = nn.Linear(dim, dim)
         self.shape = nn.Sequential(
             nn.Linear(SHAPE_GRID**2, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim)
@@ -36,8 +38,9 @@ class RegionTokens(nn.Module):
         """
         tokens = []
         for level in maps:
-            inside = region_to_patches(region_masks, *level.shape[-2:]).to(level.dtype)  # (batch, cells, 1)
-            tokens.append(self.features((level.flatten(2) @ inside)[..., 0] / inside.sum(1)))
+            inside = region_to_patches(region_masks, *level.shape[-2:], self.official_regions)  # (batch, cells, 1)
+            inside = inside.to(level.dtype)
+            tokens.append(self.features((level.flatten(2) @ inside)[..., 0] / inside.sum(1).clamp(min=1)))
         size = (SHAPE_GRID, SHAPE_GRID)
         shape = F.interpolate((region_masks != 0).to(maps[0].dtype), size, mode="bilinear", align_corners=False)
         return torch.stack([*tokens, self.shape(shape.flatten(1))], dim=1)

@@ -76,7 +76,9 @@ class DeemVisionTower(PreTrainedModel):
                 cross_attention_frequency=config.cross_attention_frequency,
                 dropout=config.resampler_dropout,
             )
-        self.region_tokens = RegionTokens(config.encoder_dim) if config.region_tokens else None
+        self.region_tokens = (
+            RegionTokens(config.encoder_dim, config.official_regions) if config.region_tokens else None
+        )
         self.post_init()
 
     def _init_weights(self, module):
@@ -155,7 +157,8 @@ class DeemVisionTower(PreTrainedModel):
         encoded = self.encoder(pixel_values)
         mask = None
         if region_masks is not None:
-            mask = region_to_patches(region_masks, grid, grid).to(encoded.tokens.patches.dtype)
+            mask = region_to_patches(region_masks, grid, grid, self.config.official_regions)
+            mask = mask.to(encoded.tokens.patches.dtype)
 
         if self.resampler is not None:
             last_hidden_state = self._sequence(Tokens(None, self._resample(encoded, mask, region_masks)))

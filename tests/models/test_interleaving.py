@@ -93,6 +93,8 @@ def test_left_padding_and_documents_without_a_first_token_begin_with_the_row():
     assert visible[1, :, 0].tolist() == [False] * 2 + [True] * 2 + [False] * 3
     assert visible[1, :, 1].tolist() == [False] * 6 + [True]
     assert labels[0].tolist() == [-100, -100, -100, 5, START, -100, 6]
+    padded = il.make_labels(input_ids, torch.ones_like(attention_mask), **IDS, pad_token_id=0)
+    assert torch.equal(padded, labels)
     assert labels[1].tolist() == [7, START, -100, 8, -100, -100, -100]
     with pytest.raises(ValueError, match="3 prompt lengths for 2 rows"):
         il.make_labels(input_ids, attention_mask, **IDS, prompt_lengths=[1, 2, 3])
