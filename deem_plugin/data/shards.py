@@ -105,34 +105,27 @@ class Dropped(Exception):
     """A sample that the rules of the data leave out; its text is the reason that is counted."""
 
 
-def stream_interleaved(
-    shards: str | Sequence[str],
+def interleaved_reader(
     *,
     min_similarity: float = 0.24,
     max_images: int = 6,
     keep_single: float = 0.5,
     seed: int = 0,
     on_error: str = "raise",
-) -> tuple["IterableDataset", Drops]:
+) -> ShardReader:
     """
-    Streams interleaved documents in MMC4's layout, by the rules of the paper (App. E.2).
+    Makes a reader of interleaved documents in MMC4's layout, by the rules of the paper (App. E.2).
 
     A sample is `NAME.json` with `text_list` and `image_info`, each of whose entries has `image_name`,
     `matched_text_index` and `matched_sim`, and a file `NAME.IMAGE_NAME` for each picture. A picture stands before or
     behind its text, with equal chance.
 
     Args:
-        shards (`str` or `Sequence[str]`): Tar files: paths, addresses that fsspec opens, or globs of them.
         min_similarity (`float`): CLIP similarity below which a picture is left out.
         max_images (`int`): Most pictures of a document; the first ones stay.
         keep_single (`float`): Probability that a document with one picture stays.
         seed (`int`): Of all coins.
         on_error (`str`): `raise`, or `skip` and count, for broken documents and damaged or missing pictures.
-
-    Returns:
-        `tuple[datasets.IterableDataset, Drops]`: The documents in the columns of `load_documents`, and what is
-        counted. One shard goes to one process: `split_dataset_by_node` gives ranks and a `DataLoader` gives workers
-        shards of their own, and `state_dict` tells the position.
     """
 
     def make(name: str, sample: Sample, rng: random.Random, reader: ShardReader) -> list[dict[str, Any]]:
@@ -170,25 +163,19 @@ def stream_interleaved(
             parts += [part for place, before, part in places if place == index and not before]
         return parts
 
-    return _stream(shards, ShardReader(make, seed, on_error))
+    return ShardReader(make, seed, on_error)
 
 
-def stream_pairs(
-    shards: str | Sequence[str], *, min_characters: int = 10, seed: int = 0, on_error: str = "raise"
-) -> tuple["IterableDataset", Drops]:
+def pairs_reader(*, min_characters: int = 10, seed: int = 0, on_error: str = "raise") -> ShardReader:
     """
-    Streams pictures with captions, the picture before or behind its caption with equal chance (App. E.2).
+    Makes a reader of pictures with captions, the picture before or behind its caption with equal chance (App. E.2).
 
     A sample is a picture and `NAME.txt`, or `NAME.json` with `caption`.
 
     Args:
-        shards (`str` or `Sequence[str]`): Tar files: paths, addresses that fsspec opens, or globs of them.
         min_characters (`int`): Shortest caption that stays.
         seed (`int`): Of all coins.
         on_error (`str`): `raise`, or `skip` and count, for broken samples and damaged pictures.
-
-    Returns:
-        `tuple[datasets.IterableDataset, Drops]`: As [`stream_interleaved`].
     """
 
     def make(name: str, sample: Sample, rng: random.Random, reader: ShardReader) -> list[dict[str, Any]]:
@@ -208,7 +195,28 @@ def stream_pairs(
         parts = [part, _part(text=caption)]
         return parts if rng.random() < 0.5 else parts[::-1]
 
-    return _stream(shards, ShardReader(make, seed, on_error))
+    return ShardReader(make, seed, on_error)
+
+
+def stream_interleaved(shards: str | Sequence[str], **rules) -> tuple["IterableDataset", Drops]:
+    """
+    Streams interleaved documents once, from a script of one's own; a recipe reads them by [`ShardStream`].
+
+    Args:
+        shards (`str` or `Sequence[str]`): Tar files: paths, addresses that fsspec opens, or globs of them.
+        rules: As for [`interleaved_reader`].
+
+    Returns:
+        `tuple[datasets.IterableDataset, Drops]`: The documents in the columns of `load_documents`, and what is
+        counted. One shard goes to one process: `split_dataset_by_node` gives ranks and a `DataLoader` gives workers
+        shards of their own, and `state_dict` tells the position.
+    """
+    return _stream(shards, interleaved_reader(**rules))
+
+
+def stream_pairs(shards: str | Sequence[str], **rules) -> tuple["IterableDataset", Drops]:
+    """Streams captioned pictures; arguments and result as [`stream_interleaved`], rules as [`pairs_reader`]."""
+    return _stream(shards, pairs_reader(**rules))
 
 
 def mix_streams(streams: Sequence["IterableDataset"], weights: Sequence[float], seed: int = 0) -> "IterableDataset":

@@ -163,25 +163,41 @@ def _load_data(recipe: Recipe):
     from deem_plugin.data.conversations import load_conversations
     from deem_plugin.data.document_files import load_documents
     from deem_plugin.data.region_sets import load_regions
-    from deem_plugin.data.shards import mix_streams, stream_interleaved, stream_pairs
 
     args, data = recipe.training, recipe.data
     if data.kind == "shards":
-        seed = args.seed if args.data_seed is None else args.data_seed
-        sources = zip((stream_interleaved, stream_pairs), (data.interleaved, data.pairs), data.weights, strict=True)
-        streams = [
-            (read(shards, seed=seed, on_error=data.on_error)[0], weight)
-            for read, shards, weight in sources
-            if shards is not None
-        ]
-        # Each rank reads shards of its own; by default the first one would read everything for all.
-        args.accelerator_config.dispatch_batches = False
-        return streams[0][0] if len(streams) == 1 else mix_streams(*zip(*streams, strict=True), seed=seed)
+        return _open_stream(args, data)
     load = {"conversations": load_conversations, "documents": load_documents}.get(data.kind)
     with args.main_process_first(desc=f"reading {data.kind}"):
         if load is None:
             return load_regions(data.sources, data.on_error, data.cache_dir)
         return load(data.path, data.image_dir, data.cache_dir)
+
+
+def _open_stream(args, data):
+    """Returns the stream of a recipe's shards, where the checkpoint that the run goes on from left it."""
+    from deem_plugin.data.shard_stream import ShardStream
+    from deem_plugin.data.shards import interleaved_reader, list_shards, pairs_reader
+
+    seed = args.seed if args.data_seed is None else args.data_seed
+    kinds = zip((interleaved_reader, pairs_reader), (data.interleaved, data.pairs), data.weights, strict=True)
+    sources = [
+        (make(seed=seed, on_error=data.on_error), list_shards(shards), weight)
+        for make, shards, weight in kinds
+        if shards is not None
+    ]
+    stream = ShardStream(
+        [(reader, shards) for reader, shards, _ in sources],
+        [weight for *_, weight in sources],
+        seed,
+        args.process_index,
+        args.world_size,
+        args.dataloader_num_workers,
+    )
+    if args.resume_from_checkpoint:
+        stream.load(args.resume_from_checkpoint)
+        args.ignore_data_skip = True  # the stream itself goes on
+    return stream
 
 
 def _prepare_vlm(recipe: Recipe, make_feedback):
@@ -190,7 +206,7 @@ def _prepare_vlm(recipe: Recipe, make_feedback):
     from deem_plugin.data.document_collator import DocumentCollator
     from deem_plugin.training.model import make_model
     from deem_plugin.training.report import MovementCheck
-    from deem_plugin.training.trainer import RecipeTrainer
+    from deem_plugin.training.trainer import RecipeTrainer, SaveStream
     from deem_plugin.vision.hosts import find_tower
 
     args, data = recipe.training, recipe.data
@@ -200,6 +216,8 @@ def _prepare_vlm(recipe: Recipe, make_feedback):
     callback = _feedback_callback(recipe, make_feedback, model, processor)
     base = model.get_base_model() if recipe.model.lora_r else model
     callbacks = [MovementCheck(find_tower(base))] + ([callback] if callback else [])
+    if data.kind == "shards":
+        callbacks.append(SaveStream(dataset))
     trainer = RecipeTrainer(
         model=model,
         args=args,

@@ -1,8 +1,14 @@
 """The Trainer of the recipes: stock, but for learning rates by part and for encoders that train without text."""
 
-import torch
-from transformers import PreTrainedModel, Trainer
+from pathlib import Path
 
+import torch
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from deem_plugin.data.shard_stream import ShardStream
 from deem_plugin.training.parts import find, matches
 
 # What the interleaved model returns beside its loss; logged under these names.
@@ -47,9 +53,30 @@ class RecipeTrainer(Trainer):
         optimizer.param_groups[:] = groups
         return optimizer
 
+    def get_train_dataloader(self):
+        """As the stock method; a stream of shards is dealt out to processes already, and tells its places."""
+        if not isinstance(self.train_dataset, ShardStream):
+            return super().get_train_dataloader()
+        args = self.args
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            collate_fn=_WithPlace(self.data_collator),
+            num_workers=args.dataloader_num_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            pin_memory=args.dataloader_pin_memory,
+            # Of its own, or opening the stream would draw from what the losses draw from, once more on resume.
+            generator=torch.Generator(),
+        )
+        options = {"num_processes": 1, "process_index": 0, "dispatch_batches": False, "put_on_device": True}
+        return prepare_data_loader(loader, device=args.device, **options)
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Also counts the images of the whole optimizer step, as the stock method counts the tokens."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if isinstance(self.train_dataset, ShardStream):
+            for batch in batches:
+                self.train_dataset.note(batch.pop("place"))
         count = getattr(self.accelerator.unwrap_model(self.model), "count_images", None)
         if count is not None and batches and num_items is not None:
             total = torch.stack([count(batch) for batch in batches]).sum(0).to(device)
@@ -63,6 +90,8 @@ class RecipeTrainer(Trainer):
         """As the stock method, and adds up the losses that the model names."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training and isinstance(outputs, dict):
+            if not self._named_losses:
+                self._named_since = self.state.global_step
             for name in NAMED_LOSSES:
                 if (value := outputs.get(name)) is not None:
                     # Stays on the device until it is logged, so that no step waits for it.
@@ -79,7 +108,7 @@ class RecipeTrainer(Trainer):
             if self.args.world_size > 1:
                 totals = self.accelerator.reduce(totals, reduction="sum")
             logs |= {name: total / steps for name, total in zip(names, totals.tolist(), strict=True)}
-            self._named_losses, self._named_since = {}, self.state.global_step
+            self._named_losses = {}
         super().log(logs, start_time)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
@@ -103,6 +132,32 @@ class RecipeTrainer(Trainer):
                 f"The checkpoint {resume_from_checkpoint} is not of this run's model: missing {missing[:3]}, "
                 f"unexpected {unexpected[:3]}. Resume with the recipe and the settings that it was written with."
             )
+
+
+class _WithPlace:
+    """Collates documents of a stream and adds the place behind the last of them."""
+
+    def __init__(self, collate):
+        self.collate = collate
+
+    def __call__(self, examples):
+        return {**self.collate([document for document, _ in examples]), "place": examples[-1][1]}
+
+
+class SaveStream(TrainerCallback):
+    """
+    Saves beside each checkpoint where every process stands in its stream.
+
+    Args:
+        stream (`ShardStream`): Of this process.
+    """
+
+    def __init__(self, stream: ShardStream):
+        self.stream = stream
+
+    def on_save(self, args, state, control, **kwargs):
+        """Writes the places into the checkpoint."""
+        self.stream.save(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
 class EncoderTrainer(RecipeTrainer):

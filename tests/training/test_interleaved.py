@@ -9,6 +9,7 @@ import tarfile
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -225,6 +226,39 @@ def test_a_recipe_streams_shards(parts, language_model, tower, tmp_path):
         train(load_recipe(write_recipe(tmp_path, sections), [*overrides, "training.max_steps=-1"]))
     with pytest.raises(ValueError, match="needs tar files: set `data.interleaved`, `data.pairs`, or both"):
         load_recipe(write_recipe(tmp_path, sections | {"data": {"kind": "shards"}}))
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_stream_resumes_where_it_was(parts, language_model, tower, tmp_path, workers):
+    """Five steps in one go, and two of them after a stop behind the third: more documents than the shards hold."""
+    write_shards(tmp_path)
+    data = {"kind": "shards", "interleaved": str(tmp_path / "mmc4-*.tar"), "pairs": str(tmp_path / "pairs-*.tar")}
+    sections = {
+        "model": {"language_model": str(language_model), "vision_tower": f"deem:{tower}"},
+        "data": data,
+        "deem": {"denoiser": str(save_generator(tmp_path / "generator", "sd1"))},
+    }
+    recipe = write_recipe(tmp_path, sections)
+
+    def run(out, **training):
+        options = {"max_steps": 5, "save_steps": 3, "dataloader_num_workers": workers, **training}
+        overrides = tiny_overrides(parts, tmp_path / out, feedback=False) + ["data.image_dir=null"]
+        return train(load_recipe(recipe, overrides + [f"training.{name}={value}" for name, value in options.items()]))
+
+    whole = run("whole")
+    resumed = run("parts", resume_from_checkpoint=tmp_path / "whole" / "checkpoint-3")
+
+    expected, given = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
+    assert all(torch.allclose(given[name], value, atol=1e-6) for name, value in expected.items())
+    logs = [json.loads((tmp_path / out / "trainer_state.json").read_text()) for out in ("whole", "parts")]
+    assert [log["global_step"] for log in logs] == [5, 5]
+    for name in ("loss", "lm_loss", "image_loss", "feedback_loss"):
+        one, two = ([entry[name] for entry in log["log_history"] if name in entry] for log in logs)
+        assert len(one) == 5 and one == pytest.approx(two, rel=1e-4), name
+    before = load_file(tmp_path / "whole" / "checkpoint-3" / "model.safetensors")
+    assert not torch.equal(before["connector.weight"], given["connector.weight"])
+    with pytest.raises(ValueError, match="The stream of .*checkpoint-3 cannot go on: its seed were"):
+        run("parts", resume_from_checkpoint=tmp_path / "whole" / "checkpoint-3", data_seed=9)
 
 
 def test_the_7b_recipe_trains_as_many_parameters_as_the_paper():
