@@ -11,6 +11,18 @@ from deem_plugin.training.recipes import Recipe
 
 NAMED_LOSSES = ("loss", "lm_loss", "image_loss", "feedback_loss")
 PAPER = "2405.15232"
+# Key of the card's metadata, by which a later stage learns which generators judged the earlier ones.
+_GENERATORS = "feedback_generators"
+# How to read with an interleaved model, whose class transformers does not have.
+_USE = """```python
+import deem_plugin.models  # makes the class known
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("THIS/MODEL")
+processor = AutoProcessor.from_pretrained("THIS/MODEL")
+```
+
+It reads pictures without any generator; to draw it is given one by `model.attach_generator`."""
 
 
 def write_card(folder: str | Path, recipe: Recipe, log_history: list[dict]) -> Path:
@@ -28,21 +40,36 @@ def write_card(folder: str | Path, recipe: Recipe, log_history: list[dict]) -> P
     from huggingface_hub import ModelCard, ModelCardData
 
     source = recipe.model.model or recipe.model.language_model or recipe.model.encoder
+    generators = _generators(recipe, source)
     data = ModelCardData(
         base_model=source,
         library_name="transformers",
         pipeline_tag="feature-extraction" if recipe.model.encoder else "image-text-to-text",
         tags=["deem-plugin", "diffusion-feedback", f"arxiv:{PAPER}"],
+        **({_GENERATORS: generators} if generators else {}),
     )
     # Local folders are no names on the hub, which refuses cards that point at them.
     if Path(source).expanduser().exists() or source.count("/") != 1:
         data.base_model = None
     path = Path(folder) / "README.md"
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(recipe, source, log_history)}").save(path)
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(recipe, source, generators, log_history)}").save(path)
     return path
 
 
-def _text(recipe: Recipe, source: str, log_history: list[dict]) -> str:
+def _generators(recipe: Recipe, source: str) -> dict[str, str]:
+    """Returns the generators that judged the model, now or in an earlier stage, each with what is said of it."""
+    card = Path(source).expanduser() / "README.md"
+    earlier = {}
+    if card.is_file():
+        from huggingface_hub import ModelCard
+
+        earlier = ModelCard.load(card).data.to_dict().get(_GENERATORS, {})
+    judge = recipe.feedback or recipe.deem
+    now = {} if judge is None or not judge.denoiser else {judge.denoiser: _licence(judge.denoiser)}
+    return earlier | now
+
+
+def _text(recipe: Recipe, source: str, generators: dict[str, str], log_history: list[dict]) -> str:
     lines = [
         f"# {recipe.name}",
         "",
@@ -53,16 +80,14 @@ def _text(recipe: Recipe, source: str, log_history: list[dict]) -> str:
     if recipe.model.vision_tower:
         weights = recipe.model.vision_pretrained or "as that name says"
         lines += [f"Vision tower: `{recipe.model.vision_tower}`, weights: {weights}.", ""]
-    judge = recipe.feedback or recipe.deem
-    if judge is not None and judge.denoiser:
-        lines += [
-            f"The frozen generator `{judge.denoiser}` judged it and is not part of it. {_licence(judge.denoiser)}",
-            "",
-        ]
+    for generator, licence in generators.items():
+        lines += [f"The frozen generator `{generator}` judged it and is not part of it. {licence}", ""]
     lines += [
-        f"Data: `{recipe.data.path}`. Its terms, and those of what the model started from, hold for it, too.",
+        f"Data: {_data(recipe.data)}. Its terms, and those of what the model started from, hold for it, too.",
         "",
     ]
+    if recipe.deem is not None:
+        lines += [_USE, ""]
     logged = [entry for entry in log_history if "loss" in entry]
     if logged:
         lines += ["| | first logged | last logged |", "|---|---|---|"]
@@ -74,6 +99,17 @@ def _text(recipe: Recipe, source: str, log_history: list[dict]) -> str:
         lines += ["", "These are training losses. What it can do is measured by `lmms-eval --model deem`.", ""]
     lines += ["## Recipe", "", "```yaml", yaml.safe_dump(_sections(recipe), sort_keys=False).rstrip(), "```"]
     return "\n".join(lines) + "\n"
+
+
+def _data(data) -> str:
+    """Names what a recipe was trained on."""
+    if data.kind == "shards":
+        names = [shards for shards in (data.interleaved, data.pairs) if shards is not None]
+    elif data.kind == "regions":
+        names = [f"{source['format']}: {source['image_dir']}" for source in data.sources]
+    else:
+        names = [data.path]
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def _licence(denoiser: str) -> str:

@@ -52,6 +52,7 @@ def train(recipe: Recipe, make_feedback: Callable | None = None) -> Path:
         RuntimeError: If the first step does not train what is meant to train.
     """
     from transformers import set_seed
+    from transformers.trainer import TRAINING_ARGS_NAME
 
     from deem_plugin.training.card import write_card
 
@@ -75,6 +76,8 @@ def train(recipe: Recipe, make_feedback: Callable | None = None) -> Path:
     def save_with_card(folder: str):
         save(folder)
         if args.should_save:
+            # A pickle, which may run any code when it is opened; the card tells all settings that are not defaults.
+            (Path(folder) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
             write_card(folder, recipe, trainer.state.log_history)
 
     return save_in_one_piece(final, save_with_card, args.should_save, trainer.accelerator.wait_for_everyone)

@@ -1,5 +1,6 @@
 """The model card: provenance, licence, losses and the recipe, as the hub reads it."""
 
+import pytest
 import yaml
 from huggingface_hub import ModelCard
 
@@ -32,6 +33,39 @@ def test_a_card_tells_provenance_losses_and_the_recipe(tmp_path):
     assert sections["model"] == {"model": "org/vlm", "freeze": ["language_model"]}
     assert sections["feedback"] == {"denoiser": str(tmp_path / "sd"), "weight": 3.0}
     assert sections["training"]["max_steps"] == 9 and "/secret/place" not in card.text
+
+
+@pytest.mark.parametrize(
+    ("data", "named"),
+    [
+        ({"path": "a.jsonl", "kind": "documents"}, "Data: `a.jsonl`."),
+        ({"kind": "shards", "interleaved": "mmc4/*.tar", "pairs": "blip/*.tar"}, "Data: `mmc4/*.tar`, `blip/*.tar`."),
+        (
+            {"kind": "regions", "sources": [{"format": "coco", "annotations": "a.json", "image_dir": "coco"}]},
+            "Data: `coco: coco`.",
+        ),
+    ],
+)
+def test_the_card_of_an_interleaved_model_says_how_it_is_loaded_and_names_its_data(tmp_path, data, named):
+    sections = {"model": {"model": "org/deem"}, "data": data, "deem": {"denoiser": "org/sd"}}
+
+    text = ModelCard.load(write_card(tmp_path, build_recipe("mine", sections), LOG)).text
+
+    assert named in text and "judged it and is not part of it" in text and "CreativeML OpenRAIL-M" in text
+    assert "import deem_plugin.models" in text and "without any generator" in text
+    assert yaml.safe_load(text.rsplit("```yaml", 1)[1].split("```")[0])["data"].keys() == data.keys()
+
+
+def test_the_card_of_a_later_stage_names_the_generators_of_the_earlier_ones(tmp_path):
+    for stage, denoiser in (("one", "org/sd"), ("two", None)):
+        (tmp_path / stage).mkdir()
+        sections = {"model": {"model": "org/deem" if denoiser else str(tmp_path / "one")}, "data": {"path": "x"}}
+        weights = {} if denoiser else {"image_weight": 0, "feedback_weight": 0}
+        write_card(tmp_path / stage, build_recipe(stage, sections | {"deem": {"denoiser": denoiser, **weights}}), [])
+
+    text = ModelCard.load(tmp_path / "two" / "README.md").text
+
+    assert "The frozen generator `org/sd` judged it" in text and "CreativeML OpenRAIL-M" in text
 
 
 def test_a_local_folder_is_no_base_model_of_the_hub(tmp_path):

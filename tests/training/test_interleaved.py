@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -119,6 +120,14 @@ def test_a_recipe_assembles_trains_and_goes_on(parts, language_model, tower, tmp
     model = AutoModelForImageTextToText.from_pretrained(final)
     assert isinstance(model, DeemForConditionalGeneration) and model.config.image_weight == 5.0
     assert AutoProcessor.from_pretrained(final).num_image_tokens == model.config.vision_config.num_image_tokens
+
+    assert not list(final.glob("*.bin"))  # nothing that runs code when it is opened
+    # What was trained reads without the generator: it is not among the weights, and nothing asks for its folder.
+    shutil.rmtree(generator)
+    assert not any(name.startswith(("generator", "unet.", "vae.")) for name in load_file(final / "model.safetensors"))
+    processor = AutoProcessor.from_pretrained(final)
+    inputs = processor(images=[tiny_image(0)], text="<image>what?", return_tensors="pt")
+    assert model.generate(**inputs, max_new_tokens=2).shape[1] > inputs["input_ids"].shape[1]
 
     second = write_recipe(
         tmp_path, {"model": {"model": str(final)}, "deem": {"image_weight": 0, "feedback_weight": 0}}
@@ -259,6 +268,31 @@ def test_a_stream_resumes_where_it_was(parts, language_model, tower, tmp_path, w
     assert not torch.equal(before["connector.weight"], given["connector.weight"])
     with pytest.raises(ValueError, match="The stream of .*checkpoint-3 cannot go on: its seed were"):
         run("parts", resume_from_checkpoint=tmp_path / "whole" / "checkpoint-3", data_seed=9)
+
+
+@pytest.mark.slow
+def test_two_processes_read_their_own_shards_and_resume(parts, language_model, tower, tmp_path):
+    write_shards(tmp_path)
+    sections = {
+        "model": {"language_model": str(language_model), "vision_tower": f"deem:{tower}"},
+        "data": {"kind": "shards", "interleaved": str(tmp_path / "mmc4-*.tar")},
+        "deem": {"denoiser": str(save_generator(tmp_path / "generator", "sd1"))},
+    }
+    recipe = write_recipe(tmp_path, sections)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for out, more in (("whole", []), ("parts", [f"resume_from_checkpoint={tmp_path / 'whole' / 'checkpoint-2'}"])):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        command += ["-m", "deem_plugin", "train", str(recipe)]
+        command += tiny_overrides(parts, tmp_path / out, feedback=False) + ["data.image_dir=null"]
+        command += [f"training.{each}" for each in ("max_steps=3", "save_steps=2", *more)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-4000:]
+
+    places = [json.loads((tmp_path / "whole" / f"checkpoint-2/stream-{rank}.json").read_text()) for rank in range(2)]
+    # Two steps of four documents from shards of four: each process has read its own one twice.
+    assert [place["places"][0]["read"] for place in places] == [[[1, 4]]] * 2
+    expected, given = (load_file(tmp_path / out / "final" / "model.safetensors") for out in ("whole", "parts"))
+    assert all(torch.allclose(given[name], value, atol=1e-6) for name, value in expected.items())
 
 
 def test_the_7b_recipe_trains_as_many_parameters_as_the_paper():
