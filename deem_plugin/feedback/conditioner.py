@@ -1,9 +1,13 @@
 """Visual tokens to the context of a denoiser: the one learned part of the feedback."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import torch
 from torch import nn
 
 from ..vision.resampler import PerceiverResampler
+from .synchroniser import UNetSynchroniser
 
 
 class Conditioner(nn.Module):
@@ -23,6 +27,8 @@ class Conditioner(nn.Module):
         mlp (`bool`, *optional*, defaults to `False`): Whether the head is an MLP.
         vector_dim (`int`, *optional*, defaults to `0`): Width of the denoiser's vector; `0` for none.
         prompt_tokens (`int`, *optional*, defaults to `0`): Length of `prompt_states`; `0` for none.
+        synchroniser (`dict`, *optional*):
+            Arguments of a [`UNetSynchroniser`], under `"unet"` the config of its UNet; none without it.
     """
 
     def __init__(
@@ -36,6 +42,7 @@ class Conditioner(nn.Module):
         mlp=False,
         vector_dim=0,
         prompt_tokens=0,
+        synchroniser=None,
     ):
         super().__init__()
         self.arguments = {
@@ -48,6 +55,7 @@ class Conditioner(nn.Module):
             "mlp": mlp,
             "vector_dim": vector_dim,
             "prompt_tokens": prompt_tokens,
+            "synchroniser": synchroniser,
         }
         self.resampler = None
         if num_queries:
@@ -70,6 +78,10 @@ class Conditioner(nn.Module):
         # States of a text that never changes, to which the visual tokens are added. They are saved with the weights,
         # so that nobody needs the text encoder again.
         self.register_buffer("prompt_states", torch.zeros(prompt_tokens, context_dim) if prompt_tokens else None)
+        self.synchroniser = None
+        if synchroniser is not None:
+            options = dict(synchroniser)
+            self.synchroniser = UNetSynchroniser(SimpleNamespace(**options.pop("unet")), **options)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -101,6 +113,19 @@ class Conditioner(nn.Module):
     def vector(self, tokens):
         """Returns what modulates the denoiser, made of the tokens' mean, `(batch, vector_dim)`; or None."""
         return None if self.vector_head is None else self.vector_head(tokens.to(self.dtype).mean(dim=1))
+
+    def looking(self, unet, maps):
+        """
+        Returns a context in which `unet` looks at the pictures' maps; without a synchroniser it does nothing.
+
+        Args:
+            unet (`UNet2DConditionModel`): The denoiser's network.
+            maps (`list[torch.Tensor]`): Each `(batch, dim, height, width)`; not read without a synchroniser.
+        """
+        if self.synchroniser is None:
+            return nullcontext()
+        seen = maps[0].new_ones(len(maps[0]), 1)
+        return self.synchroniser.attached(unet, [level[:, None] for level in maps], seen)
 
     def _with_prompt(self, context):
         """Adds the states of the prompt: by position, or, where the numbers of tokens differ, their mean (DIVA)."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 WEIGHT_SCHEDULES = ("constant", "linear")
 TIMESTEP_SAMPLINGS = ("shrink", "uniform", "logit_normal", "stratified")
 LOSS_WEIGHTINGS = ("uniform", "min_snr", "cosmap")
-CONDITIONS = ("queries", "patches", "cls", "cls+patches")
+CONDITIONS = ("queries", "queries+dense", "patches", "cls", "cls+patches")
 OBJECTIVES = ("mse", "contrastive")
 SOURCES = ("tower", "llm")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -51,8 +51,9 @@ class FeedbackConfig:
         num_negatives (`int`, *optional*):
             Of `contrastive`: other pictures that each one is held against; by default all of the micro-batch.
         condition (`str`, *optional*, defaults to `"queries"`):
-            What the generator is shown: `queries` (the tokens that the language model reads, resampled), `patches`
-            (each of them), `cls` (the tower's pooled vector alone), `cls+patches`. See
+            What the generator is shown: `queries` (the tokens that the language model reads, resampled),
+            `queries+dense` (and, inside its UNet, the maps of the very picture, which give the answer away: DEEM's
+            official code), `patches` (each of them), `cls` (the tower's pooled vector alone), `cls+patches`. See
             `deem_plugin.feedback.conditions`.
         num_patches (`int`, *optional*):
             Of `cls+patches`: patches drawn at random for each picture; by default all.
@@ -160,6 +161,11 @@ class FeedbackConfig:
                 "`objective: contrastive` draws once an image and weighs all timesteps alike. Leave `draws_per_image` "
                 "and `loss_weighting` out, or set `objective: mse`."
             )
+        if self.shows_maps and (self.objective != "mse" or self.draws_per_image > 1):
+            raise ValueError(
+                "`condition: queries+dense` shows the maps of a picture in one run of the UNet: it is for `objective: "
+                "mse` and one draw an image. Leave the other settings out, or set `condition: queries`."
+            )
         if self.source == "llm":
             settings = {"condition": "queries", "objective": "mse", "prompt": None, "anchor_weight": 0.0}
             settings |= {"conditioner_only": False, "latent_cache": None}
@@ -183,6 +189,11 @@ class FeedbackConfig:
     def reads_pooled(self) -> bool:
         """Whether the generator is shown the tower's pooled vector."""
         return self.condition in ("cls", "cls+patches")
+
+    @property
+    def shows_maps(self) -> bool:
+        """Whether the generator looks at the tower's maps while it runs."""
+        return self.condition == "queries+dense"
 
     def weight_at(self, step: int) -> float:
         """Returns the factor on the feedback loss at optimizer step `step` (from 0); 0 when the step is left out."""

@@ -3,11 +3,14 @@
 import torch
 
 from .conditioner import Conditioner
+from .conditions import dense_maps
 from .contrastive import ContrastiveFeedback
 from .diffusion_feedback import DiffusionFeedback
 from .prompts import prompt_states
+from .synchroniser import UNET_KEYS
 from .timesteps import TIMESTEP_SAMPLERS
 from .token_denoiser import TokenDenoiser
+from .views import image_views
 from .weighting import LOSS_WEIGHTINGS
 
 
@@ -36,7 +39,7 @@ def make_conditioner(config, tower, reading, scorer):
     if config.prompt is not None:
         prompt = prompt_states(config.denoiser, config.prompt, scorer.context_dim)
     resampler = {}
-    if config.condition == "queries" and not resampled:
+    if config.condition in ("queries", "queries+dense") and not resampled:
         resampler = {
             "num_queries": config.num_queries,
             "resampler_dim": config.resampler_dim,
@@ -52,6 +55,7 @@ def make_conditioner(config, tower, reading, scorer):
             mlp=pooled_only,
             vector_dim=getattr(scorer, "vector_dim", 0) if pooled_only else 0,
             prompt_tokens=0 if prompt is None else len(prompt),
+            synchroniser=_synchroniser(tower, reading, scorer) if config.shows_maps else None,
         )
     if prompt is not None:
         conditioner.prompt_states.copy_(prompt)
@@ -78,6 +82,28 @@ def make_token_denoiser(config, decoder, width, channels):
             heads=config.resampler_heads,
         )
     return _placed_like(denoiser, decoder)
+
+
+def _synchroniser(tower, reading, scorer):
+    """Returns the arguments of the synchroniser between the tower's maps and the denoiser's UNet."""
+    unet = getattr(scorer, "denoiser", scorer).model
+    if any(name not in unet.config for name in UNET_KEYS):
+        raise ValueError(
+            f"`condition: queries+dense` lets the UNet of a Stable Diffusion look at the tower's maps, and this "
+            f"generator is a {type(unet).__name__}. Set `feedback.condition` to queries, or choose another generator."
+        )
+    size, parameter = tower.config.image_size, next(tower.parameters())
+    blank = {"pixel_values": torch.zeros(1, 3, size, size, dtype=parameter.dtype, device=parameter.device)}
+    with torch.no_grad():
+        views = image_views(blank, tower(**blank, output_hidden_states=bool(reading.layers)), reading)
+    maps = dense_maps(views)
+    shape = {name: unet.config[name] for name in UNET_KEYS}
+    return {
+        # As JSON gives it back.
+        "unet": {name: list(value) if isinstance(value, tuple) else value for name, value in shape.items()},
+        "feature_dim": maps[0].shape[1],
+        "num_levels": len(maps),
+    }
 
 
 def _placed_like(module, other):

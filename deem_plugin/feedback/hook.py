@@ -1,8 +1,10 @@
 """A forward hook on a vision tower that computes the diffusion feedback and sends its gradient back."""
 
+from contextlib import nullcontext
+
 import torch
 
-from .conditions import condition_tokens
+from .conditions import condition_tokens, dense_maps
 from .injection import Injection
 from .objectives import normalize, unnormalize
 from .second_view import augment, augment_as_published
@@ -82,7 +84,11 @@ class FeedbackHook:
         extra = {} if vector is None else {"vector": vector}
         if getattr(self.feedback, "second_view", False):
             extra["second_view"] = self._condition(look_again(self._augmented(views, rng)), rng)
-        return self.feedback(latents, context, generator=rng, **extra)
+        looking = nullcontext()
+        if self.config.shows_maps:
+            looking = self.conditioner().looking(self.generator.denoiser.model, dense_maps(views))
+        with looking:
+            return self.feedback(latents, context, generator=rng, **extra)
 
     @torch.no_grad()
     def _latents(self, views, rng):

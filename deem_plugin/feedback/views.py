@@ -28,11 +28,13 @@ class ImageViews:
         pictures (`list[torch.Tensor]`): For each image its picture as the tower saw it, `(3, height, width)`,
             normalised with the processor's mean and std.
         pooled (`torch.Tensor`, *optional*): The tower's pooled vectors on the autograd graph, `(images, dim)`.
+        maps (`dict[str, torch.Tensor]`, *optional*): Its multi-scale maps, each `(images, dim, height, width)`.
     """
 
     tokens: list[torch.Tensor]
     pictures: list[torch.Tensor]
     pooled: torch.Tensor | None = None
+    maps: dict[str, torch.Tensor] | None = None
 
     def padded_tokens(self):
         """Returns the tokens as `(images, tokens, dim)` and the mask `(images, tokens)`; None if none is padded."""
@@ -120,4 +122,5 @@ def image_views(inputs, output, reading) -> ImageViews:
             f"The vision tower gave tokens of shape {tuple(tokens.shape)} for {len(pixel_values)} pictures; the "
             f"feedback expects (images, tokens, dim)."
         )
-    return ImageViews(list(tokens), list(pixel_values.detach()), getattr(output, "pooler_output", None))
+    pooled, maps = getattr(output, "pooler_output", None), getattr(output, "maps", None)
+    return ImageViews(list(tokens), list(pixel_values.detach()), pooled, maps)

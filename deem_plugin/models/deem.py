@@ -11,17 +11,17 @@ from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..feedback.denoisers import check_context_dim
+from ..feedback.synchroniser import UNetSynchroniser, UNetSynchroniserBlock
+from ..vision.deformable import DeformableAttention
 from ..vision.grids import positioned_maps
 from ..vision.tower import DeemVisionOutput, DeemVisionTower
 from .configuration import DeemConfig
-from .deformable import DeformableAttention
 from .denoising import Reading, count_images, feedback_loss, image_loss, restorable_pictures
 from .image_decoder import ImageDecoder
 from .interleaving import IGNORE_INDEX, fill_image_slots, positions_in_documents, row_starts, visible_images
 from .language_synchroniser import GatedImageAttention, LanguageModelSynchroniser
 from .losses import Draws, next_token_loss
 from .maps import by_rows
-from .synchroniser import UNetSynchroniser, UNetSynchroniserBlock
 
 # A new token's logit starts this much below the others, so that an untrained one is hardly ever said (official code).
 NEW_TOKEN_BIAS = -5.0

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .deformable import DeformableAttention, ImageFeatures, image_features
+from ..vision.deformable import DeformableAttention, ImageFeatures, image_features
 
 # Tokens have no map of their own: their offsets are counted in sixteenths of the picture (official code).
 OFFSET_GRID = 16

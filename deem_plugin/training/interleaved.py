@@ -2,9 +2,6 @@
 
 from deem_plugin.training.arguments import DeemArguments, ModelArguments
 
-# Of the UNet's config, what a synchroniser asks for.
-_UNET_KEYS = ("sample_size", "block_out_channels", "layers_per_block")
-
 
 def load_deem(arguments: ModelArguments, deem: DeemArguments):
     """
@@ -69,6 +66,7 @@ def resized(vision_config, image_size: int):
 def _assemble(arguments, deem, generator, options):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from deem_plugin.feedback.synchroniser import UNET_KEYS
     from deem_plugin.models import assemble_deem
     from deem_plugin.vision import build_vision_tower
 
@@ -84,12 +82,12 @@ def _assemble(arguments, deem, generator, options):
     unet = None
     if deem.unet_synchroniser:
         config = None if generator is None else generator.denoiser.model.config
-        if config is None or not all(name in config for name in _UNET_KEYS):
+        if config is None or not all(name in config for name in UNET_KEYS):
             raise ValueError(
                 f"`deem.unet_synchroniser` looks into a UNet of Stable Diffusion; `deem.denoiser: {deem.denoiser}` is "
                 f"none. Leave it out, or choose another generator."
             )
-        unet = {"unet": {name: config[name] for name in _UNET_KEYS}}
+        unet = {"unet": {name: config[name] for name in UNET_KEYS}}
     return assemble_deem(
         AutoModelForCausalLM.from_pretrained(arguments.language_model, **options),
         AutoTokenizer.from_pretrained(arguments.language_model),

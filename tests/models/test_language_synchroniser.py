@@ -8,9 +8,9 @@ from torch.utils.checkpoint import CheckpointError
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from deem_plugin.models.deem import CACHE
-from deem_plugin.models.deformable import image_features
 from deem_plugin.models.language_synchroniser import LanguageModelSynchroniser, decoder_layers
 from deem_plugin.models.synchroniser_names import synchroniser_weights
+from deem_plugin.vision.deformable import image_features
 
 VALUES = {"atol": 1e-5, "rtol": 1e-5}
 WIDTH, LAYERS = 12, 3

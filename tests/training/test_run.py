@@ -7,7 +7,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, CLIPModel, TrainerCallback
 
-from deem_plugin.training.recipes import list_recipes, load_recipe
+from deem_plugin.training.recipes import list_recipes, load_recipe, read_sections
 from deem_plugin.training.report import MovementCheck
 from deem_plugin.training.run import main, train
 
@@ -18,7 +18,17 @@ STAND_INS = {
     "llava-1.5-7b-align": {"model__language_model": "llama", "model__vision_tower": "deem:{parts}/clip"},
 }
 # Recipes that train an encoder alone; the later stage of two has no earlier one to start from here.
-ENCODERS = ("deem", "diva", "diva-faithful", "dcr-align", "dcr", "dcr-faithful", "genhancer", "genhancer-faithful")
+ENCODERS = (
+    "deem",
+    "deem-faithful",
+    "diva",
+    "diva-faithful",
+    "dcr-align",
+    "dcr",
+    "dcr-faithful",
+    "genhancer",
+    "genhancer-faithful",
+)
 WITHOUT_FEEDBACK = ("llava-1.5-7b-align", "llava-1.5-7b-baseline")
 
 
@@ -59,8 +69,13 @@ def changed(before, after, part):
     return any(not torch.equal(before[name], after[name]) for name in names)
 
 
-# Those with `deem-` have their own tests (test_interleaved.py), as those of `deem train-denoiser` (test_denoiser.py).
-@pytest.mark.parametrize("name", [name for name in list_recipes() if "deem-" not in name and "generator" not in name])
+def trains_feedback_or_nothing_else(name):
+    """Others have their own tests: the interleaved model (test_interleaved.py), generators (test_denoiser.py)."""
+    sections = read_sections(name)
+    return sections.get("deem") is None and sections.get("generator") is None
+
+
+@pytest.mark.parametrize("name", filter(trains_feedback_or_nothing_else, list_recipes()))
 def test_every_shipped_recipe_runs_for_two_steps(name, parts, tmp_path):
     final = train(recipe_for(name, parts, tmp_path))
 

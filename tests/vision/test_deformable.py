@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from deem_plugin.models.deformable import (
+from deem_plugin.vision.deformable import (
     DeformableAttention,
     image_features,
     relative_positions,

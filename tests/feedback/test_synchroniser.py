@@ -10,7 +10,7 @@ from torch.nn.functional import interpolate
 from torch.utils.checkpoint import checkpoint
 
 from deem_plugin.feedback import Conditioner, DiffusionFeedback
-from deem_plugin.models.synchroniser import UNetSynchroniser, cell_centres, skip_features
+from deem_plugin.feedback.synchroniser import UNetSynchroniser, cell_centres, skip_features
 from deem_plugin.models.synchroniser_names import synchroniser_weights
 from deem_plugin.vision import DeemVisionConfig, DeemVisionTower
 from deem_plugin.vision.grids import sincos_position_embedding

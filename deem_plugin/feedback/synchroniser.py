@@ -7,11 +7,13 @@ from torch import nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..vision.deformable import DeformableAttention, ImageFeatures, image_features
 from ..vision.grids import sincos_position_embedding
-from .deformable import DeformableAttention, ImageFeatures, image_features
 
 # Side of the largest map at the encoder's 256 pixels, for which the official code scales offsets at any resolution.
 OFFSET_MAP = 64
+# Of a UNet's config, what a synchroniser asks for.
+UNET_KEYS = ("sample_size", "block_out_channels", "layers_per_block")
 
 
 def cell_centres(height: int, width: int, device=None) -> torch.Tensor:
@@ -68,7 +70,7 @@ class UNetSynchroniser(nn.Module):
     The UNet's own way down and its middle block see none of it: only the way up does. Each block starts at zero.
 
     Args:
-        unet_config: The `config` of a `UNet2DConditionModel`, which says how many maps there are and how wide.
+        unet_config: The `config` of a `UNet2DConditionModel`, of which `UNET_KEYS` are read.
         feature_dim (`int`): Channels of the images' maps.
         inner_dim (`int`, *optional*, defaults to 1024): Width of the values, over all heads.
         num_heads (`int`, *optional*, defaults to 16): Number of heads; must divide `inner_dim`.
