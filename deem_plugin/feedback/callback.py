@@ -100,7 +100,7 @@ class DiffusionFeedbackCallback(TrainerCallback):
             )
         mean, std = normalization(self.config, processing_class)
         if self.generator is None:
-            self.generator = load_generator(self.config.denoiser, self.config.dtype)
+            self.generator = load_generator(self.config.denoiser, self.config.dtype, image_size=self.config.image_size)
         if self.config.latent_cache is not None:
             self.generator.latent_cache = LatentCache(self.config.latent_cache, fingerprint(self.generator))
         if self.feedback is None:

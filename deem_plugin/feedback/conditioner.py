@@ -71,9 +71,12 @@ class Conditioner(nn.Module):
             self.head = _mlp(width, context_dim)
         else:
             self.head = nn.Linear(width, context_dim)
-            # As in the official code: the condition starts near zero, so that the first feedback is a whisper.
-            nn.init.normal_(self.head.weight, std=1e-3)
-            nn.init.zeros_(self.head.bias)
+            if not prompt_tokens:
+                # As in the official code: the condition starts near zero, so that the first feedback is a whisper.
+                # Beside a prompt, which is a condition by itself, it starts as torch draws it (DIVA): plain SGD would
+                # hardly move it from there.
+                nn.init.normal_(self.head.weight, std=1e-3)
+                nn.init.zeros_(self.head.bias)
         self.vector_head = _mlp(input_dim, vector_dim) if vector_dim else None
         # States of a text that never changes, to which the visual tokens are added. They are saved with the weights,
         # so that nobody needs the text encoder again.

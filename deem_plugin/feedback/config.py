@@ -70,6 +70,8 @@ class FeedbackConfig:
             Attention heads of the conditioner's resampler.
         dtype (`str`, *optional*, defaults to `"float32"`):
             Precision in which the frozen denoiser is held: `float32`, `bfloat16` or `float16`.
+        image_size (`int`, *optional*):
+            Side in pixels of the pictures that the generator restores; by default that of those it was trained on.
         latent_cache (`str`, *optional*):
             Folder that `deem cache-latents` has filled. Pictures are then looked up there and never encoded.
         anchor_weight (`float`, *optional*, defaults to `0.0`):
@@ -111,6 +113,7 @@ class FeedbackConfig:
     resampler_layers: int = field(default=2, metadata={"help": "Layers of the conditioner's resampler."})
     resampler_heads: int = field(default=12, metadata={"help": "Attention heads of the conditioner's resampler."})
     dtype: str = field(default="float32", metadata={"help": f"Precision of the denoiser: {', '.join(DTYPES)}."})
+    image_size: int | None = field(default=None, metadata={"help": "Side of what the generator restores, in pixels."})
     latent_cache: str | None = field(default=None, metadata={"help": "Folder that `deem cache-latents` has filled."})
     anchor_weight: float = field(default=0.0, metadata={"help": "Factor on the distance to the tower as it was."})
     conditioner_only: bool = field(default=False, metadata={"help": "Train the conditioner on a frozen tower."})
@@ -126,7 +129,7 @@ class FeedbackConfig:
             raise ValueError(f"`weight` must be zero or positive, got {self.weight}.")
         if self.anchor_weight < 0:
             raise ValueError(f"`anchor_weight` must be zero or positive, got {self.anchor_weight}.")
-        for name in ("every", "token_cells", "draws_per_image", "num_patches", "num_negatives"):
+        for name in ("every", "token_cells", "draws_per_image", "num_patches", "num_negatives", "image_size"):
             if (given := getattr(self, name)) is not None and given < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {given}.")
         for name, choices in (
@@ -168,7 +171,7 @@ class FeedbackConfig:
             )
         if self.source == "llm":
             settings = {"condition": "queries", "objective": "mse", "prompt": None, "anchor_weight": 0.0}
-            settings |= {"conditioner_only": False, "latent_cache": None}
+            settings |= {"conditioner_only": False, "latent_cache": None, "image_size": None}
             other = [name for name, value in settings.items() if getattr(self, name) != value]
             if other:
                 raise ValueError(

@@ -47,22 +47,24 @@ class PictureEncoder:
 @dataclass
 class Generator(PictureEncoder):
     """
-    The two frozen halves of a generator, and the picture size that they expect.
+    The two frozen halves of a generator, and the size of the pictures that they restore.
 
     Args:
         denoiser (`Denoiser`): Predicts the noise (or velocity, or picture) from noisy latents and context.
         codec (`VaeCodec` or `PixelCodec`): Pictures in [-1, 1] to latents and back.
         latent_cache (`LatentCache`, *optional*): Where pictures are looked up in place of being encoded.
+        restored_size (`int`, *optional*): Their side in pixels, where it is not that of the generator's training.
     """
 
     denoiser: Denoiser
     codec: VaeCodec | PixelCodec
     latent_cache: LatentCache | None = None
+    restored_size: int | None = None
 
     @property
     def image_size(self) -> int:
-        """Height and width of the pictures that the generator was trained on, in pixels."""
-        return self.denoiser.sample_size * self.codec.downscale
+        """Height and width of the pictures that are restored, in pixels."""
+        return self.restored_size or self.denoiser.sample_size * self.codec.downscale
 
     @property
     def picture_size(self) -> tuple[int, int]:
@@ -97,7 +99,9 @@ class Autoencoder(PictureEncoder):
         return self
 
 
-def load_generator(path_or_id: str, dtype: str = "float32", *, weights: bool = True) -> Generator:
+def load_generator(
+    path_or_id: str, dtype: str = "float32", *, weights: bool = True, image_size: int | None = None
+) -> Generator:
     """
     Loads the frozen generator that gives the feedback.
 
@@ -109,9 +113,12 @@ def load_generator(path_or_id: str, dtype: str = "float32", *, weights: bool = T
             Precision of the denoiser. The VAE stays in float32: in half precision it overflows on some pictures.
         weights (`bool`, *optional*, defaults to `True`):
             `False` reads the configs alone and puts both networks on the meta device, to plan a run with.
+        image_size (`int`, *optional*):
+            Side in pixels of the pictures that it restores; by default that of those it was trained on.
 
     Raises:
-        ValueError: If the folder holds no known network, VAE or scheduler; the message lists the known ones.
+        ValueError: If the folder holds no known network, VAE or scheduler (the message lists the known ones), or its
+            latents have no such size.
     """
     index = _load_index(path_or_id)
     folder = "unet" if "unet" in index else "transformer"
@@ -135,7 +142,12 @@ def load_generator(path_or_id: str, dtype: str = "float32", *, weights: bool = T
             f"{codec.vae.config.latent_channels}. Expected a text-to-image generator; inpainting, editing and control "
             f"variants ask for more than noisy latents."
         )
-    return Generator(denoiser, codec)
+    if image_size is not None and image_size % codec.downscale:
+        raise ValueError(
+            f"`image_size` is {image_size}, but a latent cell of `denoiser: {path_or_id}` has {codec.downscale} "
+            f"pixels a side. Give a multiple."
+        )
+    return Generator(denoiser, codec, restored_size=image_size)
 
 
 def load_autoencoder(path_or_id: str, *, weights: bool = True) -> Autoencoder:

@@ -1,9 +1,11 @@
 """Generators of one's own: new networks of the known kinds, small enough to be trained from scratch."""
 
+import inspect
 import json
 from pathlib import Path
 
 from .denoisers import DENOISERS, FlowDenoiser
+from .denoisers.transformers import FluxDenoiser
 from .generator import Generator
 from .latents import PixelCodec
 
@@ -28,23 +30,23 @@ def make_generator(network, config, codec, image_size):
 
     if network not in DENOISERS:
         raise ValueError(f"`generator.network` must be one of {', '.join(DENOISERS)}, got {network!r}.")
-    if image_size % codec.downscale:
-        raise ValueError(
-            f"`generator.image_size` is {image_size}, but a latent cell of this autoencoder has {codec.downscale} "
-            f"pixels a side. Give a multiple."
-        )
     adapter, network_class = DENOISERS[network], getattr(diffusers, network)
-    sample_size = image_size // codec.downscale
-    defaults = {"sample_size": sample_size}
-    if network != "FluxTransformer2DModel":  # which counts the channels of 2 x 2 cells
+    packs = adapter is FluxDenoiser  # 2 x 2 cells to a token
+    side = codec.downscale * (2 if packs else 1)
+    if image_size % side:
+        raise ValueError(
+            f"`generator.image_size` is {image_size}, but a {network} on this autoencoder reads pictures of {side} "
+            f"pixels a side and multiples of that."
+        )
+    if unknown := set(config) - set(inspect.signature(network_class.__init__).parameters):
+        raise ValueError(f"`generator.config` names {sorted(unknown)}, which a {network} does not know.")
+    defaults = {"sample_size": image_size // codec.downscale}
+    if not packs:
         defaults |= {"in_channels": codec.channels, "out_channels": codec.channels}
     try:
         model = network_class.from_config({**defaults, **config})
     except (TypeError, ValueError) as error:
         raise ValueError(f"`generator.config` does not make a {network}: {error}") from error
-    unknown = set(config) - set(network_class._get_init_keys(network_class))
-    if unknown:
-        raise ValueError(f"`generator.config` names {sorted(unknown)}, which a {network} does not know.")
     scheduler = (
         diffusers.FlowMatchEulerDiscreteScheduler()
         if issubclass(adapter, FlowDenoiser)

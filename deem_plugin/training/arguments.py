@@ -193,6 +193,12 @@ class DataArguments:
         max_length (`int`, *optional*):
             Longest conversation in tokens; what is beyond is cut off, images never. Of documents the length of a row,
             into which they are packed.
+        crop_area (`float`, *optional*):
+            For an encoder alone: crops each picture at random, keeping so much of its area at least; by default the
+            image processor's own geometry. A resumed run draws other crops.
+        target_size (`int`, *optional*):
+            With `crop_area`: side of the crop that the generator restores, in pixels, where it is more than the
+            encoder sees.
         cache_dir (`str`, *optional*): Where the memory-mapped tables are kept; the `datasets` cache by default.
     """
 
@@ -207,6 +213,8 @@ class DataArguments:
     on_error: str = field(default="raise", metadata={"help": "`raise`, or `skip` what is broken."})
     image_dir: str | None = field(default=None, metadata={"help": "Folder that the image paths are relative to."})
     max_length: int | None = field(default=None, metadata={"help": "Longest conversation in tokens."})
+    crop_area: float | None = field(default=None, metadata={"help": "Least share of a picture that a crop keeps."})
+    target_size: int | None = field(default=None, metadata={"help": "Side of the crop that the generator restores."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where the memory-mapped tables are kept."})
 
     def __post_init__(self):
@@ -226,3 +234,10 @@ class DataArguments:
             )
         if self.kind not in DATA_KINDS:
             raise ValueError(f"`data.kind` must be one of {', '.join(DATA_KINDS)}, got {self.kind!r}.")
+        if self.crop_area is not None and not 0 < self.crop_area <= 1:
+            raise ValueError(f"`data.crop_area` is a share of a picture's area, in (0, 1]; got {self.crop_area}.")
+        if self.target_size is not None and self.crop_area is None:
+            raise ValueError(
+                "`data.target_size` is the side of a random crop. Set `data.crop_area` too (0.9 in DIVA), or leave it "
+                "out: the generator then restores what the encoder sees."
+            )

@@ -65,7 +65,9 @@ def cache_latents(recipe: Recipe, batch_size: int = 16, generator=None) -> Count
         )
     dataset, collator, processor = _data(recipe)
     mean, std = normalization(config, processor)
-    generator = load_generator(config.denoiser, config.dtype) if generator is None else generator
+    generator = (
+        load_generator(config.denoiser, config.dtype, image_size=config.image_size) if generator is None else generator
+    )
     generator.codec.to(args.device)
     expected = fingerprint(generator)
     counts, done = Counts(), set()

@@ -75,7 +75,8 @@ class _StepSeeds(TrainerCallback):
         self.training = training
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.training.seed = (state.global_step * 4_099 + args.process_index) * 1_024 + args.seed * 2**40
+        seed = ((args.seed * 1_000_003 + state.global_step) * 4_099 + args.process_index) * 1_024
+        self.training.seed = seed % 2**63
 
 
 def main(name: str, overrides: Sequence[str] = ()) -> str:
@@ -112,7 +113,7 @@ def train_denoiser(recipe: Recipe) -> Path:
     set_seed(args.seed)
     with args.main_process_first(desc="listing images"):
         dataset = load_image_folder(recipe.data.path, recipe.data.cache_dir)
-    _, tower, image_processor = load_encoder(recipe.model)
+    _, tower, image_processor = load_encoder(recipe.model, config.reads_pooled)
     shape = recipe.generator
     codec = PixelCodec() if shape.autoencoder is None else load_autoencoder(shape.autoencoder).codec
     generator = make_generator(shape.network, shape.config, codec, shape.image_size)
@@ -122,7 +123,7 @@ def train_denoiser(recipe: Recipe) -> Path:
         model=GeneratorTraining(tower, conditioner, generator, config, mean, std),
         args=args,
         train_dataset=dataset,
-        data_collator=ImageCollator(image_processor),
+        data_collator=ImageCollator(image_processor, recipe.data.crop_area),
     )
     trainer.add_callback(_StepSeeds(trainer.model))
     try:
@@ -150,9 +151,19 @@ def _check(recipe: Recipe):
             f"The recipe {recipe.name!r} trains no generator: it needs the sections `generator` and `feedback`, and "
             f"`model.encoder`. See the recipe `genhancer-generator`; for a model with feedback run `deem train`."
         )
-    config = recipe.feedback
-    if config.denoiser is not None or config.objective != "mse" or config.source != "tower" or config.prompt:
+    config, model = recipe.feedback, recipe.model
+    plain = config.objective == "mse" and config.source == "tower" and not config.shows_maps and not config.prompt
+    if config.denoiser is not None or not plain:
         raise ValueError(
             "A generator of one's own is trained by its denoising error on the tower's tokens alone: leave "
-            "`feedback.denoiser`, `objective`, `source` and `prompt` out."
+            "`feedback.denoiser`, `objective`, `source`, `prompt` and `condition: queries+dense` out."
+        )
+    settings = {"feedback.anchor_weight": config.anchor_weight, "feedback.conditioner": config.conditioner}
+    settings |= {"feedback.latent_cache": config.latent_cache, "feedback.image_size": config.image_size}
+    settings |= {"data.target_size": recipe.data.target_size, "model.lora_r": model.lora_r}
+    settings |= {"model.freeze": model.freeze, "model.learning_rates": model.learning_rates}
+    if given := [name for name, value in settings.items() if value]:
+        raise ValueError(
+            f"{given} mean nothing here: the encoder stays as it is, generator and conditioner are new and train "
+            f"alike, on pictures of `generator.image_size`. Leave them out."
         )

@@ -82,6 +82,7 @@ def add_lora(model, arguments: ModelArguments):
         ValueError: If a pattern of `lora_modules` or `lora_full` matches nothing; lists the parts.
     """
     from peft import LoraConfig, get_peft_model
+    from transformers import PreTrainedModel
 
     for pattern in arguments.lora_modules:
         find(model, pattern, "model.lora_modules")
@@ -89,7 +90,7 @@ def add_lora(model, arguments: ModelArguments):
     opaque = {
         f"{name}.out_proj" for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)
     }
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     targets = [
         name
         for name, module in model.named_modules()

@@ -113,13 +113,18 @@ def make_plan(recipe: Recipe, gpus: Sequence[int] = (1, 8), tokens: int | None =
             the run can meet, and without one the picture's and 128.
 
     Raises:
-        ValueError: If the recipe trains the interleaved model, a config cannot be read, the optimizer is not known, or
+        ValueError: If the recipe trains the interleaved model or a denoiser, a config cannot be read, the optimizer is not known, or
             `tokens` does not hold the picture.
     """
     if recipe.deem is not None:
         raise ValueError(
             f"The recipe {recipe.name!r} trains the interleaved model, which `deem plan` does not know yet; it plans "
             f"VLMs and encoders. The parameters of the 7B recipes are in docs/interleaved.md."
+        )
+    if recipe.generator is not None or (recipe.feedback is not None and recipe.feedback.source == "llm"):
+        raise ValueError(
+            f"The recipe {recipe.name!r} trains a denoiser of its own, which `deem plan` does not know yet; it plans "
+            f"VLMs and encoders with a frozen one. docs/methods.md names the parameters of such denoisers."
         )
     skeleton = _skeleton(recipe)
     tokens = _conversation_length(recipe, skeleton, tokens)

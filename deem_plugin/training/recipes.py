@@ -106,12 +106,20 @@ def build_recipe(name: str, sections: dict[str, dict | None]) -> Recipe:
     model = _build(ModelArguments, "model", sections.get("model"), name)
     if model.vision_tower is None and model.image_size is not None and deem is None:
         raise ValueError(TOWER_ONLY.format(name="image_size"))
+    data = _build(DataArguments, "data", sections.get("data"), name)
+    if data.crop_area is not None and model.encoder is None:
+        raise ValueError("`data.crop_area` is for an encoder alone (`model.encoder`): texts speak of whole pictures.")
+    if data.crop_area is not None and (feedback or {}).get("latent_cache") is not None:
+        raise ValueError(
+            "`data.crop_area` makes another picture each time, which no cache can hold. Leave it or "
+            "`feedback.latent_cache` out."
+        )
     # The collator wants the columns of the data set, which the model's `forward` does not name.
     training = {"output_dir": f"runs/{name}", "remove_unused_columns": False, **(sections.get("training") or {})}
     return Recipe(
         name=name,
         model=model,
-        data=_build(DataArguments, "data", sections.get("data"), name),
+        data=data,
         feedback=None if feedback is None else _build(FeedbackConfig, "feedback", feedback, name),
         deem=None if deem is None else _build(DeemArguments, "deem", deem, name),
         training=_build(TrainingArguments, "training", training, name),

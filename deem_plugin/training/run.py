@@ -139,7 +139,7 @@ def _feedback_callback(recipe: Recipe, make_feedback, model, processing_class):
     if make_feedback is None:
         callback = DiffusionFeedbackCallback(config)
     else:
-        generator = load_generator(config.denoiser, config.dtype)
+        generator = load_generator(config.denoiser, config.dtype, image_size=config.image_size)
         feedback = make_feedback(generator.denoiser, TIMESTEP_SAMPLERS[config.timestep_sampling])
         callback = DiffusionFeedbackCallback(config, generator, feedback)
     # Before the Trainer is made: it seeds all random numbers, so that a run without feedback draws the same ones.
@@ -265,7 +265,7 @@ def _prepare_encoder(recipe: Recipe, make_feedback):
         model=model,
         args=args,
         train_dataset=dataset,
-        data_collator=ImageCollator(image_processor),
+        data_collator=ImageCollator(image_processor, data.crop_area, data.target_size),
         processing_class=image_processor,
         callbacks=[MovementCheck(tower), callback],
         learning_rates=recipe.model.learning_rates,

@@ -154,12 +154,13 @@ def _attach_feedback(recipe: Recipe, model):
 
     if recipe.feedback is None:
         return None, None
-    generator = load_generator(recipe.feedback.denoiser, recipe.feedback.dtype, weights=False)
+    config = recipe.feedback
+    generator = load_generator(config.denoiser, config.dtype, weights=False, image_size=config.image_size)
     # The processor may be missing, and whatever the normalisation is, the work is the same.
     # A cache is known by the weights of the VAE, and there are none: the plan counts the run without. A prompt and
     # the values that a conditioner starts from change no count.
     unplanned = {"latent_cache": None, "prompt": None, "conditioner": None}
-    config = replace(recipe.feedback, image_mean=[0.0] * 3, image_std=[1.0] * 3, **unplanned)
+    config = replace(config, image_mean=[0.0] * 3, image_std=[1.0] * 3, **unplanned)
     callback = DiffusionFeedbackCallback(config, generator)
     callback.attach(model)
     return generator, callback.hook

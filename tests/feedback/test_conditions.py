@@ -70,6 +70,7 @@ def test_genhancers_projectors_have_the_published_size():
 def test_visual_tokens_are_added_to_the_prompt_by_position_or_to_its_mean():
     conditioner = Conditioner(8, 20, prompt_tokens=5)
     conditioner.prompt_states.copy_(torch.randn(5, 20))
+    torch.nn.init.zeros_(conditioner.head.bias)
 
     def context(length):
         return conditioner(torch.zeros(2, length, 8))
@@ -79,3 +80,10 @@ def test_visual_tokens_are_added_to_the_prompt_by_position_or_to_its_mean():
     torch.testing.assert_close(context(1), states.expand(2, -1, -1))
     torch.testing.assert_close(context(3), states.mean(0).expand(2, 3, -1))
     assert "prompt_states" in conditioner.state_dict() and not states.requires_grad
+
+
+def test_the_head_starts_near_zero_unless_a_prompt_already_makes_a_condition():
+    torch.manual_seed(0)
+
+    assert Conditioner(64, 256).head.weight.std().item() == pytest.approx(1e-3, rel=0.1)
+    assert Conditioner(64, 256, prompt_tokens=3).head.weight.std().item() == pytest.approx(0.125 / 3**0.5, rel=0.1)

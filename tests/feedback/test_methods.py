@@ -141,7 +141,10 @@ def test_a_prompt_is_asked_of_the_generators_own_encoder_once(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"condition": "tokens"}, "`condition` must be one of queries, patches, cls, cls\\+patches, got 'tokens'"),
+        (
+            {"condition": "tokens"},
+            "`condition` must be one of queries, queries\\+dense, patches, cls, cls\\+patches, got 'tokens'",
+        ),
         ({"num_patches": 4}, "`num_patches` belongs to `condition: cls\\+patches`, and `condition` is 'queries'"),
         ({"num_negatives": 4}, "`num_negatives` belongs to `objective: contrastive`"),
         ({"official_defects": True}, "`official_defects` belongs to `objective: contrastive`"),

@@ -3,7 +3,12 @@
 from pathlib import Path
 
 # Settings of a feedback small enough for a test.
-TINY_FEEDBACK = ["feedback.num_queries=4", "feedback.resampler_dim=16", "feedback.resampler_heads=2"]
+TINY_FEEDBACK = [
+    "feedback.num_queries=4",
+    "feedback.resampler_dim=16",
+    "feedback.resampler_heads=2",
+    "feedback.image_size=null",
+]
 
 
 def tiny_overrides(parts: Path, out: Path, feedback: bool = True, **settings) -> list[str]:

@@ -300,3 +300,9 @@ def test_the_interleaved_model_is_refused_rather_than_planned_as_a_llava():
         ValueError, match="'deem-7b-pretrain' trains the interleaved model, which `deem plan` does not"
     ):
         make_plan(load_recipe("deem-7b-pretrain", ["training.use_cpu=true", "training.tf32=null"]))
+
+
+@pytest.mark.parametrize("name", ["genhancer-generator", "ross"])
+def test_a_denoiser_that_trains_is_refused(name):
+    with pytest.raises(ValueError, match=f"'{name}' trains a denoiser of its own, which `deem plan` does not know"):
+        make_plan(load_recipe(name, ["training.use_cpu=true", "training.tf32=null", "training.fsdp=null"]))

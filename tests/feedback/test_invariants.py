@@ -1,0 +1,137 @@
+"""What must hold of any feedback method; each test catches a defect that some published code has."""
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from PIL import Image
+from transformers import SiglipImageProcessor
+
+from deem_plugin.feedback import (
+    DiffusionFeedback,
+    DiffusionFeedbackCallback,
+    FeedbackConfig,
+    PixelCodec,
+    load_generator,
+)
+from deem_plugin.feedback.callback import normalization
+from deem_plugin.feedback.hook import FeedbackHook
+from deem_plugin.feedback.processes import forward_process
+from deem_plugin.feedback.views import ImageViews
+
+from ..tiny import tiny_image, tiny_image_processor, tiny_llava, tiny_sd_folder
+from .helpers import CONFIG, CONTEXT_DIM, pixel_generator
+
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+SIGLIP = SiglipImageProcessor(size={"height": 32, "width": 32})
+
+
+class TrueAnswers:
+    """A denoiser that knows the very noise and picture, and answers as its kind of model should."""
+
+    context_dim, vector_dim, num_train_timesteps = CONTEXT_DIM, 0, 1000
+
+    def __init__(self, kind, latents, noise):
+        self.kind, self.latents, self.true_noise = kind, latents, noise
+        flow = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        self.scheduler = flow if kind == "flow" else DDPMScheduler(prediction_type=kind)
+        self.process = forward_process(self.scheduler)
+        self.noise, self.target = self.process.noise, self.process.target
+
+    def __call__(self, noisy, timesteps, context, vector=None):
+        if self.kind == "epsilon":
+            return self.true_noise
+        if self.kind == "flow":
+            return self.true_noise - self.latents
+        alpha = self.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        return alpha.sqrt() * self.true_noise - (1 - alpha).sqrt() * self.latents
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
+def test_whoever_knows_noise_and_picture_makes_no_error(kind):
+    """DCR's code asks a model that predicts the noise for the velocity."""
+    latents, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    feedback = DiffusionFeedback(TrueAnswers(kind, latents, noise))
+
+    loss = feedback(latents, torch.zeros(3, 1, CONTEXT_DIM), noise=noise, timesteps=torch.tensor([0, 400, 999]))
+
+    assert loss.max() < 1e-10
+
+
+class SeenByCodec(PixelCodec):
+    """Keeps what it is given."""
+
+    def posterior(self, pictures):
+        self.pictures = pictures
+        return super().posterior(pictures)
+
+
+def what_the_vae_sees(image, processor, **settings):
+    """The lowest and the highest value that an image processor's picture has for the autoencoder."""
+    config = FeedbackConfig(**{**CONFIG, **settings})
+    generator = pixel_generator()
+    generator.codec = codec = SeenByCodec()
+    hook = FeedbackHook(None, None, generator, None, *normalization(config, processor), config)
+    pixel_values = processor([image], return_tensors="pt")["pixel_values"]
+    hook._latents(ImageViews(list(torch.zeros(1, 4, 8)), list(pixel_values)), torch.Generator())
+    return codec.pictures.min().item(), codec.pictures.max().item()
+
+
+@pytest.mark.parametrize("processor", [tiny_image_processor(), SIGLIP], ids=["CLIP", "SigLIP"])
+@pytest.mark.parametrize(("color", "value"), [("white", 1.0), ("black", -1.0)])
+def test_white_is_one_and_black_minus_one_for_the_vae(processor, color, value):
+    assert what_the_vae_sees(Image.new("RGB", (40, 32), color), processor) == pytest.approx((value, value), abs=1e-6)
+
+
+def test_diva_faithful_shows_the_vae_its_published_contrast():
+    """DIVA un-normalises CLIP's pictures by ImageNet's statistics: white 0.78 to 0.85, black -0.87 to -0.85."""
+    white = what_the_vae_sees(Image.new("RGB", (32, 32), "white"), tiny_image_processor(), **IMAGENET)
+    black = what_the_vae_sees(Image.new("RGB", (32, 32), "black"), tiny_image_processor(), **IMAGENET)
+
+    assert white == pytest.approx((0.78, 0.85), abs=0.01) and black == pytest.approx((-0.87, -0.85), abs=0.01)
+
+
+def test_several_draws_have_the_gradient_of_their_mean():
+    """So that draws change neither the scale of the loss nor, on average, its gradient (DIVA: five to one)."""
+    denoiser = pixel_generator().denoiser
+    rng = torch.Generator().manual_seed(0)
+    latents, noise = torch.randn(2, 3, 32, 32, generator=rng), torch.randn(6, 3, 32, 32, generator=rng)
+    timesteps = torch.tensor([1, 300, 700, 20, 500, 999])
+    context = torch.randn(2, 4, CONTEXT_DIM, generator=rng).requires_grad_()
+
+    def gradient(draws, chosen):
+        feedback = DiffusionFeedback(denoiser, draws=draws)
+        loss = feedback(latents, context, noise=noise[chosen], timesteps=timesteps[chosen]).mean()
+        return torch.autograd.grad(loss, context)[0]
+
+    each = [gradient(1, slice(draw, None, 3)) for draw in range(3)]
+    torch.testing.assert_close(gradient(3, slice(None)), torch.stack(each).mean(0))
+
+
+def test_the_augmented_view_spans_what_a_normalised_picture_spans():
+    """DCR's code jitters colours after normalisation, which wipes out all that is darker than the mean."""
+    processor = tiny_image_processor()
+    pixel_values = processor([tiny_image(seed) for seed in range(4)], return_tensors="pt")["pixel_values"]
+    views = ImageViews(list(torch.zeros(4, 4, 8)), list(pixel_values))
+    spans = {}
+    for defects in (False, True):
+        config = FeedbackConfig(**CONFIG, objective="contrastive", official_defects=defects)
+        hook = FeedbackHook(None, None, None, None, *normalization(config, processor), config)
+        augmented = hook._augmented(views, torch.Generator().manual_seed(0))
+        spans[defects] = augmented.min().item(), augmented.max().item()
+
+    lowest, highest = pixel_values.min().item(), pixel_values.max().item()
+    assert spans[False][0] == pytest.approx(lowest, abs=0.3) and spans[False][1] == pytest.approx(highest, abs=0.3)
+    assert spans[True][0] >= 0 and lowest < -1
+
+
+def test_a_picture_is_restored_at_the_size_that_is_asked_for(tmp_path):
+    """DCR restores 224 pixels with a generator of 512."""
+    folder = str(tiny_sd_folder(tmp_path / "sd"))
+    callback = DiffusionFeedbackCallback(FeedbackConfig(**{**CONFIG, "denoiser": folder, "image_size": 8}))
+
+    callback.attach(*tiny_llava())
+
+    assert callback.generator.encode(torch.rand(1, 3, 32, 32)).shape[-2:] == (4, 4)
+    assert load_generator(folder).encode(torch.rand(1, 3, 40, 40)).shape[-2:] == (16, 16)
+    with pytest.raises(ValueError, match="`image_size` is 9, but a latent cell .* has 2 pixels a side"):
+        load_generator(folder, image_size=9)
