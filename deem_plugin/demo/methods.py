@@ -39,12 +39,22 @@ class Method:
 
 METHODS = {
     "deem": Method("deem"),
-    "diva": Method("diva"),
+    # With the pooled vector as many tokens as the generator knows. It has no text encoder that a prompt could ask.
+    "diva": Method("diva", settings=("feedback.num_patches=7",)),
     # All 47 other pictures of a batch would cost 49 runs of the generator each; these are 5.
     "dcr": Method("dcr", "dcr-align", ("feedback.num_negatives=3",)),
     "genhancer": Method("genhancer", "tiny-generator"),
-    # The generator's pictures have 16 pixels, four for each side of the tower's 8 queries laid out in a grid.
-    "ross": Method("ross"),
+    # The tower's eight queries have no places of their own: each is given 8 x 8 pixels, in two rows of four.
+    "ross": Method(
+        "ross",
+        settings=(
+            "feedback.token_grid=[2, 4]",
+            "feedback.token_cells=8",
+            "feedback.resampler_dim=96",
+            "feedback.resampler_layers=3",
+            "feedback.resampler_heads=3",
+        ),
+    ),
 }
 
 
@@ -103,4 +113,5 @@ def train_first_stage(name: str, folder: Path, start: Path, generator: Path, see
     from deem_plugin.training.run import train
 
     overrides += [f"feedback.denoiser={generator}", "feedback.dtype=float32", "feedback.prompt=null"]
+    overrides += ["feedback.image_size=null"]
     return [f"feedback.conditioner={train(load_recipe(method.first_stage, overrides))}"]

@@ -80,8 +80,12 @@ def _text(recipe: Recipe, source: str, generators: dict[str, str], log_history: 
     if recipe.model.vision_tower:
         weights = recipe.model.vision_pretrained or "as that name says"
         lines += [f"Vision tower: `{recipe.model.vision_tower}`, weights: {weights}.", ""]
+    reads_autoencoder = recipe.feedback is not None and recipe.feedback.source == "llm"
     for generator, licence in generators.items():
-        lines += [f"The frozen generator `{generator}` judged it and is not part of it. {licence}", ""]
+        role = f"The frozen generator `{generator}` judged it"
+        if reads_autoencoder and generator == recipe.feedback.denoiser:
+            role = f"The frozen autoencoder of `{generator}` said what its own words should restore"
+        lines += [f"{role} and is not part of it. {licence}", ""]
     lines += [
         f"Data: {_data(recipe.data)}. Its terms, and those of what the model started from, hold for it, too.",
         "",

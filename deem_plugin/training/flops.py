@@ -86,6 +86,7 @@ class StepCounter:
             skeleton.hook.generator = generator
             self._modules += [generator.denoiser.model]
             self._modules += [generator.codec.vae] if hasattr(generator.codec, "vae") else []
+            self._modules += [skeleton.hook.anchor.tower] if skeleton.hook.anchor is not None else []
         for module in self._modules:
             _put_fakes(module, self.mode, replaced)
 

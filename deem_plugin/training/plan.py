@@ -82,7 +82,7 @@ class Plan:
         accumulation (`int`): Micro-batches of a step.
         tokens (`int`): Length of a conversation, those of its picture among them; 0 for an encoder alone.
         image_tokens (`int`): Tokens of a picture.
-        parameters (`dict[str, list[int]]`): Part to trainable and frozen parameters; the generator's are frozen.
+        parameters (`dict[str, list[int]]`): Part to trainable and frozen parameters, the feedback's own too.
         flops (`Flops`): Of a micro-batch.
         rows (`list[Row]`): Memory for each strategy and number of GPUs.
         notes (`list[str]`): What had to be supposed.
@@ -113,8 +113,8 @@ def make_plan(recipe: Recipe, gpus: Sequence[int] = (1, 8), tokens: int | None =
             the run can meet, and without one the picture's and 128.
 
     Raises:
-        ValueError: If the recipe trains the interleaved model or a denoiser, a config cannot be read, the optimizer is not known, or
-            `tokens` does not hold the picture.
+        ValueError: If the recipe trains the interleaved model or a denoiser, a config cannot be read, the optimizer is
+            not known, or `tokens` does not hold the picture.
     """
     if recipe.deem is not None:
         raise ValueError(
@@ -130,7 +130,7 @@ def make_plan(recipe: Recipe, gpus: Sequence[int] = (1, 8), tokens: int | None =
     tokens = _conversation_length(recipe, skeleton, tokens)
     pictures, feedback = recipe.training.per_device_train_batch_size, recipe.feedback is not None
     parameters = count_parameters(skeleton.model)
-    for name, module in _generator_modules(skeleton).items():
+    for name, module in _frozen_beside(skeleton).items():
         parameters[name] = [0, sum(parameter.numel() for parameter in module.parameters())]
     measure = _MemoryRows(recipe, skeleton)
 
@@ -265,7 +265,7 @@ class _MemoryRows:
             Weight(tuple(parameter.shape), parameter.element_size(), parameter.requires_grad)
             for parameter in skeleton.model.parameters()
         ]
-        modules = _generator_modules(skeleton).values()
+        modules = _frozen_beside(skeleton).values()
         self.generator = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
         self.root, self.unit = _fsdp_units(skeleton.model)
 
@@ -320,12 +320,17 @@ def _autocast_dtype(recipe: Recipe) -> torch.dtype | None:
     return getattr(torch, _dtype_name(recipe)) if args.bf16 or args.fp16 else None
 
 
-def _generator_modules(skeleton: Skeleton) -> dict[str, nn.Module]:
+def _frozen_beside(skeleton: Skeleton) -> dict[str, nn.Module]:
+    """Returns what the feedback holds beside the model: the generator's parts, and an anchor's copy of the tower."""
     if skeleton.generator is None:
         return {}
     modules = {"denoiser": skeleton.generator.denoiser.model}
-    codec = skeleton.generator.codec
-    return {**modules, "autoencoder": codec.vae} if hasattr(codec, "vae") else modules
+    codec, anchor = skeleton.generator.codec, skeleton.hook.anchor
+    if hasattr(codec, "vae"):
+        modules["autoencoder"] = codec.vae
+    if anchor is not None:
+        modules["anchor"] = anchor.tower
+    return modules
 
 
 def _fsdp_units(model: nn.Module) -> tuple[int, int]:

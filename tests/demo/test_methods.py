@@ -1,0 +1,118 @@
+"""The demo's comparison of feedback methods: each arm has the feedback of its method and no other."""
+
+import pytest
+import torch
+
+from deem_plugin.demo.arms import ALL_ARMS, ARMS, METHOD_ARMS
+from deem_plugin.demo.generator import shipped_generator
+from deem_plugin.demo.methods import METHODS, method_overrides
+from deem_plugin.demo.methods_report import METHODS_ARMS
+from deem_plugin.demo.models import IMAGE_SIZE, build_vlm
+from deem_plugin.demo.run import main
+from deem_plugin.feedback import DiffusionFeedbackCallback
+from deem_plugin.feedback.contrastive import ContrastiveFeedback
+from deem_plugin.feedback.diffusion_feedback import DiffusionFeedback
+from deem_plugin.feedback.language_hook import LanguageHook
+from deem_plugin.feedback.latents import PixelCodec
+from deem_plugin.feedback.light import make_generator, save_generator
+from deem_plugin.training.recipes import load_recipe, read_sections
+
+
+@pytest.fixture(scope="module")
+def light_generator(tmp_path_factory):
+    """The untrained generator of the GenHancer arm."""
+    folder = tmp_path_factory.mktemp("generator")
+    section = read_sections("tiny-generator")["generator"]
+    save_generator(make_generator(section["network"], section["config"], PixelCodec(), 16), folder)
+    return folder
+
+
+def feedback_of(name, folder):
+    """The callback of an arm on the demo's model, after one training step, and its context as the generator got it."""
+    overrides = [f"feedback.denoiser={folder}", *method_overrides(name), "training.use_cpu=true"]
+    callback = DiffusionFeedbackCallback(load_recipe("tiny-align", overrides).feedback)
+    model, processor = build_vlm(0)
+    callback.attach(model.train(), processor)
+    seen = {}
+    scorer = callback.hook.feedback
+
+    def recording(latents, context, **extra):
+        seen.update(latents=latents, context=context, **extra)
+        seen["loss"] = scorer(latents, context, **extra)
+        return seen["loss"]
+
+    recording.second_view = getattr(scorer, "second_view", False)
+    recording.denoiser = scorer.denoiser
+    callback.hook.feedback, callback.hook.scale = recording, 1.0
+    image = torch.full((4, 8), model.config.image_token_id)
+    words = torch.full((4, 3), processor.tokenizer.convert_tokens_to_ids("red"))
+    ids = torch.cat([image, words], dim=1)
+    pixels = torch.randn(4, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
+    model(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels).loss.backward()
+    callback.hook.check_injected()
+    assert torch.isfinite(seen["loss"]).all() and seen["loss"].min() > 0
+    gradients = [p.grad for p in model.model.vision_tower.parameters() if p.grad is not None]
+    assert any(gradient.any() for gradient in gradients)
+    return callback, scorer, seen
+
+
+def test_every_method_is_an_arm_beside_no_feedback():
+    assert METHOD_ARMS.keys() == METHODS.keys() == {"deem", "diva", "dcr", "genhancer", "ross"}
+    assert list(METHODS_ARMS) == ["no-feedback", *METHODS] and not METHODS_ARMS["no-feedback"].feedback
+    assert len({arm.title for arm in ALL_ARMS.values()}) == len(ALL_ARMS) and not ARMS.keys() & METHODS.keys()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_a_recipe_says_of_its_method_is_what_the_arm_has(name):
+    chosen = load_recipe("tiny-align", ["feedback.denoiser=x", *method_overrides(name)]).feedback
+    published = read_sections(METHODS[name].recipe)["feedback"]
+
+    for key in ("condition", "objective", "draws_per_image", "timestep_sampling", "loss_weighting", "anchor_weight"):
+        if key in published:
+            assert getattr(chosen, key) == published[key], key
+
+
+def test_deem_reads_the_queries_and_anchors_the_tower():
+    callback, scorer, seen = feedback_of("deem", shipped_generator())
+
+    assert type(scorer) is DiffusionFeedback and scorer.draws == 1
+    assert callback.hook.anchor is not None and seen["context"].shape == (4, 8, 64)
+
+
+def test_diva_reads_the_pooled_vector_and_some_of_the_queries_twice():
+    callback, scorer, seen = feedback_of("diva", shipped_generator())
+
+    assert scorer.draws == 2 and callback.hook.anchor is None
+    assert callback.config.num_patches == 7 and seen["context"].shape == (4, 8, 64)
+
+
+def test_dcr_sets_a_view_and_three_other_pictures_against_the_picture():
+    _, scorer, seen = feedback_of("dcr", shipped_generator())
+
+    assert type(scorer) is ContrastiveFeedback and scorer.num_negatives == 3 and not scorer.official_defects
+    assert seen["context"].shape == seen["second_view"][0].shape == (4, 1, 64)
+    assert not torch.equal(seen["context"], seen["second_view"][0])
+
+
+def test_genhancer_modulates_a_generator_of_its_own_by_the_pooled_vector(light_generator):
+    callback, _, seen = feedback_of("genhancer", light_generator)
+
+    assert type(callback.generator.denoiser.model).__name__ == "SD3Transformer2DModel"
+    assert seen["context"].shape == (4, 1, 64) and seen["vector"].shape == (4, 64)
+
+
+def test_ross_asks_the_language_model_at_the_places_of_the_picture():
+    callback, scorer, seen = feedback_of("ross", shipped_generator())
+
+    assert isinstance(callback.hook, LanguageHook) and scorer.draws == 4
+    assert seen["context"].shape == (4, 8, 64) and seen["latents"].shape == (4, 3, 16, 32)
+
+
+@pytest.mark.slow
+def test_the_short_form_compares_all_methods(tmp_path):
+    assert main(tmp_path, methods=True, fast=True) == 0
+
+    report = (tmp_path / "methods.md").read_text()
+    assert "Short form" in report and report.count("zero-shot") == 1
+    for arm in METHODS_ARMS.values():
+        assert report.count(f"| {arm.title} |") == (2 if arm.title == "no feedback" else 3)
