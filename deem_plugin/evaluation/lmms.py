@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,15 +15,9 @@ from deem_plugin.evaluation.chats import Chat, about_region, asks_for_a_region, 
 from deem_plugin.evaluation.drawing import drawing_prompt, give_generator, keep_drawing, split_wish, with_drawing
 from deem_plugin.evaluation.feature_cache import FeatureCache
 from deem_plugin.evaluation.loading import load_vlm
+from deem_plugin.evaluation.model_args import read_model_args
 from deem_plugin.evaluation.yes_no import asks_yes_or_no, settle_answer, write_margin
 from deem_plugin.models import DeemProcessor, generate_images
-from deem_plugin.models.drawing import GUIDANCE, STEPS
-
-MODEL_ARGS = (
-    *("pretrained", "batch_size", "device", "dtype", "raw_answers", "answer_by", "feature_cache_mb"),
-    *("generator", "image_dir", "steps", "guidance"),
-)
-ANSWER_BY = ("generation", "loglikelihood", "drawing")
 
 # For tasks that give no limit, as in lmms-eval's own models.
 _MAX_NEW_TOKENS = 1024
@@ -39,79 +32,24 @@ class _Deem(lmms):
     What the chat and the simple class share.
 
     Args:
-        pretrained (`str`): Checkpoint folder, hub id, or folder of a peft adapter.
-        batch_size (`int` or `str`): Prompts answered at once. lmms-eval hands it over as text.
-        device (`str`, *optional*): Device of this process; by default the one that accelerate gives it.
-        dtype (`str`): `auto` (the checkpoint's), `float32`, `bfloat16` or `float16`.
-        raw_answers (`bool`):
-            Whether answers to yes-or-no questions stay as they are made, see `yes_no.settle_answer`. Those made by
-            log-likelihood then carry their margin (`yes_no.write_margin`), of which our own tasks make the AUC.
-        answer_by (`str`):
-            `generation`, or `loglikelihood`: a prompt that asks for yes or no (`yes_no.asks_yes_or_no`) is answered by
-            the likelier of "Yes" and "No", so that every answer is one of the two; others are generated as ever. With
-            `drawing` the interleaved model answers every prompt by a picture, for text-to-image and editing tasks.
-        feature_cache_mb (`int`):
-            Megabytes for image features that questions about one picture share, see `feature_cache`; 0 computes them
-            for each question.
-        generator (`str`, *optional*):
-            Folder or hub id of the generator that the interleaved model draws with, for `answer_by=drawing` and for
-            tasks that have a picture drawn before they ask (`generate_visual_cot`).
-        image_dir (`str`, *optional*): Where drawn answers go, as `TASK/DOCUMENT.png`.
-        steps, guidance (`int` and `float`): Of drawing, as in [`~deem_plugin.models.generate_images`].
-
-    Raises:
-        ValueError: If an argument is unknown, missing or has a value that it cannot have.
+        model_args: As in [`~deem_plugin.evaluation.model_args.ModelArgs`].
     """
 
-    def __init__(
-        self,
-        pretrained: str | None = None,
-        batch_size: int | str = 1,
-        device: str | None = None,
-        dtype: str = "auto",
-        raw_answers: bool = False,
-        answer_by: str = "generation",
-        feature_cache_mb: int = 512,
-        generator: str | None = None,
-        image_dir: str | None = None,
-        steps: int = STEPS,
-        guidance: float = GUIDANCE,
-        **unknown: Any,
-    ):
+    def __init__(self, **model_args: Any):
         super().__init__()
-        if unknown:
-            raise ValueError(f"Unknown model arguments {sorted(unknown)}; choose from {', '.join(MODEL_ARGS)}.")
-        if pretrained is None:
-            raise ValueError("The model `deem` needs a checkpoint: `--model_args pretrained=FOLDER_OR_HUB_ID`.")
-        if not str(batch_size).isdecimal() or int(batch_size) < 1:
-            raise ValueError(f"batch_size is {batch_size!r}; the model `deem` needs a whole number from 1 up.")
-        if not isinstance(raw_answers, bool):
-            raise ValueError(f"raw_answers is {raw_answers!r}; choose true or false.")
-        if answer_by not in ANSWER_BY:
-            raise ValueError(f"answer_by is {answer_by!r}; choose one of {', '.join(ANSWER_BY)}.")
-        if not str(feature_cache_mb).isdecimal():
-            raise ValueError(
-                f"feature_cache_mb is {feature_cache_mb!r}; give a whole number of megabytes, 0 for none."
-            )
-        if answer_by == "drawing" and (generator is None or image_dir is None):
-            raise ValueError(
-                "answer_by=drawing needs generator=FOLDER_OR_HUB_ID to draw with, and image_dir=FOLDER to draw into."
-            )
+        args = read_model_args(model_args)
         state = PartialState()
         self._rank, self._world_size = state.process_index, state.num_processes
-        self.device = torch.device(device) if device is not None else state.device
-        self.batch_size = int(batch_size)
-        self.raw_answers = raw_answers
-        self.answer_by = answer_by
-        self.feature_cache = FeatureCache(int(feature_cache_mb) * 2**20)
-        self.model, self.processor = load_vlm(str(pretrained), dtype, self.device)
+        self.device = torch.device(args.device) if args.device is not None else state.device
+        self.batch_size, self.raw_answers, self.answer_by = args.batch_size, args.raw_answers, args.answer_by
+        self.image_dir, self.steps, self.guidance = args.image_dir, args.steps, args.guidance
+        self.feature_cache = FeatureCache(args.feature_cache_mb * 2**20)
+        self.model, self.processor = load_vlm(args.pretrained, args.dtype, self.device)
         self.tokenizer = self.processor.tokenizer
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        if generator is not None:
-            give_generator(self.model, generator, str(self.model.dtype).removeprefix("torch."))
-        self.image_dir = None if image_dir is None else Path(image_dir)
-        self.steps, self.guidance = int(steps), float(guidance)
+        if args.generator is not None:
+            give_generator(self.model, args.generator, str(self.model.dtype).removeprefix("torch."))
 
     def _messages(self, request: Instance) -> list[dict]:
         """Returns lmms-eval's chat messages of a request, the images in them as PIL images."""
@@ -218,7 +156,7 @@ class _Deem(lmms):
 
     def _answer(self, chats: list[Chat], kwargs: dict) -> list[str]:
         """Answers chats that all have images or that all have none, each in the way that `answer_by` says."""
-        by_verdict = self.answer_by != "generation"
+        by_verdict = self.answer_by == "loglikelihood"
         decided = [by_verdict and asks_yes_or_no(chat.question) for chat in chats]
         verdicts = iter(self._decide([chat for chat, decide in zip(chats, decided, strict=True) if decide]))
         texts = iter(self._generate([chat for chat, decide in zip(chats, decided, strict=True) if not decide], kwargs))

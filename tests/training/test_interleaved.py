@@ -285,7 +285,7 @@ def test_two_processes_read_their_own_shards_and_resume(parts, language_model, t
         command += ["-m", "deem_plugin", "train", str(recipe)]
         command += tiny_overrides(parts, tmp_path / out, feedback=False) + ["data.image_dir=null"]
         command += [f"training.{each}" for each in ("max_steps=3", "save_steps=2", *more)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr[-4000:]
 
     places = [json.loads((tmp_path / "whole" / f"checkpoint-2/stream-{rank}.json").read_text()) for rank in range(2)]

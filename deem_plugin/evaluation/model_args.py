@@ -1,0 +1,87 @@
+"""What `--model_args` may say to the model `deem`, checked before anything is loaded."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from deem_plugin.models.drawing import GUIDANCE, STEPS
+
+ANSWER_BY = ("generation", "loglikelihood", "drawing")
+
+
+@dataclass
+class ModelArgs:
+    """
+    Arguments of the model `deem`.
+
+    Args:
+        pretrained (`str`): Checkpoint folder, hub id, or folder of a peft adapter.
+        batch_size (`int` or `str`): Prompts answered at once. lmms-eval hands it over as text.
+        device (`str`, *optional*): Device of this process; by default the one that accelerate gives it.
+        dtype (`str`): `auto` (the checkpoint's), `float32`, `bfloat16` or `float16`.
+        raw_answers (`bool`):
+            Whether answers to yes-or-no questions stay as they are made, see `yes_no.settle_answer`. Those made by
+            log-likelihood then carry their margin (`yes_no.write_margin`), of which our own tasks make the AUC.
+        answer_by (`str`):
+            `generation`, or `loglikelihood`: a prompt that asks for yes or no (`yes_no.asks_yes_or_no`) is answered by
+            the likelier of "Yes" and "No", so that every answer is one of the two; others are generated as ever. With
+            `drawing` the interleaved model answers every prompt by a picture, for text-to-image and editing tasks.
+        feature_cache_mb (`int`):
+            Megabytes for image features that questions about one picture share, see `feature_cache`; 0 computes them
+            for each question.
+        generator (`str`, *optional*):
+            Folder or hub id of the generator that the interleaved model draws with, for `answer_by=drawing` and for
+            tasks that have a picture drawn before they ask (`generate_visual_cot`).
+        image_dir (`str` or `Path`, *optional*): Where drawn answers go, as `TASK/DOCUMENT.png`.
+        steps, guidance (`int` and `float`): Of drawing, as in [`~deem_plugin.models.generate_images`].
+
+    Raises:
+        ValueError: If an argument is missing or has a value that it cannot have.
+    """
+
+    pretrained: str | None = None
+    batch_size: int | str = 1
+    device: str | None = None
+    dtype: str = "auto"
+    raw_answers: bool = False
+    answer_by: str = "generation"
+    feature_cache_mb: int = 512
+    generator: str | None = None
+    image_dir: str | Path | None = None
+    steps: int = STEPS
+    guidance: float = GUIDANCE
+
+    def __post_init__(self):
+        if self.pretrained is None:
+            raise ValueError("The model `deem` needs a checkpoint: `--model_args pretrained=FOLDER_OR_HUB_ID`.")
+        if not str(self.batch_size).isdecimal() or int(self.batch_size) < 1:
+            raise ValueError(f"batch_size is {self.batch_size!r}; the model `deem` needs a whole number from 1 up.")
+        if not isinstance(self.raw_answers, bool):
+            raise ValueError(f"raw_answers is {self.raw_answers!r}; choose true or false.")
+        if self.answer_by not in ANSWER_BY:
+            raise ValueError(f"answer_by is {self.answer_by!r}; choose one of {', '.join(ANSWER_BY)}.")
+        if not str(self.feature_cache_mb).isdecimal():
+            raise ValueError(
+                f"feature_cache_mb is {self.feature_cache_mb!r}; give a whole number of megabytes, 0 for none."
+            )
+        if not isinstance(self.steps, int) or self.steps < 1 or not isinstance(self.guidance, int | float):
+            raise ValueError(
+                f"steps is {self.steps!r} and guidance is {self.guidance!r}; give a whole number from 1 up, and a "
+                f"number."
+            )
+        if self.answer_by == "drawing" and (self.generator is None or self.image_dir is None):
+            raise ValueError(
+                "answer_by=drawing needs generator=FOLDER_OR_HUB_ID to draw with, and image_dir=FOLDER to draw into."
+            )
+        self.pretrained = str(self.pretrained)
+        self.batch_size, self.feature_cache_mb = int(self.batch_size), int(self.feature_cache_mb)
+        self.image_dir = None if self.image_dir is None else Path(self.image_dir)
+
+
+def read_model_args(given: Mapping[str, Any]) -> ModelArgs:
+    """Makes `ModelArgs` of what lmms-eval hands over; raises a `ValueError` on names that there are none of."""
+    known = [item.name for item in fields(ModelArgs)]
+    if unknown := sorted(set(given) - set(known)):
+        raise ValueError(f"Unknown model arguments {unknown}; choose from {', '.join(known)}.")
+    return ModelArgs(**given)
