@@ -107,6 +107,21 @@ def test_several_draws_have_the_gradient_of_their_mean():
     torch.testing.assert_close(gradient(3, slice(None)), torch.stack(each).mean(0))
 
 
+def test_evaluation_draws_no_patches():
+    """DIVA's code evaluates with random patches, and its README advises to try several seeds."""
+    config = FeedbackConfig(**CONFIG, condition="cls+patches", num_patches=3)
+    callback = DiffusionFeedbackCallback(config, pixel_generator())
+    callback.attach(*tiny_llava())
+    views = ImageViews(list(torch.randn(2, 16, 32)), list(torch.zeros(2, 3, 32, 32)), torch.randn(2, 32))
+
+    def context(seed):
+        return callback.hook._condition(views, torch.Generator().manual_seed(seed))[0]
+
+    assert context(0).shape[1] == 4
+    with torch.no_grad():
+        assert context(0).shape[1] == 17 and torch.equal(context(0), context(1))
+
+
 def test_the_augmented_view_spans_what_a_normalised_picture_spans():
     """DCR's code jitters colours after normalisation, which wipes out all that is darker than the mean."""
     processor = tiny_image_processor()
