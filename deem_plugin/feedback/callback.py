@@ -11,11 +11,13 @@ from .anchor import Anchor
 from .checkpoint import FILE_NAME, load_conditioner, save_conditioner
 from .config import FeedbackConfig
 from .denoisers import check_context_dim
-from .factory import make_conditioner, make_objective, make_token_denoiser
-from .generator import load_autoencoder, load_generator
+from .economy import economise
+from .factory import load_judge, make_conditioner, make_objective, make_token_denoiser
+from .generator import load_autoencoder
 from .hook import FeedbackHook
 from .language_hook import LanguageHook
 from .latent_cache import LatentCache, fingerprint
+from .offload import pin
 from .token_denoiser import TokenBlocks
 from .views import TokenReading
 
@@ -100,11 +102,12 @@ class DiffusionFeedbackCallback(TrainerCallback):
             )
         mean, std = normalization(self.config, processing_class)
         if self.generator is None:
-            self.generator = load_generator(self.config.denoiser, self.config.dtype, image_size=self.config.image_size)
+            self.generator = load_judge(self.config)
         if self.config.latent_cache is not None:
             self.generator.latent_cache = LatentCache(self.config.latent_cache, fingerprint(self.generator))
         if self.feedback is None:
             self.feedback = make_objective(self.config, self.generator.denoiser)
+        economise(self.generator, self.config)
 
         reading = TokenReading.of(base.config)
         self.model = base
@@ -119,6 +122,11 @@ class DiffusionFeedbackCallback(TrainerCallback):
             self.config,
             Anchor(tower) if self.config.anchor_weight else None,
         )
+        if self.config.cpu_offload and not self.hook.judge_is_frozen:
+            raise ValueError(
+                f"`cpu_offload` needs a feedback whose `denoiser` is frozen, so that its gradient can be taken before "
+                f"the weights leave, and a {type(self.feedback).__name__} has none. Leave `cpu_offload` out."
+            )
         self._register(tower)
 
     def _attach_to_decoder(self, base, processing_class):
@@ -227,6 +235,8 @@ class DiffusionFeedbackCallback(TrainerCallback):
         if not args.deepspeed and not args.fsdp:
             self._check_optimizer(optimizer)
         self.generator.to(args.device)
+        if self.config.cpu_offload and args.device.type == "cuda":
+            pin(self.generator.modules())
         if self.hook.anchor is not None:
             self.hook.anchor.to(args.device)
         if state.global_step > 0 and self._resume_from is None:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from .quantization import QUANTIZATIONS
+
 WEIGHT_SCHEDULES = ("constant", "linear")
 TIMESTEP_SAMPLINGS = ("shrink", "uniform", "logit_normal", "stratified")
 LOSS_WEIGHTINGS = ("uniform", "min_snr", "cosmap")
@@ -9,6 +11,8 @@ CONDITIONS = ("queries", "queries+dense", "patches", "cls", "cls+patches")
 OBJECTIVES = ("mse", "contrastive")
 SOURCES = ("tower", "llm")
 DTYPES = ("float32", "bfloat16", "float16")
+# Settings that change how the denoiser computes, and neither its weights nor the gradient.
+SAVINGS = ("gradient_checkpointing", "cpu_offload", "channels_last", "compile_denoiser")
 
 
 @dataclass
@@ -72,6 +76,18 @@ class FeedbackConfig:
             Precision in which the frozen denoiser is held: `float32`, `bfloat16` or `float16`.
         image_size (`int`, *optional*):
             Side in pixels of the pictures that the generator restores; by default that of those it was trained on.
+        quantization (`str`, *optional*):
+            Holds the weights of the denoiser's linear layers in fewer bits: `torchao_int8`, `bnb_8bit`, `bnb_4bit`
+            (NF4). What each costs in accuracy is in docs/feedback.md, as for the four that follow.
+        gradient_checkpointing (`bool`, *optional*, defaults to `False`):
+            Computes the denoiser's activations anew in its backward pass. The gradient stays as it is.
+        cpu_offload (`bool`, *optional*, defaults to `False`):
+            Keeps denoiser and autoencoder on the CPU and copies them to the device for each feedback, so that they
+            take no memory while the language model runs. Not with `quantization`.
+        channels_last (`bool`, *optional*, defaults to `False`):
+            Lays the weights of convolutions out channel by channel, as the tensor cores of a GPU read them.
+        compile_denoiser (`bool`, *optional*, defaults to `False`):
+            Compiles the denoiser alone by `torch.compile`: minutes once, for a shorter step.
         latent_cache (`str`, *optional*):
             Folder that `deem cache-latents` has filled. Pictures are then looked up there and never encoded.
         anchor_weight (`float`, *optional*, defaults to `0.0`):
@@ -114,6 +130,11 @@ class FeedbackConfig:
     resampler_heads: int = field(default=12, metadata={"help": "Attention heads of the conditioner's resampler."})
     dtype: str = field(default="float32", metadata={"help": f"Precision of the denoiser: {', '.join(DTYPES)}."})
     image_size: int | None = field(default=None, metadata={"help": "Side of what the generator restores, in pixels."})
+    quantization: str | None = field(default=None, metadata={"help": f"One of {', '.join(QUANTIZATIONS)}."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute the denoiser's activations."})
+    cpu_offload: bool = field(default=False, metadata={"help": "Keep the generator on the CPU between feedbacks."})
+    channels_last: bool = field(default=False, metadata={"help": "Lay convolutions out channel by channel."})
+    compile_denoiser: bool = field(default=False, metadata={"help": "Compile the denoiser alone."})
     latent_cache: str | None = field(default=None, metadata={"help": "Folder that `deem cache-latents` has filled."})
     anchor_weight: float = field(default=0.0, metadata={"help": "Factor on the distance to the tower as it was."})
     conditioner_only: bool = field(default=False, metadata={"help": "Train the conditioner on a frozen tower."})
@@ -143,6 +164,13 @@ class FeedbackConfig:
         ):
             if (given := getattr(self, name)) not in choices:
                 raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {given!r}.")
+        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
+            raise ValueError(f"`quantization` must be one of {', '.join(QUANTIZATIONS)}, got {self.quantization!r}.")
+        if self.quantization is not None and self.cpu_offload:
+            raise ValueError(
+                f"`quantization: {self.quantization}` keeps its weights on the device, and `cpu_offload` does not. "
+                f"Set one of the two."
+            )
         if self.weight_schedule == "linear" and self.warmup_steps < 1:
             raise ValueError(
                 f"`weight_schedule: linear` needs `warmup_steps` of at least 1, got {self.warmup_steps}. "
@@ -169,9 +197,16 @@ class FeedbackConfig:
                 "`condition: queries+dense` shows the maps of a picture in one run of the UNet: it is for `objective: "
                 "mse` and one draw an image. Leave the other settings out, or set `condition: queries`."
             )
+        alone = [name for name in SAVINGS if name != "channels_last" and getattr(self, name)]
+        if self.shows_maps and alone:
+            raise ValueError(
+                f"`condition: queries+dense` trains a synchroniser within the denoiser's own run, which {alone} would "
+                f"repeat, move or compile without it. Leave them out, or set `condition: queries`."
+            )
         if self.source == "llm":
             settings = {"condition": "queries", "objective": "mse", "prompt": None, "anchor_weight": 0.0}
-            settings |= {"conditioner_only": False, "latent_cache": None, "image_size": None}
+            settings |= {"conditioner_only": False, "latent_cache": None, "image_size": None, "quantization": None}
+            settings |= dict.fromkeys(SAVINGS, False)
             other = [name for name, value in settings.items() if getattr(self, name) != value]
             if other:
                 raise ValueError(

@@ -6,12 +6,30 @@ from .conditioner import Conditioner
 from .conditions import dense_maps
 from .contrastive import ContrastiveFeedback
 from .diffusion_feedback import DiffusionFeedback
+from .generator import load_generator
 from .prompts import prompt_states
 from .synchroniser import UNET_KEYS
 from .timesteps import TIMESTEP_SAMPLERS
 from .token_denoiser import TokenDenoiser
 from .views import image_views
 from .weighting import LOSS_WEIGHTINGS
+
+
+def load_judge(config, *, weights=True):
+    """
+    Loads the frozen generator of a feedback, in the precision and for the pictures that its settings ask for.
+
+    Args:
+        config (`FeedbackConfig`): The settings.
+        weights (`bool`, *optional*, defaults to `True`): As for [`load_generator`].
+    """
+    return load_generator(
+        config.denoiser,
+        config.dtype,
+        weights=weights,
+        image_size=config.image_size,
+        quantization=config.quantization if weights else None,
+    )
 
 
 def make_objective(config, denoiser):

@@ -1,5 +1,6 @@
 """Loads a frozen generator (denoiser + latents codec) from a diffusers folder or hub id."""
 
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,8 @@ import torch.nn.functional as F
 from .denoisers import DENOISERS, Denoiser, torch_dtype
 from .latent_cache import LatentCache
 from .latents import CODECS, PixelCodec, VaeCodec
+from .offload import lent
+from .quantization import quantization_config
 
 
 class PictureEncoder:
@@ -43,6 +46,12 @@ class PictureEncoder:
         """
         return self.codec.draw(*self.posterior(pictures), noise=noise, generator=generator)
 
+    @contextmanager
+    def present(self, device):
+        """A context in which all that the feedback needs is on `device`; here it stays there."""
+        self.to(device)
+        yield
+
 
 @dataclass
 class Generator(PictureEncoder):
@@ -54,12 +63,14 @@ class Generator(PictureEncoder):
         codec (`VaeCodec` or `PixelCodec`): Pictures in [-1, 1] to latents and back.
         latent_cache (`LatentCache`, *optional*): Where pictures are looked up in place of being encoded.
         restored_size (`int`, *optional*): Their side in pixels, where it is not that of the generator's training.
+        cpu_offload (`bool`, *optional*, defaults to `False`): Whether it is on a device only while [`present`] lasts.
     """
 
     denoiser: Denoiser
     codec: VaeCodec | PixelCodec
     latent_cache: LatentCache | None = None
     restored_size: int | None = None
+    cpu_offload: bool = False
 
     @property
     def image_size(self) -> int:
@@ -71,12 +82,28 @@ class Generator(PictureEncoder):
         """Height and width of what is restored: a square."""
         return self.image_size, self.image_size
 
+    def modules(self):
+        """Returns the networks that the feedback needs: denoiser and, unless latents are cached, autoencoder."""
+        vae = getattr(self.codec, "vae", None) if self.latent_cache is None else None
+        return [self.denoiser.model] if vae is None else [self.denoiser.model, vae]
+
     def to(self, device):
-        """Moves both halves to `device` and returns the generator; with a cache the codec stays where it is."""
-        self.denoiser.to(device)
-        if self.latent_cache is None:
-            self.codec.to(device)
+        """
+        Moves both halves to `device` and returns the generator; with a cache the codec stays where it is, with
+        `cpu_offload` both do.
+        """
+        if not self.cpu_offload:
+            self.denoiser.to(device)
+            if self.latent_cache is None:
+                self.codec.to(device)
         return self
+
+    @contextmanager
+    def present(self, device):
+        """A context in which all that the feedback needs is on `device`, forward and backward."""
+        self.to(device)
+        with lent(self.modules(), device) if self.cpu_offload else nullcontext():
+            yield
 
 
 @dataclass
@@ -100,7 +127,12 @@ class Autoencoder(PictureEncoder):
 
 
 def load_generator(
-    path_or_id: str, dtype: str = "float32", *, weights: bool = True, image_size: int | None = None
+    path_or_id: str,
+    dtype: str = "float32",
+    *,
+    weights: bool = True,
+    image_size: int | None = None,
+    quantization: str | None = None,
 ) -> Generator:
     """
     Loads the frozen generator that gives the feedback.
@@ -115,10 +147,12 @@ def load_generator(
             `False` reads the configs alone and puts both networks on the meta device, to plan a run with.
         image_size (`int`, *optional*):
             Side in pixels of the pictures that it restores; by default that of those it was trained on.
+        quantization (`str`, *optional*):
+            One of `QUANTIZATIONS`: how the denoiser's linear layers are held in fewer bits.
 
     Raises:
-        ValueError: If the folder holds no known network, VAE or scheduler (the message lists the known ones), or its
-            latents have no such size.
+        ValueError: If the package of a quantization is missing, the folder holds no known network, VAE or scheduler
+            (the message lists the known ones), or its latents have no such size.
     """
     index = _load_index(path_or_id)
     folder = "unet" if "unet" in index else "transformer"
@@ -134,7 +168,8 @@ def load_generator(
             f"Give the base model."
         )
     codec = _load_codec(path_or_id, index, weights)
-    network = _load_network(network_name, path_or_id, folder, torch_dtype(dtype), weights)
+    reduced = None if quantization is None else quantization_config(quantization, torch_dtype(dtype))
+    network = _load_network(network_name, path_or_id, folder, torch_dtype(dtype), weights, reduced)
     denoiser = DENOISERS[network_name](network, _load_scheduler(path_or_id, index), codec.downscale)
     if isinstance(codec, VaeCodec) and codec.vae.config.latent_channels != denoiser.channels:
         raise ValueError(
@@ -172,13 +207,16 @@ def _load_index(path_or_id):
         ) from error
 
 
-def _load_network(name, path_or_id, subfolder, dtype, weights):
+def _load_network(name, path_or_id, subfolder, dtype, weights, quantization=None):
     """Loads the diffusers network `name`, or makes it without weights on the meta device."""
     import diffusers
 
     network_class = getattr(diffusers, name)
     if weights:
-        return network_class.from_pretrained(path_or_id, subfolder=subfolder, torch_dtype=dtype, use_safetensors=True)
+        options = {} if quantization is None else {"quantization_config": quantization}
+        return network_class.from_pretrained(
+            path_or_id, subfolder=subfolder, torch_dtype=dtype, use_safetensors=True, **options
+        )
     with torch.device("meta"):
         network = network_class.from_config(network_class.load_config(path_or_id, subfolder=subfolder))
     kept = set(network_class._keep_in_fp32_modules or ())  # as `from_pretrained` does

@@ -5,6 +5,8 @@ from contextlib import nullcontext
 import torch
 
 from .conditions import condition_tokens, dense_maps
+from .denoisers import Denoiser
+from .early_gradient import early_gradient
 from .injection import Injection
 from .objectives import normalize, unnormalize
 from .second_view import augment, augment_as_published
@@ -76,19 +78,44 @@ class FeedbackHook:
             views (`ImageViews`): What the tower gave.
             look_again (`Callable`, *optional*): `(pixel_values) -> ImageViews`: the tower on other pictures.
         """
+        judge, conditions = self._judge(views, look_again)
+        return judge(*conditions)
+
+    def _judge(self, views, look_again):
+        """Returns the feedback of each image as a function of its conditions, and the conditions."""
         device = views.tokens[0].device
         rng = torch.Generator(device=device).manual_seed(self.seed)
         self.seed += 1  # another micro-batch, other noise
         latents = self._latents(views, rng)
-        context, vector = self._condition(views, rng)
-        extra = {} if vector is None else {"vector": vector}
+        conditions = self._condition(views, rng)
         if getattr(self.feedback, "second_view", False):
-            extra["second_view"] = self._condition(look_again(self._augmented(views, rng)), rng)
+            conditions += self._condition(look_again(self._augmented(views, rng)), rng)
+
         looking = nullcontext()
         if self.config.shows_maps:
             looking = self.conditioner().looking(self.generator.denoiser.model, dense_maps(views))
-        with looking:
-            return self.feedback(latents, context, generator=rng, **extra)
+
+        def judge(context, vector, *second_view):
+            extra = {} if vector is None else {"vector": vector}
+            if second_view:
+                extra["second_view"] = second_view
+            with looking:
+                return self.feedback(latents, context, generator=rng, **extra)
+
+        return judge, conditions
+
+    def _training_loss(self, views, look_again):
+        """Returns the mean over the images; nothing but its gradient at the conditions is kept of a frozen network."""
+        judge, conditions = self._judge(views, look_again)
+        if not self.judge_is_frozen:
+            return judge(*conditions).mean()
+        return early_gradient(lambda *values: judge(*values).mean(), self.scale, *conditions)
+
+    @property
+    def judge_is_frozen(self) -> bool:
+        """Whether the conditions are all that the feedback has a gradient for."""
+        # A synchroniser, which shows the denoiser maps, trains within it.
+        return isinstance(getattr(self.feedback, "denoiser", None), Denoiser) and not self.config.shows_maps
 
     @torch.no_grad()
     def _latents(self, views, rng):
@@ -151,10 +178,11 @@ class FeedbackHook:
             # `forward`, not a call: this hook is not to be run for it.
             return self._views(again, tower.forward(**again))
 
-        loss = self.per_image_loss(views, look_again).mean()
-        if not training:
-            self.eval_loss.add(loss)
-            return output
+        with self.generator.present(views.tokens[0].device):
+            if not training:
+                self.eval_loss.add(self.per_image_loss(views, look_again).mean())
+                return output
+            loss = self._training_loss(views, look_again)
         self.train_loss.add(loss)
         if self.anchor is not None:
             distance = self.anchor.distance(views, inputs, self._views).mean()

@@ -1,7 +1,7 @@
 """Fills the latent cache of a recipe: `deem cache-latents`."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.utils.data import DataLoader
@@ -53,7 +53,7 @@ def cache_latents(recipe: Recipe, batch_size: int = 16, generator=None) -> Count
     from tqdm import tqdm
 
     from deem_plugin.feedback.callback import normalization
-    from deem_plugin.feedback.generator import load_generator
+    from deem_plugin.feedback.factory import load_judge
     from deem_plugin.feedback.latent_cache import LatentCache, LatentWriter, fingerprint, picture_keys
     from deem_plugin.feedback.objectives import unnormalize
 
@@ -65,9 +65,8 @@ def cache_latents(recipe: Recipe, batch_size: int = 16, generator=None) -> Count
         )
     dataset, collator, processor = _data(recipe)
     mean, std = normalization(config, processor)
-    generator = (
-        load_generator(config.denoiser, config.dtype, image_size=config.image_size) if generator is None else generator
-    )
+    # The denoiser only says how large its latents are.
+    generator = load_judge(replace(config, quantization=None)) if generator is None else generator
     generator.codec.to(args.device)
     expected = fingerprint(generator)
     counts, done = Counts(), set()

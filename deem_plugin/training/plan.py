@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from deem_plugin.feedback.quantization import quantized_bytes
 from deem_plugin.training.flops import StepCounter
 from deem_plugin.training.memory import (
     STRATEGIES,
@@ -191,6 +192,12 @@ def _smaller_denoiser(recipe: Recipe) -> list[str]:
     return ["feedback.dtype=bfloat16"] if applies else []
 
 
+def _offload(recipe: Recipe) -> list[str]:
+    feedback = recipe.feedback
+    applies = feedback is not None and feedback.source == "tower" and feedback.quantization is None
+    return ["feedback.cpu_offload=true"] if applies and not (feedback.cpu_offload or feedback.shows_maps) else []
+
+
 def _checkpointing(recipe: Recipe) -> list[str]:
     return [] if recipe.training.activation_checkpointing else ["training.activation_checkpointing=true"]
 
@@ -213,6 +220,7 @@ def _lora(recipe: Recipe) -> list[str]:
 # What can make a recipe fit, from what costs nothing to what changes the training.
 OPTIONS = {
     "the denoiser in bfloat16": _smaller_denoiser,
+    "the generator on the CPU between feedbacks": _offload,
     "activation checkpointing (a forward pass more)": _checkpointing,
     "one conversation a micro-batch, accumulated": _smaller_batch,
     "LoRA on bfloat16 weights": _lora,
@@ -265,8 +273,7 @@ class _MemoryRows:
             Weight(tuple(parameter.shape), parameter.element_size(), parameter.requires_grad)
             for parameter in skeleton.model.parameters()
         ]
-        modules = _frozen_beside(skeleton).values()
-        self.generator = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+        self.generator = _frozen_bytes(recipe, skeleton)
         self.root, self.unit = _fsdp_units(skeleton.model)
 
     def __call__(self, counter: StepCounter, gpus: Sequence[int], tokens: int) -> list[Row]:
@@ -331,6 +338,15 @@ def _frozen_beside(skeleton: Skeleton) -> dict[str, nn.Module]:
     if anchor is not None:
         modules["anchor"] = anchor.tower
     return modules
+
+
+def _frozen_bytes(recipe: Recipe, skeleton: Skeleton) -> int:
+    """Returns what the frozen modules beside the model take between two feedbacks."""
+    config, total = recipe.feedback, 0
+    for name, module in _frozen_beside(skeleton).items():
+        if name == "anchor" or not config.cpu_offload:
+            total += quantized_bytes(module, config.quantization if name == "denoiser" else None)
+    return total
 
 
 def _fsdp_units(model: nn.Module) -> tuple[int, int]:

@@ -133,13 +133,13 @@ def _feedback_callback(recipe: Recipe, make_feedback, model, processing_class):
         return None
     from deem_plugin.feedback.callback import DiffusionFeedbackCallback
     from deem_plugin.feedback.checkpoint import FILE_NAME
-    from deem_plugin.feedback.generator import load_generator
+    from deem_plugin.feedback.factory import load_judge
     from deem_plugin.feedback.timesteps import TIMESTEP_SAMPLERS
 
     if make_feedback is None:
         callback = DiffusionFeedbackCallback(config)
     else:
-        generator = load_generator(config.denoiser, config.dtype, image_size=config.image_size)
+        generator = load_judge(config)
         feedback = make_feedback(generator.denoiser, TIMESTEP_SAMPLERS[config.timestep_sampling])
         callback = DiffusionFeedbackCallback(config, generator, feedback)
     # Before the Trainer is made: it seeds all random numbers, so that a run without feedback draws the same ones.

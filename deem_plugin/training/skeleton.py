@@ -150,16 +150,16 @@ def _count_image_tokens(model, inputs) -> int:
 def _attach_feedback(recipe: Recipe, model):
     """Loads the generator without weights and puts conditioner and hook on the model; `(None, None)` without one."""
     from deem_plugin.feedback.callback import DiffusionFeedbackCallback
-    from deem_plugin.feedback.generator import load_generator
+    from deem_plugin.feedback.factory import load_judge
 
     if recipe.feedback is None:
         return None, None
     config = recipe.feedback
-    generator = load_generator(config.denoiser, config.dtype, weights=False, image_size=config.image_size)
+    generator = load_judge(config, weights=False)
     # The processor may be missing, and whatever the normalisation is, the work is the same.
     # A cache is known by the weights of the VAE, and there are none: the plan counts the run without. A prompt and
     # the values that a conditioner starts from change no count.
-    unplanned = {"latent_cache": None, "prompt": None, "conditioner": None}
+    unplanned = {"latent_cache": None, "prompt": None, "conditioner": None, "compile_denoiser": False}
     config = replace(config, image_mean=[0.0] * 3, image_std=[1.0] * 3, **unplanned)
     callback = DiffusionFeedbackCallback(config, generator)
     callback.attach(model)
