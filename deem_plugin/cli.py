@@ -142,9 +142,10 @@ def _compare(arguments) -> int:
 
 
 def _bench_feedback(arguments) -> int:
-    from .training.bench import draw_parts, run_bench, table, write_json
+    from .training.bench import OPTIONS, run_bench
+    from .training.bench_report import draw_parts, table, write_json
 
-    bench = run_bench(arguments.config, arguments.pairs, arguments.device)
+    bench = run_bench(arguments.config, arguments.pairs, arguments.device, arguments.options or tuple(OPTIONS))
     print(table(bench))
     if arguments.json is not None:
         write_json(bench, arguments.json)
@@ -253,6 +254,7 @@ def _add_training(commands) -> None:
     )
     feedback.add_argument("--config", default="mid", help="sizes: tiny, mid or paper")
     feedback.add_argument("--pairs", type=int, default=10, help="pairs of steps for each option")
+    feedback.add_argument("--options", nargs="+", metavar="OPTION", help="those of the table to time; all by default")
     feedback.add_argument("--device", help="cpu, cuda, ...")
     feedback.add_argument("--json", type=Path, help="file for all figures")
     feedback.add_argument("--plot", type=Path, help="file for a picture of the parts")

@@ -6,18 +6,53 @@ plain step, pair by pair, so that whatever else runs on the machine slows both.
 """
 
 import json
-import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 
 import torch
 from tqdm.auto import tqdm
 
+from deem_plugin.training.bench_sizes import CONFIGS
+
 PARTS = ("encode", "tower", "denoise", "denoise backward", "tower backward")
-# Of the step with every exact option on, the generator's own work.
 DENOISER_PARTS = ("denoise", "denoise backward")
+
+
+@dataclass(frozen=True)
+class Option:
+    """
+    A way to make a step cheaper.
+
+    Args:
+        settings (`dict`): Of the `FeedbackConfig`.
+        cached (`bool`): Whether what the VAE says is at hand; reading it from a disk adds a few ms (docs/feedback.md).
+        exact (`bool`): Whether it is meant to change nothing but rounding in float32.
+    """
+
+    settings: dict = field(default_factory=dict)
+    cached: bool = False
+    exact: bool = True
+
+
+PLAIN = Option()
+
+OPTIONS = {
+    "cached latents": Option(cached=True),
+    "channels_last": Option({"channels_last": True}),
+    "compiled denoiser": Option({"compile_denoiser": True}),
+    "gradient checkpointing": Option({"gradient_checkpointing": True}),
+    "CPU offload": Option({"cpu_offload": True}),
+    "cached latents, compiled denoiser": Option({"compile_denoiser": True}, cached=True),
+    "bfloat16": Option({"dtype": "bfloat16"}, exact=False),
+    "torchao_int8": Option({"quantization": "torchao_int8"}, exact=False),
+    "bnb_8bit": Option({"dtype": "float16", "quantization": "bnb_8bit"}, exact=False),
+    "bnb_4bit": Option({"dtype": "bfloat16", "quantization": "bnb_4bit"}, exact=False),
+    "cached latents, bfloat16": Option({"dtype": "bfloat16"}, cached=True, exact=False),
+}
 
 
 @dataclass
@@ -53,6 +88,8 @@ class Timing:
         ratio (`float`): Median over pairs of the plain step's time by this one's.
         seconds (`dict[str, float]`): Median time of each part, and of the whole as `step`.
         loss_error, gradient_error (`float`): Relative difference to the plain step's loss and tower gradients.
+        first_step (`float`): Wall time of the first step, compiling included.
+        peak_bytes (`int`, *optional*): Most memory of weights and step on a GPU; None elsewhere.
     """
 
     name: str
@@ -61,6 +98,13 @@ class Timing:
     seconds: dict[str, float]
     loss_error: float
     gradient_error: float
+    first_step: float
+    peak_bytes: int | None = None
+
+    @property
+    def denoiser_share(self) -> float:
+        """Share of the denoiser's forward and backward in the step."""
+        return sum(self.seconds[part] for part in DENOISER_PARTS) / self.seconds["step"]
 
 
 @dataclass
@@ -71,60 +115,93 @@ class Bench:
     Args:
         config (`str`): Name of the sizes.
         device (`str`): Where it ran.
+        threads (`int`): CPU threads.
+        clock (`str`): What was counted, see [`clock_of`].
         pairs (`int`): Pairs of steps for each option.
-        plain (`dict[str, float]`): Median time of each part of the plain step, and of the whole as `step`.
-        timings (`list[Timing]`): The options.
+        timings (`list[Timing]`): The plain step, and the options.
+        skipped (`dict[str, str]`): Options that cannot run here, and why.
     """
 
     config: str
     device: str
+    threads: int
+    clock: str
     pairs: int
-    plain: dict[str, float] = field(default_factory=dict)
     timings: list[Timing] = field(default_factory=list)
-
-    def denoiser_share(self) -> float:
-        """Share of the generator's forward and backward in a step whose latents are cached."""
-        cached = next(timing for timing in self.timings if timing.name == "cached latents").seconds
-        return sum(cached[part] for part in DENOISER_PARTS) / cached["step"]
+    skipped: dict[str, str] = field(default_factory=dict)
 
 
-def make_setting(config: str, device: torch.device) -> Setting:
+def clock_of(device: torch.device):
     """
-    Makes a step of one of the `CONFIGS`, with new weights from a fixed seed.
-
-    Raises:
-        ValueError: If there is no such config.
+    Returns a clock and its name: CPU seconds where one thread does all the work, so that what else runs on the machine
+    counts little; wall time elsewhere.
     """
+    if device.type == "cpu" and torch.get_num_threads() == 1:
+        return time.process_time, "CPU seconds"
+    return time.perf_counter, "wall time"
+
+
+def save_generator(config: str, folder: Path):
+    """Saves a Stable Diffusion of one of the `CONFIGS` in diffusers' layout, with new weights from a fixed seed."""
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
-    from deem_plugin.feedback import Conditioner, Generator, UNetDenoiser, VaeCodec
-    from deem_plugin.vision import DeemVisionConfig, DeemVisionTower
-
-    if config not in CONFIGS:
-        raise ValueError(f"There is no config {config!r}; choose one of {', '.join(CONFIGS)}.")
     sizes = CONFIGS[config]
     with torch.random.fork_rng():
         torch.manual_seed(0)
+        parts = {
+            "unet": UNet2DConditionModel(**sizes["unet"]),
+            "vae": AutoencoderKL(**sizes["vae"]),
+            "scheduler": DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        }
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+    index = {name: ["diffusers", type(part).__name__] for name, part in parts.items()}
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline", **index}))
+
+
+def make_setting(config: str, device: torch.device, folder: Path, option: Option = PLAIN) -> Setting:
+    """
+    Makes a step of one of the `CONFIGS` with an option on, from a fixed seed.
+
+    Args:
+        config (`str`): Name of the sizes.
+        device (`torch.device`): Where it runs.
+        folder (`Path`): With the generator that [`save_generator`] wrote.
+        option (`Option`): The plain step by default.
+
+    Raises:
+        ValueError: If a quantization cannot be had here.
+    """
+    from deem_plugin.feedback import Conditioner, FeedbackConfig, load_generator
+    from deem_plugin.feedback.economy import economise
+    from deem_plugin.vision import DeemVisionConfig, DeemVisionTower
+
+    sizes, settings = CONFIGS[config], FeedbackConfig(denoiser=str(folder), **option.settings)
+    generator = load_generator(str(folder), settings.dtype, quantization=settings.quantization)
+    economise(generator, settings)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
         tower = DeemVisionTower(DeemVisionConfig(class_token=False, **sizes["tower"]))
-        width = sizes["unet"]["cross_attention_dim"]
-        conditioner = Conditioner(tower.config.hidden_size, width)
+        conditioner = Conditioner(tower.config.hidden_size, generator.denoiser.context_dim)
         torch.nn.init.normal_(conditioner.head.weight, std=0.02)
-        unet, vae = UNet2DConditionModel(**sizes["unet"]), AutoencoderKL(**sizes["vae"])
-        scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-        generator = Generator(UNetDenoiser(unet, scheduler), VaeCodec(vae))
-        batch, side = sizes["batch"], unet.config.sample_size
-        return Setting(
+        batch, side = sizes["batch"], generator.denoiser.sample_size
+        channels = generator.codec.channels
+        setting = Setting(
             tower.to(device).eval(),  # no stochastic depth: each step is then the same
             conditioner.to(device),
             generator.to(device),
             torch.randn(batch, 3, tower.config.image_size, tower.config.image_size).to(device),
             torch.rand(batch, 3, generator.image_size, generator.image_size).to(device),
             {
-                "latent_noise": torch.randn(batch, vae.config.latent_channels, side, side).to(device),
-                "noise": torch.randn(batch, vae.config.latent_channels, side, side).to(device),
+                "latent_noise": torch.randn(batch, channels, side, side).to(device),
+                "noise": torch.randn(batch, channels, side, side).to(device),
                 "timesteps": torch.linspace(250, 750, batch).long().to(device),
             },
         )
+    if option.cached:
+        with generator.present(device):
+            setting.posterior = generator.posterior(setting.pictures)
+    return setting
 
 
 def step(setting: Setting) -> tuple[dict[str, float], float, torch.Tensor]:
@@ -132,214 +209,91 @@ def step(setting: Setting) -> tuple[dict[str, float], float, torch.Tensor]:
     from deem_plugin.feedback import DiffusionFeedback
 
     parameters = [*setting.tower.parameters(), *setting.conditioner.parameters()]
-    device, times = setting.pixel_values.device, [0.0]
+    device, times = setting.pixel_values.device, []
+    clock, _ = clock_of(device)
 
     def mark():
         if device.type == "cuda":
             torch.cuda.synchronize()
-        times.append(time.perf_counter())
+        times.append(clock())
 
-    codec, draws = setting.generator.codec, setting.draws
+    generator, draws = setting.generator, setting.draws
     mark()
-    posterior = setting.posterior or setting.generator.posterior(setting.pictures)
-    latents = codec.draw(*posterior, noise=draws["latent_noise"])
-    mark()
-    context = setting.conditioner(setting.tower(setting.pixel_values).last_hidden_state)
-    mark()
-    judged = context.detach().requires_grad_()
-    feedback = DiffusionFeedback(setting.generator.denoiser)
-    loss = feedback(latents, judged, timesteps=draws["timesteps"], noise=draws["noise"]).mean()
-    mark()
-    (gradient,) = torch.autograd.grad(loss, judged)
-    mark()
+    with generator.present(device):
+        posterior = setting.posterior or generator.posterior(setting.pictures)
+        latents = generator.codec.draw(*posterior, noise=draws["latent_noise"])
+        mark()
+        context = setting.conditioner(setting.tower(setting.pixel_values).last_hidden_state)
+        mark()
+        judged = context.detach().requires_grad_()
+        feedback = DiffusionFeedback(generator.denoiser)
+        loss = feedback(latents, judged, timesteps=draws["timesteps"], noise=draws["noise"]).mean()
+        mark()
+        (gradient,) = torch.autograd.grad(loss, judged)
+        mark()
     context.backward(gradient)
     mark()
     gradients = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
     for parameter in parameters:
         parameter.grad = None
-    seconds = {part: times[index + 2] - times[index + 1] for index, part in enumerate(PARTS)}
-    return seconds | {"step": times[-1] - times[1]}, loss.item(), gradients
+    seconds = {part: end - start for part, start, end in zip(PARTS, times, times[1:], strict=False)}
+    return seconds | {"step": times[-1] - times[0]}, loss.item(), gradients
 
 
-def _cache(setting: Setting):
-    setting.posterior = setting.generator.posterior(setting.pictures)
-
-
-def _cache_and_lay_out(setting: Setting):
-    _cache(setting)
-    setting.tower.to(memory_format=torch.channels_last)
-    setting.pixel_values = setting.pixel_values.contiguous(memory_format=torch.channels_last)
-
-
-def _cache_and_round(setting: Setting):
-    _cache(setting)
-    setting.generator.denoiser.model.to(torch.bfloat16)
-
-
-# What is done to a setting before it is timed, and whether that is meant to change nothing but rounding.
-OPTIONS: dict[str, tuple[Callable, bool]] = {
-    "cached latents": (_cache, True),
-    "cached latents, tower in channels_last": (_cache_and_lay_out, True),
-    "cached latents, denoiser in bfloat16": (_cache_and_round, False),
-}
-
-
-def run_bench(config: str = "mid", pairs: int = 10, device: str | None = None) -> Bench:
+def run_bench(
+    config: str = "mid", pairs: int = 10, device: str | None = None, options: Sequence[str] = tuple(OPTIONS)
+) -> Bench:
     """
-    Times every option against the plain step, alternately.
+    Times options against the plain step, alternately.
 
     Args:
         config (`str`): One of `CONFIGS`.
         pairs (`int`): Pairs of steps for each option.
         device (`str`, *optional*): By default a GPU where there is one.
+        options (`Sequence[str]`): Of `OPTIONS`; all by default.
+
+    Raises:
+        ValueError: If there is no such config or option.
     """
+    for what, given, known in (("config", [config], CONFIGS), ("option", options, OPTIONS)):
+        if unknown := [name for name in given if name not in known]:
+            raise ValueError(f"There is no {what} {unknown[0]!r}; choose from {', '.join(known)}.")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    bench = Bench(config, str(place), pairs)
-    plain = make_setting(config, place)
-    _, loss, gradients = step(plain)  # also warms up
-    plain_steps = []
-    progress = tqdm(total=pairs * len(OPTIONS), desc="pairs")
-    for name, (change, exact) in OPTIONS.items():
-        setting = make_setting(config, place)
-        change(setting)
-        _, other_loss, other_gradients = step(setting)
-        steps = []
-        for _ in range(pairs):
-            plain_steps.append(step(plain)[0])
-            steps.append(step(setting)[0])
-            progress.update()
-        ratios = [a["step"] / b["step"] for a, b in zip(plain_steps[-pairs:], steps, strict=True)]
-        bench.timings.append(
-            Timing(
-                name,
-                exact,
-                statistics.median(ratios),
-                _medians(steps),
-                abs(other_loss - loss) / abs(loss),
-                ((other_gradients - gradients).norm() / gradients.norm()).item(),
-            )
-        )
-    progress.close()
-    bench.plain = _medians(plain_steps)
+    bench = Bench(config, str(place), torch.get_num_threads(), clock_of(place)[1], pairs)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_generator(config, folder)
+        plain, first, peak, (_, loss, gradients) = _prepared(config, place, folder, PLAIN)
+        plain_steps = []
+        for name in tqdm(options, desc="options"):
+            try:
+                setting, *once, (_, other_loss, other) = _prepared(config, place, folder, OPTIONS[name])
+            except ValueError as error:
+                bench.skipped[name] = str(error)
+                continue
+            steps, ratios = [], []
+            for _ in range(pairs):
+                plain_steps.append(step(plain)[0])
+                steps.append(step(setting)[0])
+                ratios.append(plain_steps[-1]["step"] / steps[-1]["step"])
+            errors = abs(other_loss - loss) / abs(loss), ((other - gradients).norm() / gradients.norm()).item()
+            bench.timings.append(Timing(name, OPTIONS[name].exact, median(ratios), _medians(steps), *errors, *once))
+    bench.timings.insert(0, Timing("plain", True, 1.0, _medians(plain_steps), 0.0, 0.0, first, peak))
     return bench
 
 
+def _prepared(config, device, folder, option):
+    """Returns a setting, the wall time of its first step, the memory that both take, and what the step returned."""
+    on_gpu = device.type == "cuda"
+    before = torch.cuda.memory_allocated(device) if on_gpu else 0
+    setting = make_setting(config, device, folder, option)
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    started = time.perf_counter()
+    result = step(setting)
+    first = time.perf_counter() - started
+    return setting, first, torch.cuda.max_memory_allocated(device) - before if on_gpu else None, result
+
+
 def _medians(steps: list[dict[str, float]]) -> dict[str, float]:
-    return {part: statistics.median(seconds[part] for seconds in steps) for part in steps[0]}
-
-
-def table(bench: Bench) -> str:
-    """Returns the benchmark as a Markdown table, with the denoiser's share below."""
-    lines = [
-        f"config {bench.config}, {bench.device}, {torch.get_num_threads()} threads, medians of {bench.pairs} pairs",
-        "",
-        f"| step | times as fast | {' | '.join(PARTS)} | whole | loss differs | gradient differs |",
-        "|---" * (6 + len(PARTS)) + "|",
-        _row("plain", 1.0, bench.plain, 0.0, 0.0),
-    ]
-    lines += [_row(t.name, t.ratio, t.seconds, t.loss_error, t.gradient_error) for t in bench.timings]
-    share = bench.denoiser_share()
-    return "\n".join(
-        [*lines, "", f"With cached latents the denoiser's forward and backward take {share:.0%} of a step."]
-    )
-
-
-def _row(name, ratio, seconds, loss_error, gradient_error) -> str:
-    parts = " | ".join(f"{seconds[part]:.3f} s" for part in (*PARTS, "step"))
-    return f"| {name} | {ratio:.2f} | {parts} | {loss_error:.1e} | {gradient_error:.1e} |"
-
-
-def draw_parts(bench: Bench, path: str | Path):
-    """Draws where the time of each step goes, as stacked bars."""
-    from matplotlib import pyplot as plt
-
-    rows = {"plain": bench.plain} | {timing.name: timing.seconds for timing in bench.timings}
-    figure, axes = plt.subplots(figsize=(8, 0.6 * len(rows) + 1.2))
-    left = [0.0] * len(rows)
-    for part in PARTS:
-        widths = [seconds[part] for seconds in rows.values()]
-        axes.barh(list(rows), widths, left=left, label=part)
-        left = [start + width for start, width in zip(left, widths, strict=True)]
-    axes.invert_yaxis()
-    axes.set_xlabel("seconds")
-    axes.legend(ncols=len(PARTS), fontsize=7, loc="upper center", bbox_to_anchor=(0.4, 1.25))
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    plt.close(figure)
-
-
-def write_json(bench: Bench, path: str | Path):
-    """Writes all figures of a benchmark."""
-    from dataclasses import asdict
-
-    Path(path).write_text(json.dumps(asdict(bench) | {"denoiser_share": bench.denoiser_share()}, indent=1))
-
-
-_UNET = {
-    "layers_per_block": 2,
-    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-    "use_linear_projection": True,
-}
-_VAE = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-}
-
-
-def _tower(image_size, depths, dims, width, queries, hidden, layers, heads) -> dict:
-    return {
-        "open_clip_config": {
-            "timm_model_name": "convnext_base",
-            "image_size": image_size,
-            "timm_kwargs": {"depths": depths, "dims": dims},
-        },
-        "embed_dim": width,
-        "num_queries": queries,
-        "resampler_hidden_size": hidden,
-        "resampler_num_layers": layers,
-        "resampler_num_heads": heads,
-    }
-
-
-# Sizes by name: `mid` is between a toy and the paper's own, which is `paper` (a GPU's work).
-CONFIGS = {
-    "tiny": {
-        "batch": 2,
-        "tower": _tower(64, [1, 1, 2, 1], [8, 16, 32, 64], 32, 8, 32, 2, 4),
-        "unet": _UNET
-        | {
-            "sample_size": 8,
-            "block_out_channels": (16, 32, 32, 32),
-            "attention_head_dim": (2, 4, 4, 4),
-            "norm_num_groups": 8,
-            "cross_attention_dim": 32,
-        },
-        "vae": _VAE | {"sample_size": 64, "block_out_channels": (8, 16, 16, 16), "norm_num_groups": 4},
-    },
-    "mid": {
-        "batch": 4,
-        "tower": _tower(128, [2, 2, 6, 2], [48, 96, 192, 384], 256, 32, 384, 6, 6),
-        "unet": _UNET
-        | {
-            "sample_size": 32,
-            "block_out_channels": (64, 128, 256, 256),
-            "attention_head_dim": (1, 2, 4, 4),
-            "cross_attention_dim": 256,
-        },
-        "vae": _VAE | {"sample_size": 256, "block_out_channels": (32, 64, 128, 128)},
-    },
-    "paper": {
-        "batch": 4,
-        "tower": _tower(256, [3, 3, 27, 3], [128, 256, 512, 1024], 1024, 77, 768, 12, 12),
-        "unet": _UNET
-        | {
-            "sample_size": 64,
-            "block_out_channels": (320, 640, 1280, 1280),
-            "attention_head_dim": (5, 10, 20, 20),
-            "cross_attention_dim": 1024,
-        },
-        "vae": _VAE | {"sample_size": 512, "block_out_channels": (128, 256, 512, 512)},
-    },
-}
+    return {part: median(seconds[part] for seconds in steps) for part in steps[0]} if steps else {}

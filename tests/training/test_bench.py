@@ -3,27 +3,58 @@
 import json
 
 import pytest
+import torch
 
 from deem_plugin.cli import main
-from deem_plugin.training.bench import OPTIONS, PARTS, make_setting
+from deem_plugin.training.bench import OPTIONS, PARTS, clock_of, run_bench
+
+# Compiling takes a minute or more.
+QUICK = [name for name in OPTIONS if "compiled" not in name]
+
+
+def check(bench):
+    """Checks that parts add up to steps, and that what is called exact is."""
+    for timing in bench["timings"]:
+        assert sum(timing["seconds"][part] for part in PARTS) == pytest.approx(timing["seconds"]["step"], rel=0.5)
+        assert 0 < timing["denoiser_share"] < 1
+        if timing["exact"]:
+            assert timing["loss_error"] < 1e-5 and timing["gradient_error"] < 1e-5
+        else:
+            assert 1e-7 < timing["gradient_error"] < 0.5
 
 
 def test_the_command_times_every_option_against_the_plain_step(tmp_path, capsys):
-    files = ["--json", str(tmp_path / "bench.json"), "--plot", str(tmp_path / "bench.png")]
+    command = ["bench", "feedback", "--config", "tiny", "--pairs", "2", "--device", "cpu", "--options", *QUICK]
 
-    assert main(["bench", "feedback", "--config", "tiny", "--pairs", "2", "--device", "cpu", *files]) == 0
+    assert main([*command, "--json", str(tmp_path / "bench.json"), "--plot", str(tmp_path / "bench.png")]) == 0
 
-    bench = json.loads((tmp_path / "bench.json").read_text())
-    assert [timing["name"] for timing in bench["timings"]] == list(OPTIONS)
-    for timing in bench["timings"]:
-        assert sum(timing["seconds"][part] for part in PARTS) == pytest.approx(timing["seconds"]["step"], rel=0.5)
-        if timing["exact"]:
-            assert timing["loss_error"] < 1e-5 and timing["gradient_error"] < 1e-5
-    assert 0 < bench["denoiser_share"] < 1
-    assert "| cached latents |" in capsys.readouterr().out
+    bench, text = json.loads((tmp_path / "bench.json").read_text()), capsys.readouterr().out
+    run = [timing["name"] for timing in bench["timings"]]
+    assert run[0] == "plain" and sorted(run[1:] + list(bench["skipped"])) == sorted(QUICK)
+    check(bench)
+    assert "| cached latents |" in text
+    for name, reason in bench["skipped"].items():
+        assert name in ("torchao_int8", "bnb_8bit", "bnb_4bit") and f"Not run: {name}. {reason}" in text
     assert (tmp_path / "bench.png").stat().st_size > 5000
 
 
-def test_an_unknown_config_is_refused_with_the_choices():
-    with pytest.raises(ValueError, match="no config 'huge'; choose one of tiny, mid, paper"):
-        make_setting("huge", "cpu")
+@pytest.mark.slow
+def test_compiling_is_exact(tmp_path):
+    from deem_plugin.training.bench_report import write_json
+
+    write_json(run_bench("tiny", 2, "cpu", ["cached latents, compiled denoiser"]), tmp_path / "bench.json")
+    check(json.loads((tmp_path / "bench.json").read_text()))
+
+
+def test_one_thread_is_timed_by_what_it_computes(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert clock_of(torch.device("cpu"))[1] == "CPU seconds"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert clock_of(torch.device("cpu"))[1] == "wall time"
+
+
+def test_unknown_names_are_refused_with_the_choices():
+    with pytest.raises(ValueError, match="no config 'huge'; choose from tiny, mid, paper"):
+        run_bench("huge")
+    with pytest.raises(ValueError, match="no option 'faster'; choose from cached latents, "):
+        run_bench("tiny", options=["faster"])

@@ -308,3 +308,36 @@ def test_the_interleaved_model_is_refused_rather_than_planned_as_a_llava():
 def test_a_denoiser_that_trains_is_refused(name):
     with pytest.raises(ValueError, match=f"'{name}' trains a denoiser of its own, which `deem plan` does not know"):
         make_plan(load_recipe(name, ["training.use_cpu=true", "training.tf32=null", "training.fsdp=null"]))
+
+
+def test_what_saves_memory_in_the_generator_is_planned_as_it_works(parts, tmp_path):
+    def row(**settings):
+        return make_plan(recipe_of("full", parts, tmp_path, **settings), gpus=[1])
+
+    plain, lent, recomputed, reduced = (
+        row(),
+        row(feedback__cpu_offload="true"),
+        row(feedback__gradient_checkpointing="true"),
+        row(feedback__quantization="bnb_4bit"),
+    )
+
+    memory = [plan.rows[0].memory for plan in (plain, lent, recomputed, reduced)]
+    # Lent weights come and go with what the feedback computes, so that they count where its peak is.
+    assert memory[1].generator == 0
+    assert memory[0].activations <= memory[1].activations <= memory[0].activations + memory[0].generator
+    assert recomputed.flops.total > plain.flops.total
+    assert memory[2].activations <= memory[0].activations
+    linear = [0, 0]
+    for name, size in linear_layers(parts / "sd"):
+        assert "." in name
+        linear[0] += 4 * size
+        linear[1] += -(-size // 2) + 4 * -(-size // 64)
+    assert memory[0].generator - memory[3].generator == linear[0] - linear[1] > 0
+
+
+def linear_layers(folder):
+    """Returns name and number of weights of the denoiser's linear layers."""
+    from deem_plugin.feedback.generator import load_generator
+
+    network = load_generator(str(folder), weights=False).denoiser.model
+    return [(name, m.weight.numel()) for name, m in network.named_modules() if isinstance(m, torch.nn.Linear)]
