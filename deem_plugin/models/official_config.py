@@ -10,6 +10,8 @@ _DECODER = "image_decoder.perceiver_resampler."
 _LAYERS = "blip2qformer.encoder.layer."
 _MMFS = "visual_tokenizer.encoder.mmfs_module."
 _LOOKING = "mm_decoder.layers."
+# What every checkpoint with a ConvNeXt has, whatever parts it was trained without.
+_NEEDED = (f"{_TRUNK}stem.0.weight", f"{_ENCODER}queries", "visual_tokenizer.pos_proj.bias")
 
 
 def config_options(official, image_size: int, image_decoder_heads: int) -> dict:
@@ -24,7 +26,15 @@ def config_options(official, image_size: int, image_decoder_heads: int) -> dict:
 
     Returns:
         `dict`: Everything but `text_config` and the new tokens.
+
+    Raises:
+        ValueError: If the weights are not of a whole model with a ConvNeXt.
     """
+    if lacking := [name for name in _NEEDED if name not in official]:
+        raise ValueError(
+            f"The checkpoint lacks {', '.join(lacking)} among its {len(official)} weights; expected the state dict of "
+            f"the authors' MMInterleaved with a ConvNeXt (their ViTs are not supported), under their names and whole."
+        )
     options = {"vision_config": _vision(official, image_size), "context_dim": None}
     if f"{_DECODER}queries" in official:
         layer = f"{_DECODER}{_LAYERS}"

@@ -147,5 +147,7 @@ def test_drawing_needs_a_model_that_draws_and_something_to_draw_with(checkpoint,
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"steps": "many"}, {"guidance": "strong"}])
 def test_wrong_settings_of_drawing_are_refused(checkpoint, wrong):
-    with pytest.raises(ValueError, match="steps is .* and guidance is .*; give a whole number from 1 up"):
+    with pytest.raises(
+        ValueError, match="steps is .* and guidance is .*; give a whole number from 1 up, and a number"
+    ):
         DeemChat(pretrained=checkpoint, **wrong)

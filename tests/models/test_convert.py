@@ -120,6 +120,28 @@ def test_a_value_that_we_compute_or_share_must_be_ours(weights, name, message):
         convert_state_dict(weights | {name: weights[name] + 1}, START)
 
 
+@pytest.mark.parametrize("part", ["sniffer.vision_model.visual.trunk", "perceiver_resampler"])
+def test_another_encoder_or_a_part_of_a_model_is_refused(weights, language_model, tmp_path, part):
+    others = {name: value for name, value in weights.items() if not name.startswith(f"visual_tokenizer.{part}")}
+    save_file(others, tmp_path / "official.safetensors")
+
+    with pytest.raises(ValueError, match=rf"The checkpoint lacks visual_tokenizer.{part}\..* with a ConvNeXt"):
+        convert_official(tmp_path / "official.safetensors", tmp_path / "out", str(language_model), 64, 4)
+
+
+@pytest.mark.parametrize("absent", ["llama_cross_attn", "mmfs_module"])
+def test_a_model_without_one_of_the_synchronisers_is_one_without(weights, language_model, tmp_path, absent):
+    others = {name: value for name, value in weights.items() if absent not in name}
+    save_file(others, tmp_path / "official.safetensors")
+
+    conversion = convert_official(tmp_path / "official.safetensors", tmp_path / "out", str(language_model), 64, 4)
+
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    assert (model.language_synchroniser is None) == (absent == "llama_cross_attn")
+    assert (model.unet_synchroniser is None) == (absent == "mmfs_module")
+    assert conversion.renamed.keys() | conversion.ignored.keys() == others.keys()
+
+
 def test_what_does_not_fit_the_language_model_is_told_before_anything_is_written(weights, language_model, tmp_path):
     save_file(weights, tmp_path / "official.safetensors")
     other = tmp_path / "llama"
