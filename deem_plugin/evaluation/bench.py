@@ -1,0 +1,221 @@
+"""
+deem bench eval: how many questions a second the lmms-eval model answers, plain and with each way to make it faster.
+
+Plain is a question at a time, its picture's features computed for it alone. Each option answers the same questions in
+turn with plain, pair by pair, so that whatever else runs on the machine slows both.
+"""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+
+import torch
+from tqdm.auto import tqdm
+
+from deem_plugin.evaluation.bench_model import CONFIGS, draw_picture, save_model
+from deem_plugin.training.bench import clock_of
+
+# Arguments of the lmms-eval model.
+PLAIN = {"batch_size": 1, "feature_cache_mb": 0}
+OPTIONS = {
+    "shared image features": {"batch_size": 1},
+    "batches of 8": {"batch_size": 8, "feature_cache_mb": 0},
+    "batches of 8, shared image features": {"batch_size": 8},
+    "batches of 8, shared image features, bfloat16": {"batch_size": 8, "dtype": "bfloat16"},
+}
+# Benchmark to questions about one picture.
+QUESTION_SETS = {"RobustVQA": 2, "POPE": 6}
+GENERATION = {"max_new_tokens": 4, "do_sample": False, "temperature": 0}
+
+
+@dataclass
+class EvalTiming:
+    """
+    What one option gains on one set of questions.
+
+    Args:
+        questions (`str`): The set, one of `QUESTION_SETS`.
+        name (`str`): The option, or `plain`.
+        ratio (`float`): Median over pairs of plain's time by this one's.
+        questions_per_second (`float`): Median.
+        other_answers (`float`): Share of the answers that differ from plain's.
+        peak_bytes (`int`, *optional*): Most memory of weights and answering on a GPU; None elsewhere.
+    """
+
+    questions: str
+    name: str
+    ratio: float
+    questions_per_second: float
+    other_answers: float
+    peak_bytes: int | None = None
+
+
+@dataclass
+class EvalBench:
+    """
+    A whole benchmark.
+
+    Args:
+        model (`str`): Checkpoint, or name of the sizes.
+        device (`str`): Where it ran.
+        threads (`int`): CPU threads.
+        clock (`str`): What was counted, see [`~deem_plugin.training.bench.clock_of`].
+        pairs (`int`): Pairs of runs for each option.
+        timings (`list[EvalTiming]`): Plain and the options, for each set of questions.
+    """
+
+    model: str
+    device: str
+    threads: int
+    clock: str
+    pairs: int
+    timings: list[EvalTiming] = field(default_factory=list)
+
+
+class _Runner:
+    """A loaded model that answers a set of questions again and again, each time with an empty feature cache."""
+
+    def __init__(self, checkpoint: str, device: torch.device, arguments: dict, docs: list[dict]):
+        from deem_plugin.evaluation.lmms import DeemChat
+
+        self.on_gpu = device.type == "cuda"
+        self.before = torch.cuda.memory_allocated(device) if self.on_gpu else 0
+        self.device, self.clock = device, clock_of(device)[0]
+        self.model = DeemChat(pretrained=checkpoint, device=str(device), **arguments)
+        self.model.task_dict = {"task": {"test": docs}}
+        # The model reads nothing of lmms-eval's requests but their arguments.
+        self.requests = [
+            SimpleNamespace(args=(doc["question"], _to_messages, GENERATION, index, "task", "test"))
+            for index, doc in enumerate(docs)
+        ]
+
+    def __call__(self) -> tuple[float, list[str]]:
+        """Returns seconds and answers."""
+        self.model.feature_cache = type(self.model.feature_cache)(self.model.feature_cache.max_bytes)
+        started = self.clock()
+        answers = self.model.generate_until(self.requests)
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+        return self.clock() - started, answers
+
+    def peak(self) -> int | None:
+        """Returns the most memory of weights and one run on a GPU."""
+        if not self.on_gpu:
+            return None
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self()
+        return torch.cuda.max_memory_allocated(self.device) - self.before
+
+
+def _to_messages(doc: dict) -> list[dict]:
+    parts = [{"type": "image", "url": doc["image"]}, {"type": "text", "text": doc["question"]}]
+    return [{"role": "user", "content": parts}]
+
+
+def questions_about(pictures: int, each: int, size: int) -> list[dict]:
+    """Makes questions of different lengths, so that those about one picture fall into different batches, too."""
+    return [
+        {"image": draw_picture(index, size), "question": f"Is there {'a big ' * number}dog in the image?"}
+        for index in range(pictures)
+        for number in range(each)
+    ]
+
+
+def run_eval_bench(
+    checkpoint: str | None = None,
+    config: str = "mid",
+    pairs: int = 3,
+    device: str | None = None,
+    options: Sequence[str] = tuple(OPTIONS),
+    questions: int = 24,
+) -> EvalBench:
+    """
+    Times options against plain answering, alternately.
+
+    Args:
+        checkpoint (`str`, *optional*): Folder or hub id of a VLM; by default one of `config` is made.
+        config (`str`): One of `CONFIGS`: sizes of the model that is made, and of the pictures.
+        pairs (`int`): Pairs of runs for each option.
+        device (`str`, *optional*): By default a GPU where there is one.
+        options (`Sequence[str]`): Of `OPTIONS`; all by default.
+        questions (`int`): Questions of each set, a multiple of 6.
+
+    Raises:
+        ValueError: If there is no such config or option.
+    """
+    for what, given, known in (("config", [config], CONFIGS), ("option", options, OPTIONS)):
+        if unknown := [name for name in given if name not in known]:
+            raise ValueError(f"There is no {what} {unknown[0]!r}; choose from {', '.join(known)}.")
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    bench = EvalBench(checkpoint or config, str(place), torch.get_num_threads(), clock_of(place)[1], pairs)
+    with nullcontext(checkpoint) if checkpoint else tempfile.TemporaryDirectory() as folder:
+        if checkpoint is None:
+            save_model(config, folder)
+        for name, each in QUESTION_SETS.items():
+            docs = questions_about(questions // each, each, CONFIGS[config]["image_size"])
+            bench.timings += _time_set(name, docs, folder, place, pairs, options)
+    return bench
+
+
+def _time_set(questions, docs, checkpoint, device, pairs, options) -> list[EvalTiming]:
+    """Returns plain's timing and the options' on one set of questions."""
+    plain = _Runner(checkpoint, device, PLAIN, docs)
+    _, expected = plain()  # also warms up
+    plain_seconds, timings = [], []
+    for option in tqdm(options, desc=questions):
+        runner = _Runner(checkpoint, device, OPTIONS[option], docs)
+        _, answers = runner()
+        runs = [(plain()[0], runner()[0]) for _ in range(pairs)]
+        plain_seconds += [slow for slow, _ in runs]
+        timings.append(
+            EvalTiming(
+                questions,
+                option,
+                ratio=median(slow / fast for slow, fast in runs),
+                questions_per_second=len(docs) / median(fast for _, fast in runs),
+                other_answers=sum(a != b for a, b in zip(answers, expected, strict=True)) / len(docs),
+                peak_bytes=runner.peak(),
+            )
+        )
+    speed = len(docs) / median(plain_seconds)
+    return [EvalTiming(questions, "plain", 1.0, speed, 0.0, plain.peak()), *timings]
+
+
+def table(bench: EvalBench) -> str:
+    """Returns the benchmark as a Markdown table."""
+    where = f"{bench.device}, {bench.threads} threads, {bench.clock}"
+    lines = [
+        f"model {bench.model}, {where}, medians of {bench.pairs} pairs",
+        "",
+        "| questions | answering | times as fast | questions a second | other answers | peak memory |",
+        "|---" * 6 + "|",
+    ]
+    for timing in bench.timings:
+        memory = "–" if timing.peak_bytes is None else f"{timing.peak_bytes / 2**30:.2f} GiB"
+        set_of = f"{timing.questions}, {QUESTION_SETS[timing.questions]} a picture"
+        figures = f"{timing.ratio:.2f} | {timing.questions_per_second:.1f} | {timing.other_answers:.0%} | {memory}"
+        lines.append(f"| {set_of} | {timing.name} | {figures} |")
+    return "\n".join(lines)
+
+
+def draw_speeds(bench: EvalBench, path: str | Path):
+    """Draws the questions a second as bars."""
+    from matplotlib import pyplot as plt
+
+    names = [f"{timing.questions}: {timing.name}" for timing in bench.timings]
+    figure, axes = plt.subplots(figsize=(8, 0.4 * len(names) + 1))
+    axes.barh(names, [timing.questions_per_second for timing in bench.timings])
+    axes.invert_yaxis()
+    axes.set_xlabel(f"questions a second ({bench.clock})")
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    plt.close(figure)
+
+
+def write_json(bench: EvalBench, path: str | Path):
+    """Writes all figures of a benchmark."""
+    Path(path).write_text(json.dumps(asdict(bench), indent=1))
