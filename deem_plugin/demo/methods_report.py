@@ -5,16 +5,17 @@ from pathlib import Path
 
 from .arms import ALL_ARMS, ARMS, METHOD_ARMS, RESULTS_FOLDER, STAGES, START, TOKENS_FILE
 from .methods import FIRST_STAGE_STEPS, METHODS
-from .report import BASELINE, FAST
+from .report import BASELINE, FAST, LEGEND_ONE_SEED, LEGEND_SEEDS
 from .scores import HEADLINES, read_metrics
 from .tables import cell, difference_cell, mean, table
 
 METHODS_ARMS = {BASELINE: ARMS[BASELINE], **METHOD_ARMS}
 
 INTRODUCTION = """\
-Every row starts from the same model and sees the same data in the same order for as many steps; the feedback section
-of its recipe decides the rest. Seeds: {seeds}. {first_stages} get {steps} steps more on a frozen tower and images
-alone, which teach it nothing. Scores are lmms-eval's on held-out scenes (chance 0.5)."""
+Seeds: {seeds}. Every row starts from the same model and sees the same data in the same order for as many steps, with
+one weight for all kinds of feedback; the rest is as its recipe says (docs/methods.md names what the demo's size
+changes). {first_stages} get {steps} steps more on images alone, in which the tower is frozen. Scores are lmms-eval's
+on held-out scenes."""
 LEGEND = """\
 *Shape* and *background* are accuracies of linear probes on frozen tokens (chance 0.13 and 0.25), *position* and *size*
 their R2. *Zero-shot* is how often the vector that the encoder learned for a shape's name before the training still
@@ -37,6 +38,7 @@ def write_methods_report(out: Path, folders: list[Path], fast: bool) -> Path:
         *([FAST] if fast else []),
         INTRODUCTION.format(seeds=len(folders), first_stages=first_stages, steps=FIRST_STAGE_STEPS),
         _scores(metrics),
+        LEGEND_ONE_SEED if len(folders) == 1 else LEGEND_SEEDS,
         "## Against no feedback",
         _differences(metrics),
         "## What is in the tokens",
