@@ -148,7 +148,7 @@ def test_a_task_with_a_drawn_step_is_answered(workplace):
     command += ["--tasks", "drawn_step", "--include_path", str(task.parent), "--log_samples"]
     command += ["--output_path", str(folder / "drawn")]
 
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
 
     assert list((folder / "drawn").rglob("*_results.json")), done.stdout[-3000:] + done.stderr[-3000:]
     results = json.loads(next((folder / "drawn").rglob("*_results.json")).read_text())
