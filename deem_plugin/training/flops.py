@@ -11,13 +11,33 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from deem_plugin.feedback.generator import Generator
 from deem_plugin.training.skeleton import Skeleton
 
 # Fake tensors stand for those of a CPU: its kernels need no driver, and its attention keeps what a GPU's keeps.
 DEVICE = torch.device("cpu")
+
+
+def flop_counter() -> FlopCounterMode:
+    """Returns torch's counter of FLOPs with attention on a CPU, for which it has no formula."""
+    aten = torch.ops.aten
+    return FlopCounterMode(
+        display=False,
+        custom_mapping={
+            aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+            aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+        },
+    )
+
+
+def _attention_flops(query, key, value, *args, out_shape=None, **kwargs) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward_flops(gradient, query, key, value, *args, out_shape=None, **kwargs) -> int:
+    return sdpa_backward_flop_count(gradient, query, key, value)
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -94,14 +114,14 @@ class StepCounter:
         """
         Returns the floating-point operations of one micro-batch, forward and backward, recomputation included.
 
-        Counted are matrix products, convolutions and attention, as `torch.utils.flop_counter` does.
+        Counted are matrix products, convolutions and attention.
 
         Args:
             pictures (`int`): Conversations of the micro-batch, each with one picture.
             tokens (`int`): Length of a conversation, those of its picture among them.
             feedback (`bool`): Whether the feedback is computed.
         """
-        with self.mode, FlopCounterMode(display=False) as counter:
+        with self.mode, flop_counter() as counter:
             self._step(pictures, tokens, feedback)
         return counter.get_total_flops()
 
@@ -134,7 +154,7 @@ class StepCounter:
     def count_encoding(self, pictures: int) -> int:
         """Returns the FLOPs of encoding pictures to latents, a part of the feedback that never changes."""
         generator = self.skeleton.hook.generator
-        with self.mode, FlopCounterMode(display=False) as counter:
+        with self.mode, flop_counter() as counter:
             size = generator.image_size
             generator.codec.encode(torch.zeros(pictures, 3, size, size, device=DEVICE))
         return counter.get_total_flops()

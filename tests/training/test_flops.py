@@ -1,11 +1,12 @@
 import gc
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from deem_plugin.training.flops import MemoryTracker
+from deem_plugin.training.flops import MemoryTracker, flop_counter
 
 KIB = 1024
 
@@ -69,3 +70,16 @@ def test_fake_tensors_take_as_much_as_real_ones_would():
     with FakeTensorMode():
         existing, step = layers(checkpointed=True)
         assert peak_of(step, *existing) == real
+
+
+def test_attention_counts_two_products_forward_and_five_backward():
+    """Of queries and keys, of weights and values; backward computes the first anew and has two of each."""
+    query = torch.randn(2, 3, 16, 8, requires_grad=True)
+    key, value = torch.randn(2, 3, 10, 8, requires_grad=True), torch.randn(2, 3, 10, 8, requires_grad=True)
+    product = 2 * (2 * 3) * 16 * 10 * 8
+
+    with flop_counter() as counter:
+        attended = F.scaled_dot_product_attention(query, key, value)
+        assert counter.get_total_flops() == 2 * product
+        attended.sum().backward()
+    assert counter.get_total_flops() == (2 + 5) * product

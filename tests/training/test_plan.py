@@ -7,9 +7,9 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
 
+from deem_plugin.training.flops import flop_counter
 from deem_plugin.training.memory import GIB
 from deem_plugin.training.parts import count_parameters
 from deem_plugin.training.plan import least, make_plan
@@ -64,7 +64,7 @@ class Probe(TrainerCallback):
     """Counts and weighs the first step of a real run."""
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
-        self.counter = FlopCounterMode(display=False)
+        self.counter = flop_counter()
         self.counter.__enter__()
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
