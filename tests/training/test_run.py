@@ -29,6 +29,7 @@ ENCODERS = (
     "dcr-faithful",
     "genhancer",
     "genhancer-faithful",
+    "encoder-sd3",
 )
 WITHOUT_FEEDBACK = ("llava-1.5-7b-align", "llava-1.5-7b-baseline")
 
@@ -44,7 +45,9 @@ def recipe_for(name, parts, out, **settings):
     for key, value in STAND_INS.get(name, start).items():
         stand_ins[key] = value.format(parts=parts) if "{" in value else parts / value
     if name in ENCODERS:
-        settings = {"feedback__conditioner": "null", **settings}
+        # Compiling takes a minute and quantizing a package: tests/feedback/test_economy.py has them.
+        without = dict.fromkeys(("feedback__conditioner", "feedback__quantization"), "null")
+        settings = {**without, "feedback__compile_denoiser": "false", **settings}
         if name.startswith("diva"):
             settings["feedback__num_patches"] = 7  # with the class token as many as the tiny text encoder's states
     if name.endswith("-lora"):
