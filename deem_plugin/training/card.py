@@ -57,7 +57,7 @@ def write_card(folder: str | Path, recipe: Recipe, log_history: list[dict]) -> P
 
 
 def _generators(recipe: Recipe, source: str) -> dict[str, str]:
-    """Returns the generators that judged the model, now or in an earlier stage, each with what is said of it."""
+    """Returns the generators that judged the model, now or in an earlier stage, each with the line about it."""
     card = Path(source).expanduser() / "README.md"
     earlier = {}
     if card.is_file():
@@ -65,8 +65,12 @@ def _generators(recipe: Recipe, source: str) -> dict[str, str]:
 
         earlier = ModelCard.load(card).data.to_dict().get(_GENERATORS, {})
     judge = recipe.feedback or recipe.deem
-    now = {} if judge is None or not judge.denoiser else {judge.denoiser: _licence(judge.denoiser)}
-    return earlier | now
+    if judge is None or not judge.denoiser:
+        return earlier
+    role = f"The frozen generator `{judge.denoiser}` judged it"
+    if getattr(judge, "source", None) == "llm":
+        role = f"The frozen autoencoder of `{judge.denoiser}` said what its own words should restore"
+    return earlier | {judge.denoiser: f"{role} and is not part of it. {_licence(judge.denoiser)}"}
 
 
 def _text(recipe: Recipe, source: str, generators: dict[str, str], log_history: list[dict]) -> str:
@@ -80,12 +84,8 @@ def _text(recipe: Recipe, source: str, generators: dict[str, str], log_history: 
     if recipe.model.vision_tower:
         weights = recipe.model.vision_pretrained or "as that name says"
         lines += [f"Vision tower: `{recipe.model.vision_tower}`, weights: {weights}.", ""]
-    reads_autoencoder = recipe.feedback is not None and recipe.feedback.source == "llm"
-    for generator, licence in generators.items():
-        role = f"The frozen generator `{generator}` judged it"
-        if reads_autoencoder and generator == recipe.feedback.denoiser:
-            role = f"The frozen autoencoder of `{generator}` said what its own words should restore"
-        lines += [f"{role} and is not part of it. {licence}", ""]
+    for line in generators.values():
+        lines += [line, ""]
     lines += [
         f"Data: {_data(recipe.data)}. Its terms, and those of what the model started from, hold for it, too.",
         "",
