@@ -5,7 +5,6 @@ The step is the authors': tower, VAE, UNet, loss and backward, without optimizer
 plain step, pair by pair, so that whatever else runs on the machine slows both.
 """
 
-import json
 import tempfile
 import time
 from collections.abc import Sequence
@@ -16,65 +15,11 @@ from statistics import median
 import torch
 from tqdm.auto import tqdm
 
+from deem_plugin.training.bench_setting import OPTIONS, PLAIN, Setting, make_setting, save_generator
 from deem_plugin.training.bench_sizes import CONFIGS
 
 PARTS = ("encode", "tower", "denoise", "denoise backward", "tower backward")
 DENOISER_PARTS = ("denoise", "denoise backward")
-
-
-@dataclass(frozen=True)
-class Option:
-    """
-    A way to make a step cheaper.
-
-    Args:
-        settings (`dict`): Of the `FeedbackConfig`.
-        cached (`bool`): Whether what the VAE says is at hand; reading it from a disk adds a few ms (docs/feedback.md).
-        exact (`bool`): Whether it is meant to change nothing but rounding in float32.
-    """
-
-    settings: dict = field(default_factory=dict)
-    cached: bool = False
-    exact: bool = True
-
-
-PLAIN = Option()
-
-OPTIONS = {
-    "cached latents": Option(cached=True),
-    "channels_last": Option({"channels_last": True}),
-    "compiled denoiser": Option({"compile_denoiser": True}),
-    "gradient checkpointing": Option({"gradient_checkpointing": True}),
-    "CPU offload": Option({"cpu_offload": True}),
-    "cached latents, compiled denoiser": Option({"compile_denoiser": True}, cached=True),
-    "bfloat16": Option({"dtype": "bfloat16"}, exact=False),
-    "torchao_int8": Option({"quantization": "torchao_int8"}, exact=False),
-    "bnb_8bit": Option({"dtype": "float16", "quantization": "bnb_8bit"}, exact=False),
-    "bnb_4bit": Option({"dtype": "bfloat16", "quantization": "bnb_4bit"}, exact=False),
-    "cached latents, bfloat16": Option({"dtype": "bfloat16"}, cached=True, exact=False),
-}
-
-
-@dataclass
-class Setting:
-    """
-    Everything a step needs.
-
-    Args:
-        tower, conditioner (`nn.Module`): What trains.
-        generator (`Generator`): What judges.
-        pixel_values, pictures (`torch.Tensor`): What the tower reads, and what the generator restores, in [0, 1].
-        draws (`dict[str, torch.Tensor]`): `latent_noise`, `noise` and `timesteps`.
-        posterior (`tuple`, *optional*): What the VAE says of the pictures, where that is cached.
-    """
-
-    tower: torch.nn.Module
-    conditioner: torch.nn.Module
-    generator: object
-    pixel_values: torch.Tensor
-    pictures: torch.Tensor
-    draws: dict[str, torch.Tensor]
-    posterior: tuple | None = None
 
 
 @dataclass
@@ -139,69 +84,6 @@ def clock_of(device: torch.device):
     if device.type == "cpu" and torch.get_num_threads() == 1:
         return time.process_time, "CPU seconds"
     return time.perf_counter, "wall time"
-
-
-def save_generator(config: str, folder: Path):
-    """Saves a Stable Diffusion of one of the `CONFIGS` in diffusers' layout, with new weights from a fixed seed."""
-    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-
-    sizes = CONFIGS[config]
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        parts = {
-            "unet": UNet2DConditionModel(**sizes["unet"]),
-            "vae": AutoencoderKL(**sizes["vae"]),
-            "scheduler": DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
-        }
-    for name, part in parts.items():
-        part.save_pretrained(folder / name)
-    index = {name: ["diffusers", type(part).__name__] for name, part in parts.items()}
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline", **index}))
-
-
-def make_setting(config: str, device: torch.device, folder: Path, option: Option = PLAIN) -> Setting:
-    """
-    Makes a step of one of the `CONFIGS` with an option on, from a fixed seed.
-
-    Args:
-        config (`str`): Name of the sizes.
-        device (`torch.device`): Where it runs.
-        folder (`Path`): With the generator that [`save_generator`] wrote.
-        option (`Option`): The plain step by default.
-
-    Raises:
-        ValueError: If a quantization cannot be had here.
-    """
-    from deem_plugin.feedback import Conditioner, FeedbackConfig, load_generator
-    from deem_plugin.feedback.economy import economise
-    from deem_plugin.vision import DeemVisionConfig, DeemVisionTower
-
-    sizes, settings = CONFIGS[config], FeedbackConfig(denoiser=str(folder), **option.settings)
-    generator = load_generator(str(folder), settings.dtype, quantization=settings.quantization)
-    economise(generator, settings)
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        tower = DeemVisionTower(DeemVisionConfig(class_token=False, **sizes["tower"]))
-        conditioner = Conditioner(tower.config.hidden_size, generator.denoiser.context_dim)
-        torch.nn.init.normal_(conditioner.head.weight, std=0.02)
-        batch, side = sizes["batch"], generator.denoiser.sample_size
-        channels = generator.codec.channels
-        setting = Setting(
-            tower.to(device).eval(),  # no stochastic depth: each step is then the same
-            conditioner.to(device),
-            generator.to(device),
-            torch.randn(batch, 3, tower.config.image_size, tower.config.image_size).to(device),
-            torch.rand(batch, 3, generator.image_size, generator.image_size).to(device),
-            {
-                "latent_noise": torch.randn(batch, channels, side, side).to(device),
-                "noise": torch.randn(batch, channels, side, side).to(device),
-                "timesteps": torch.linspace(250, 750, batch).long().to(device),
-            },
-        )
-    if option.cached:
-        with generator.present(device):
-            setting.posterior = generator.posterior(setting.pictures)
-    return setting
 
 
 def step(setting: Setting) -> tuple[dict[str, float], float, torch.Tensor]:
