@@ -96,3 +96,15 @@ def save_in_one_piece(
         shutil.rmtree(replaced, ignore_errors=True)
     barrier()
     return folder
+
+
+def train_or_set_aside(trainer):
+    """Trains and writes the log of the losses; a run that fails leaves no half-written checkpoint as the newest."""
+    args = trainer.args
+    try:
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    except BaseException:
+        if args.should_save:
+            set_aside_incomplete(args.output_dir)
+        raise
+    trainer.save_state()

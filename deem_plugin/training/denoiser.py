@@ -19,7 +19,7 @@ from deem_plugin.feedback.latents import PixelCodec
 from deem_plugin.feedback.light import make_generator, save_generator
 from deem_plugin.feedback.objectives import unnormalize
 from deem_plugin.feedback.views import TokenReading, image_views
-from deem_plugin.training.checkpoint import FINAL_NAME, check_writable, save_in_one_piece, set_aside_incomplete
+from deem_plugin.training.checkpoint import FINAL_NAME, check_writable, save_in_one_piece, train_or_set_aside
 from deem_plugin.training.recipes import Recipe, load_recipe
 from deem_plugin.training.run import resolve_resume
 
@@ -126,13 +126,7 @@ def train_denoiser(recipe: Recipe) -> Path:
         data_collator=ImageCollator(image_processor, recipe.data.crop_area),
     )
     trainer.add_callback(_StepSeeds(trainer.model))
-    try:
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    except BaseException:
-        if args.should_save:
-            set_aside_incomplete(args.output_dir)
-        raise
-    trainer.save_state()
+    train_or_set_aside(trainer)
     final = Path(args.output_dir) / FINAL_NAME
 
     def save(folder: str):

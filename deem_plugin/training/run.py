@@ -10,7 +10,7 @@ from deem_plugin.training.checkpoint import (
     check_writable,
     last_complete_checkpoint,
     save_in_one_piece,
-    set_aside_incomplete,
+    train_or_set_aside,
 )
 from deem_plugin.training.recipes import Recipe, load_recipe
 
@@ -64,13 +64,7 @@ def train(recipe: Recipe, make_feedback: Callable | None = None) -> Path:
     set_seed(args.seed)
     prepare = _prepare_encoder if recipe.model.encoder else _prepare_vlm
     trainer, save = prepare(recipe, make_feedback)
-    try:
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    except BaseException:
-        if args.should_save:
-            set_aside_incomplete(args.output_dir)
-        raise
-    trainer.save_state()
+    train_or_set_aside(trainer)
     final = Path(args.output_dir) / FINAL_NAME
 
     def save_with_card(folder: str):
