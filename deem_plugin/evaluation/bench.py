@@ -18,7 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 from deem_plugin.evaluation.bench_model import CONFIGS, draw_picture, save_model
-from deem_plugin.training.bench import clock_of
+from deem_plugin.training.bench import check_names, clock_of
 
 # Arguments of the lmms-eval model.
 PLAIN = {"batch_size": 1, "feature_cache_mb": 0}
@@ -148,9 +148,8 @@ def run_eval_bench(
     Raises:
         ValueError: If there is no such config or option.
     """
-    for what, given, known in (("config", [config], CONFIGS), ("option", options, OPTIONS)):
-        if unknown := [name for name in given if name not in known]:
-            raise ValueError(f"There is no {what} {unknown[0]!r}; choose from {', '.join(known)}.")
+    check_names("config", [config], CONFIGS)
+    check_names("option", options, OPTIONS)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     bench = EvalBench(checkpoint or config, str(place), torch.get_num_threads(), clock_of(place)[1], pairs)
     with nullcontext(checkpoint) if checkpoint else tempfile.TemporaryDirectory() as folder:

@@ -7,7 +7,7 @@ plain step, pair by pair, so that whatever else runs on the machine slows both.
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -76,6 +76,12 @@ class Bench:
     skipped: dict[str, str] = field(default_factory=dict)
 
 
+def check_names(what: str, given: Iterable[str], known: Collection[str]):
+    """Raises ValueError, with the choices, if a given name is not known."""
+    if unknown := [name for name in given if name not in known]:
+        raise ValueError(f"There is no {what} {unknown[0]!r}; choose from {', '.join(known)}.")
+
+
 def clock_of(device: torch.device):
     """
     Returns a clock and its name: CPU seconds where one thread does all the work, so that what else runs on the machine
@@ -137,9 +143,8 @@ def run_bench(
     Raises:
         ValueError: If there is no such config or option.
     """
-    for what, given, known in (("config", [config], CONFIGS), ("option", options, OPTIONS)):
-        if unknown := [name for name in given if name not in known]:
-            raise ValueError(f"There is no {what} {unknown[0]!r}; choose from {', '.join(known)}.")
+    check_names("config", [config], CONFIGS)
+    check_names("option", options, OPTIONS)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     bench = Bench(config, str(place), torch.get_num_threads(), clock_of(place)[1], pairs)
     with tempfile.TemporaryDirectory() as name:
