@@ -1,0 +1,450 @@
+"""
+How a vision tower lays out the pictures of a call: six layouts, chosen by the names in the signature of its `forward`.
+
+Each has two methods that are each other's inverse: `split` takes a call apart into views, `pack` makes the call of
+pictures. Pictures are normalised as the tower gets them, on both sides. Nothing else knows how a tower lays out its
+pictures.
+"""
+
+import inspect
+import math
+from abc import ABC, abstractmethod
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+
+from .views import View
+
+
+class Layout(ABC):
+    """
+    A tower's way to take pictures.
+
+    Args:
+        tower (`nn.Module`): Its config gives the sizes of patches and merges.
+    """
+
+    # Whether rows of the output that are never read are the same in every picture (a class token, for example).
+    fixed_rows = False
+    # Whether a token's place must be told to whoever reads it: rotary positions leave none in its value.
+    needs_positions = True
+    # Whether what it shows as one picture may have letterbox bars.
+    letterboxed = False
+
+    def __init__(self, tower):
+        config = getattr(tower, "config", None)
+        self.names = signature_names(tower)
+        self.pixels = "pixel_values" if "pixel_values" in self.names else self.names[0]
+        self.patch = _one(getattr(config, "patch_size", None) or 1)
+        self.config = config
+
+    @abstractmethod
+    def split(self, inputs: dict, tokens: torch.Tensor) -> list[View]:
+        """
+        Takes a call of the tower apart.
+
+        Args:
+            inputs (`dict`): Arguments of the call, by name.
+            tokens (`torch.Tensor`): What the language model reads of the output.
+
+        Returns:
+            `list[View]`: In the order of the call; pictures normalised as the tower got them.
+
+        Raises:
+            ValueError: If pictures and tokens do not agree.
+        """
+
+    @abstractmethod
+    def pack(self, pictures: list[torch.Tensor]) -> dict:
+        """Makes the arguments of a call of pictures, each `(3, height, width)`, normalised."""
+
+
+class Grid(Layout):
+    """One picture a row, `(images, 3, height, width)`; with `patch_attention_mask` each fills a corner of its row."""
+
+    fixed_rows = True
+    needs_positions = False
+
+    def split(self, inputs, tokens):
+        """As [`Layout.split`]; tokens `(images, tokens, dim)`."""
+        pixel_values = inputs[self.pixels]
+        if pixel_values.dim() != 4 or pixel_values.shape[1] != 3:
+            raise ValueError(
+                f"The vision tower was called with `{self.pixels}` of shape {tuple(pixel_values.shape)}; the feedback "
+                f"expects (images, 3, height, width)."
+            )
+        if tokens.dim() != 3 or len(tokens) != len(pixel_values):
+            raise ValueError(
+                f"The vision tower gave tokens of shape {tuple(tokens.shape)} for {len(pixel_values)} pictures; the "
+                f"feedback expects (images, tokens, dim)."
+            )
+        mask = inputs.get("patch_attention_mask")
+        if mask is None:
+            positions = grid_positions(*_grid_of(tokens.shape[1], pixel_values.shape[-2:]), tokens.device)
+            return [View(t, p, i, positions=positions) for i, (t, p) in enumerate(zip(tokens, pixel_values.detach()))]
+        mask = mask.view(len(mask), -1, mask.shape[-1]).bool()
+        sizes = torch.stack([mask.any(2).sum(1), mask.any(1).sum(1)], dim=1).tolist()
+        side = [length // cells for length, cells in zip(pixel_values.shape[-2:], mask.shape[1:], strict=True)]
+        views = []
+        for index, (rows, columns) in enumerate(sizes):
+            own = tokens[index]
+            if len(own) == mask[index].numel():
+                own = own.unflatten(0, mask.shape[1:])[:rows, :columns].flatten(0, 1)
+            picture = pixel_values[index, :, : rows * side[0], : columns * side[1]].detach()
+            places = grid_positions(*_grid_of(len(own), picture.shape[-2:]), own.device)
+            views.append(View(own, picture, index, positions=places))
+        return views
+
+    def pack(self, pictures):
+        """As [`Layout.pack`]; all of one size."""
+        return {self.pixels: torch.stack(pictures)}
+
+
+class Packed(Layout):
+    """
+    The patches of all pictures in one row and `grid_thw` beside them (the Qwen-VL family): patches in blocks that are
+    merged, or, where they come as `(patches, 3, p, p)`, in raster order; a batch dimension of 1 may stand before them.
+    """
+
+    def __init__(self, tower):
+        super().__init__(tower)
+        self.grid_name = next(name for name in self.names if name in PACKED_NAMES)
+        # Where it is no tensor of `split`'s arguments, patches are those of the first call that was seen.
+        self.shape = None
+
+    @property
+    def merge(self) -> int:
+        """Side of the block of patches that becomes one token."""
+        for name in ("spatial_merge_size", "merge_kernel_size", "merge_size"):
+            if (value := getattr(self.config, name, None)) is not None:
+                return _one(value)
+        return 1
+
+    def split(self, inputs, tokens):
+        """As [`Layout.split`]; tokens `(tokens, dim)`, `(1, tokens, dim)` or `(blocks, tokens of a block, dim)`."""
+        patches = inputs[self.pixels].detach()
+        self.shape = patches.shape
+        # The number of frames goes in front; a batch dimension is taken off.
+        patches = patches.squeeze(0) if patches.dim() in (3, 5) else patches
+        raster = patches.dim() == 4
+        grids = torch.as_tensor(inputs[self.grid_name]).tolist()
+        merges = inputs.get("merge_sizes")
+        merges = [self.merge] * len(grids) if merges is None else torch.as_tensor(merges).tolist()
+        flat = tokens.flatten(0, -2)
+        counts = [t * h * w for t, h, w in grids]
+        # Without merges of its own for each picture, as many patches a token everywhere.
+        per_token = [m * m if inputs.get("merge_sizes") is not None else 1 for m in merges]
+        shares = [count // each for count, each in zip(counts, per_token, strict=True)]
+        averaged = [share // t for share, (t, _, _) in zip(shares, grids, strict=True)]
+        # Kimi averages over time: a video has the tokens of one frame.
+        if sum(shares) % len(flat) or (tokens.dim() == 3 and tokens.shape[0] > 1):
+            shares, still = averaged, True
+        else:
+            still = False
+        ratio = sum(shares) // max(len(flat), 1)
+        lengths = [share // max(ratio, 1) for share in shares]
+        if sum(lengths) != len(flat) or sum(counts) != len(patches):
+            raise ValueError(
+                f"The vision tower gave {len(flat)} tokens of {len(patches)} patches, whose `{self.grid_name}` is "
+                f"{grids}; the feedback expects the same number of patches for each token."
+            )
+        views = []
+        pieces = zip(flat.split(lengths), patches.split(counts), grids, merges, strict=True)
+        for index, (own, packed, (t, h, w), merge) in enumerate(pieces):
+            if still and t > 1:
+                continue  # no frame has tokens of its own
+            frames = unpack_patches(packed, (t, h, w), self.patch, 1 if raster else merge)
+            for frame, picture in zip(own.chunk(t), frames, strict=True):
+                places = _packed_positions(len(frame), h, w, 1 if raster else merge, frame.device)
+                views.append(View(frame, picture[0], index, "image" if t == 1 else "frame", places))
+        return views
+
+    def pack(self, pictures):
+        """As [`Layout.pack`]."""
+        shape = self.shape
+        raster = shape is None or len(shape) >= 4
+        merge = 1 if raster else self.merge
+        depth = 1 if raster else shape[-1] // (3 * self.patch**2)
+        packed = [pack_patches(picture, self.patch, merge, depth) for picture in pictures]
+        patches = torch.cat(packed)
+        if raster:
+            patches = patches.unflatten(1, (3, self.patch, self.patch))
+        if shape is not None and len(shape) in (3, 5):
+            patches = patches[None]
+        sizes = [(1, p.shape[1] // self.patch, p.shape[2] // self.patch) for p in pictures]
+        inputs = {self.pixels: patches, self.grid_name: torch.tensor(sizes, device=patches.device)}
+        if "merge_sizes" in self.names:
+            inputs["merge_sizes"] = torch.tensor([self.merge] * len(pictures), device=patches.device)
+        return inputs
+
+
+class Pixtral(Layout):
+    """Pictures of different sizes in the corner of a padded row each, `image_sizes` beside them; tokens in one row."""
+
+    def split(self, inputs, tokens):
+        """As [`Layout.split`]; tokens `(1, tokens of all pictures, dim)`."""
+        pixel_values, sizes = inputs[self.pixels].detach(), inputs["image_sizes"]
+        if sizes is None:
+            sizes = [pixel_values.shape[-2:]] * len(pixel_values)
+        sizes = torch.as_tensor(sizes).tolist()
+        grids = [(height // self.patch, width // self.patch) for height, width in sizes]
+        flat = tokens.flatten(0, -2)
+        pieces = flat.split(_lengths(grids, len(flat), f"`image_sizes` {sizes}"))
+        views = []
+        for index, (own, grid, picture) in enumerate(zip(pieces, grids, pixel_values, strict=True)):
+            height, width = (cells * self.patch for cells in grid)
+            places = grid_positions(*_grid_of(len(own), (height, width)), own.device)
+            views.append(View(own, picture[:, :height, :width], index, positions=places))
+        return views
+
+    def pack(self, pictures):
+        """As [`Layout.pack`]."""
+        sizes = [picture.shape[-2:] for picture in pictures]
+        height, width = (max(side) for side in zip(*sizes, strict=True))
+        padded = [F.pad(p, (0, width - p.shape[2], 0, height - p.shape[1])) for p in pictures]
+        return {self.pixels: torch.stack(padded), "image_sizes": torch.tensor([list(size) for size in sizes])}
+
+
+class PaddedPatches(Layout):
+    """Patches in raster order, channels last, `(images, patches, 3 p^2)`, padded; `spatial_shapes` beside them."""
+
+    sizes = "spatial_shapes"
+
+    def split(self, inputs, tokens):
+        """As [`Layout.split`]; tokens `(images, patches, dim)` padded alike, or those of all pictures in one row."""
+        patches = inputs[self.pixels].detach()
+        grids = self._grids(inputs)
+        padded = tokens.dim() == 3 and tokens.shape[:2] == patches.shape[:2]
+        if padded:
+            pieces = [own[: rows * columns] for own, (rows, columns) in zip(tokens, grids, strict=True)]
+        else:
+            flat = tokens.flatten(0, -2)
+            pieces = flat.split(_lengths(grids, len(flat), f"`{self.sizes}` {grids}"))
+        views = []
+        for index, (own, row, (rows, columns)) in enumerate(zip(pieces, patches, grids, strict=True)):
+            picture = row[: rows * columns].unflatten(0, (rows, columns)).unflatten(2, (self.patch, self.patch, 3))
+            picture = picture.permute(4, 0, 2, 1, 3).flatten(3, 4).flatten(1, 2)
+            places = grid_positions(*_grid_of(len(own), picture.shape[-2:]), own.device)
+            views.append(View(own, picture, index, positions=places))
+        return views
+
+    def _grids(self, inputs):
+        return torch.as_tensor(inputs["spatial_shapes"]).tolist()
+
+    def pack(self, pictures):
+        """As [`Layout.pack`]."""
+        side = self.patch
+        grids = [(picture.shape[1] // side, picture.shape[2] // side) for picture in pictures]
+        longest = max(rows * columns for rows, columns in grids)
+        patches = []
+        for picture, (rows, columns) in zip(pictures, grids, strict=True):
+            cut = picture.unflatten(2, (columns, side)).unflatten(1, (rows, side)).permute(1, 3, 2, 4, 0)
+            cut = cut.flatten(2).flatten(0, 1)
+            patches.append(F.pad(cut, (0, 0, 0, longest - len(cut))))
+        return {self.pixels: torch.stack(patches), **self._places(grids, longest, pictures[0].device)}
+
+    def _places(self, grids, longest, device):
+        counts = torch.tensor([rows * columns for rows, columns in grids], device=device)
+        mask = (torch.arange(longest, device=device) < counts[:, None]).long()
+        places = {"spatial_shapes": torch.tensor(grids, device=device)}
+        name = next((name for name in self.names if name in ("pixel_attention_mask", "attention_mask")), None)
+        return places if name is None else {**places, name: mask}
+
+
+class PositionedPatches(PaddedPatches):
+    """As [`PaddedPatches`], with the column and row of each patch beside it, -1 for padding (Gemma 4)."""
+
+    sizes = "pixel_position_ids"
+
+    def _grids(self, inputs):
+        columns_and_rows = (inputs["pixel_position_ids"].amax(dim=1) + 1).tolist()
+        return [(rows, columns) for columns, rows in columns_and_rows]
+
+    def _places(self, grids, longest, device):
+        places = torch.full((len(grids), longest, 2), -1, device=device)
+        for index, (rows, columns) in enumerate(grids):
+            y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+            places[index, : rows * columns] = torch.stack([x, y], dim=-1).flatten(0, 1).to(device)
+        return {"pixel_position_ids": places}
+
+
+class Strip(Layout):
+    """The patches of all pictures side by side, `(1, 3, p, patches p)`; `target_sizes` beside them (MiniCPM-V)."""
+
+    def split(self, inputs, tokens):
+        """As [`Layout.split`]; tokens `(1, tokens of all pictures, dim)`."""
+        strip = inputs[self.pixels].detach()
+        grids = torch.as_tensor(inputs["target_sizes"]).tolist()
+        flat = tokens.flatten(0, -2)
+        pieces = flat.split(_lengths(grids, len(flat), f"`target_sizes` {grids}"))
+        columns_of_all = strip[0].split([rows * columns * self.patch for rows, columns in grids], dim=2)
+        views = []
+        for index, (own, piece, (rows, columns)) in enumerate(zip(pieces, columns_of_all, grids, strict=True)):
+            picture = piece.unflatten(2, (rows, columns, self.patch)).permute(0, 2, 1, 3, 4).flatten(3).flatten(1, 2)
+            places = grid_positions(*_grid_of(len(own), picture.shape[-2:]), own.device)
+            views.append(View(own, picture, index, positions=places))
+        return views
+
+    def pack(self, pictures):
+        """As [`Layout.pack`]."""
+        grids = [(p.shape[1] // self.patch, p.shape[2] // self.patch) for p in pictures]
+        strips = [p.unflatten(1, (rows, -1)).transpose(1, 2).flatten(2) for p, (rows, _) in zip(pictures, grids)]
+        return {
+            self.pixels: torch.cat(strips, dim=2)[None],
+            "target_sizes": torch.tensor(grids, device=pictures[0].device),
+        }
+
+
+class AttendingTiles(Layout):
+    """
+    Tiles of an image that attend to each other, `(batch, images, tiles, 3, height, width)` (Llama 3.2 Vision): a view
+    is a whole image, its tiles put together again.
+    """
+
+    letterboxed = True
+
+    def split(self, inputs, tokens):
+        """As [`Layout.split`]; tokens `(batch, images, tiles, tokens of a tile, dim)`."""
+        pixel_values = inputs[self.pixels].detach()
+        if tokens.dim() == 3:
+            tokens = tokens.unflatten(0, pixel_values.shape[:2])
+            tokens = tokens.unflatten(2, (pixel_values.shape[2], -1))
+        views = []
+        for row, ids in enumerate(inputs["aspect_ratio_ids"].tolist()):
+            for place, ratio in enumerate(ids):
+                if not ratio:  # padding
+                    continue
+                rows, columns = self.config.supported_aspect_ratios[ratio - 1]
+                tiles = pixel_values[row, place, : rows * columns].unflatten(0, (rows, columns))
+                picture = tiles.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
+                views.append(View(tokens[row, place, : rows * columns].flatten(0, 1), picture, len(views)))
+        return views
+
+    def pack(self, pictures):
+        """As [`Layout.pack`]; pictures are whole tiles in one of the supported arrangements."""
+        side = _one(self.config.image_size)
+        ratios = [tuple(ratio) for ratio in self.config.supported_aspect_ratios]
+        most = max(rows * columns for rows, columns in ratios)
+        tiles, ids, mask = [], [], []
+        for picture in pictures:
+            grid = picture.shape[1] // side, picture.shape[2] // side
+            cut = picture.unflatten(2, (grid[1], side)).unflatten(1, (grid[0], side)).permute(1, 3, 0, 2, 4)
+            cut = cut.flatten(0, 1)
+            tiles.append(F.pad(cut, (0, 0, 0, 0, 0, 0, 0, most - len(cut))))
+            ids.append([ratios.index(grid) + 1])
+            mask.append([[1] * len(cut) + [0] * (most - len(cut))])
+        device = pictures[0].device
+        return {
+            self.pixels: torch.stack(tiles)[:, None],
+            "aspect_ratio_ids": torch.tensor(ids, device=device),
+            "aspect_ratio_mask": torch.tensor(mask, device=device),
+        }
+
+
+PACKED_NAMES = ("grid_thw", "image_grid_thw")
+# Names in a signature and the layout that they tell. `patch_attention_mask` is a crop within the grid.
+LAYOUTS = {
+    **dict.fromkeys(PACKED_NAMES, Packed),
+    "pixel_position_ids": PositionedPatches,
+    "spatial_shapes": PaddedPatches,
+    "aspect_ratio_ids": AttendingTiles,
+    "target_sizes": Strip,
+    "image_sizes": Pixtral,
+}
+
+
+def signature_names(tower) -> list[str]:
+    """
+    Returns the names of the arguments of a tower's `forward`: of its class, since frameworks wrap the instance's.
+    """
+    return list(inspect.signature(type(tower).forward).parameters)[1:]
+
+
+def call_arguments(tower, args, kwargs) -> dict:
+    """Returns the arguments of a call of `tower.forward` by name."""
+    bound = dict(inspect.signature(type(tower).forward).bind(tower, *args, **kwargs).arguments)
+    bound.pop(next(iter(bound)))
+    return {**bound.pop("kwargs", {}), **bound}
+
+
+def layout_of(tower) -> Layout:
+    """Returns the layout of a tower; a signature that names none of the others' arguments is that of a grid."""
+    names = signature_names(tower)
+    for name, layout in LAYOUTS.items():
+        if name in names:
+            return layout(tower)
+    return Grid(tower)
+
+
+def unpack_patches(patches, grid, patch, merge):
+    """
+    Puts the patches of one picture or video together.
+
+    Args:
+        patches (`torch.Tensor`): Shape `(t * h * w, 3 * T * p * p)`, or `(t * h * w, 3, p, p)`.
+        grid (`tuple[int, int, int]`): Steps of time, rows and columns `t`, `h`, `w`.
+        patch (`int`): Side of a patch `p`, in pixels.
+        merge (`int`): Side of the blocks in which the patches follow each other; 1 for raster order.
+
+    Returns:
+        `torch.Tensor`: Frames, shape `(t, T, 3, h * p, w * p)`.
+    """
+    t, h, w = grid
+    patches = patches.flatten(1)
+    depth = patches.shape[1] // (3 * patch * patch)
+    blocks = patches.reshape(t, h // merge, w // merge, merge, merge, 3, depth, patch, patch)
+    return blocks.permute(0, 6, 5, 1, 3, 7, 2, 4, 8).reshape(t, depth, 3, h * patch, w * patch)
+
+
+def pack_patches(picture, patch, merge, depth):
+    """Undoes [`unpack_patches`] for one picture `(3, height, width)`, shown `depth` times: `(h * w, 3 depth p^2)`."""
+    h, w = picture.shape[1] // patch, picture.shape[2] // patch
+    blocks = picture.reshape(3, h // merge, merge, patch, w // merge, merge, patch)
+    blocks = blocks.permute(1, 4, 2, 5, 0, 3, 6)[..., None, :, :].expand(-1, -1, -1, -1, -1, depth, -1, -1)
+    return blocks.reshape(h * w, -1)
+
+
+def grid_positions(rows, columns, device=None):
+    """Returns the centres of a grid's cells in raster order as fractions, `(rows * columns, 2)`; None for no grid."""
+    if not rows or not columns:
+        return None
+    y = (torch.arange(rows, device=device) + 0.5) / rows
+    x = (torch.arange(columns, device=device) + 0.5) / columns
+    return torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flatten(0, 1)
+
+
+def _packed_positions(count, h, w, merge, device):
+    """Returns the positions of `count` tokens of a picture of `h x w` patches that follow each other in blocks."""
+    if count != h * w:
+        return grid_positions(*_grid_of(count, (h, w)), device)
+    places = grid_positions(h, w, device).view(h // merge, merge, w // merge, merge, 2)
+    return places.transpose(1, 2).reshape(count, 2)
+
+
+def _grid_of(count, size):
+    """Returns rows and columns of `count` tokens of a picture of `size` (height, width); zeros if they are no grid."""
+    height, width = size
+    rows = round(math.sqrt(count * height / width)) if width else 0
+    columns = count // rows if rows else 0
+    return (rows, columns) if rows * columns == count else (0, 0)
+
+
+def _lengths(grids, count, what):
+    """Returns how many of `count` tokens belong to each picture, in proportion to its patches."""
+    cells = [rows * columns for rows, columns in grids]
+    ratio = sum(cells) / max(count, 1)
+    ends = [round(total / ratio) for total in accumulate(cells)]
+    lengths = [end - start for start, end in zip([0, *ends], ends)]
+    exact = all(math.isclose(cell, length * ratio) for cell, length in zip(cells, lengths, strict=True))
+    if sum(lengths) != count or not exact:
+        raise ValueError(
+            f"The vision tower gave {count} tokens of {sum(cells)} patches ({what}); the feedback expects the same "
+            f"number of patches for each token."
+        )
+    return lengths
+
+
+def _one(value) -> int:
+    """Returns the side of a square given as a number or a pair."""
+    return int(value[0]) if isinstance(value, list | tuple) else int(value)

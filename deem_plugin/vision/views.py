@@ -1,0 +1,95 @@
+"""A view: one picture as a vision tower saw it, and the tokens that the language model reads of it."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+KINDS = ("image", "tile", "thumbnail", "frame")
+
+
+@dataclass
+class View:
+    """
+    What the feedback reads of one picture in one call of a vision tower.
+
+    Args:
+        tokens (`torch.Tensor`): Tokens that the language model reads, on the autograd graph, `(tokens, dim)`.
+        picture (`torch.Tensor`): The picture, float32 in [0, 1], detached, `(3, height, width)`. Not clamped: values
+            outside tell that the statistics are wrong.
+        image (`int`): Which image of the call it belongs to; tiles and frames of one image share it.
+        kind (`str`): `image`, `tile`, `thumbnail` or `frame`.
+        positions (`torch.Tensor`, *optional*): Row and column of each token as fractions of the picture, in (0, 1),
+            `(tokens, 2)`; None where the tokens form no grid.
+        pooled (`torch.Tensor`, *optional*): The tower's pooled vector on the graph, `(dim,)`.
+        maps (`dict[str, torch.Tensor]`, *optional*): The tower's multi-scale maps, each `(dim, height, width)`.
+        mask (`torch.Tensor`, *optional*): True where the picture is content and no letterbox bar, `(height, width)`.
+        weight (`float`): Share of the view in the loss of its image; those of one image sum to 1.
+    """
+
+    tokens: torch.Tensor
+    picture: torch.Tensor
+    image: int
+    kind: str = "image"
+    positions: torch.Tensor | None = None
+    pooled: torch.Tensor | None = None
+    maps: dict[str, torch.Tensor] | None = None
+    mask: torch.Tensor | None = None
+    weight: float = 1.0
+
+
+def sample_views(views: list[View], limit: int | None, generator=None) -> list[View]:
+    """
+    Gives each view its weight in its image, and keeps at most `limit` views an image, drawn at random.
+
+    A thumbnail is always kept. The others are drawn without replacement and weighted so that the expectation of the
+    weighted sum is the mean over all views.
+
+    Args:
+        views (`list[View]`): Of one call.
+        limit (`int`, *optional*): Views an image; all by default.
+        generator (`torch.Generator`, *optional*): Draws them; on any device.
+    """
+    by_image: dict[int, list[View]] = {}
+    for view in views:
+        by_image.setdefault(view.image, []).append(view)
+    chosen = []
+    for group in by_image.values():
+        kept = [view for view in group if view.kind == "thumbnail"] if limit is not None else []
+        others = [view for view in group if not any(view is other for other in kept)]
+        count = len(others) if limit is None else min(len(others), max(limit - len(kept), 0))
+        if limit is not None and not count and others:  # a limit of 1 on an image with a thumbnail: either may come
+            kept, others, count = [], group, limit
+        drawn = others
+        if count < len(others):
+            device = "cpu" if generator is None else generator.device
+            order = torch.randperm(len(others), generator=generator, device=device)[:count].sort().values
+            drawn = [others[index] for index in order.tolist()]
+        share = len(others) / (len(group) * max(count, 1))
+        chosen += [replace(view, weight=1 / len(group)) for view in kept]
+        chosen += [replace(view, weight=share) for view in drawn]
+    return chosen
+
+
+def bars(picture: torch.Tensor) -> torch.Tensor:
+    """
+    Marks what of a tile is content, and not a letterbox bar: rows and columns at its border that are black.
+
+    Args:
+        picture (`torch.Tensor`): Shape `(3, height, width)` in [0, 1].
+
+    Returns:
+        `torch.Tensor`: True inside the content, bool, `(height, width)`; computed without a synchronisation.
+    """
+    dark = (picture <= 1 / 512).all(dim=0)
+    inside = torch.ones_like(dark)
+    for dim in (0, 1):
+        filled = ~dark.all(dim=1 - dim)
+        spread = (filled.cumsum(0) > 0) & (filled.flip(0).cumsum(0).flip(0) > 0)
+        inside &= spread.unsqueeze(1 - dim)
+    return inside
+
+
+def is_blank(picture: torch.Tensor) -> torch.Tensor:
+    """Tells whether a picture `(3, height, width)` has one colour only, as those that stand in for no picture; bool."""
+    flat = picture.flatten(1)
+    return (flat - flat[:, :1]).abs().amax() < 1 / 512
