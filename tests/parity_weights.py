@@ -6,7 +6,7 @@ from pathlib import Path
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import LlamaConfig
 
-from deem_plugin.feedback import Generator, UNetDenoiser, VaeCodec
+from deem_plugin.feedback import DiffusionModel, UNetDenoiser, VaeCodec
 from deem_plugin.models.official import rename
 
 
@@ -20,13 +20,13 @@ def parity_settings(shared_dir: Path) -> dict:
     return json.loads((shared_dir / "parity/f2_summary.json").read_text())["config"]
 
 
-def parity_generator(shared_dir: Path, weights: dict, prefix: str = "") -> Generator:
+def parity_generator(shared_dir: Path, weights: dict, prefix: str = "") -> DiffusionModel:
     """The fixtures' UNet, VAE and noise schedule; `prefix` precedes `encoder.unet.` in the names of the weights."""
     settings = parity_settings(shared_dir)
     unet, vae = UNet2DConditionModel(**settings["unet"]), AutoencoderKL(**settings["vae"])
     unet.load_state_dict(part(weights, f"{prefix}encoder.unet."), strict=True)
     vae.load_state_dict(part(weights, f"{prefix}encoder.vae."), strict=True)
-    return Generator(UNetDenoiser(unet, DDPMScheduler(**settings["scheduler"])), VaeCodec(vae))
+    return DiffusionModel(UNetDenoiser(unet, DDPMScheduler(**settings["scheduler"])), VaeCodec(vae))
 
 
 def parity_text_config() -> LlamaConfig:

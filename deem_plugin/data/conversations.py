@@ -156,7 +156,7 @@ def build_dataset(
     Writes what `generate(**arguments)` yields into an Arrow file and returns it memory-mapped.
 
     Args:
-        generate (`Callable`): Generator function of the examples.
+        generate (`Callable`): DiffusionModel function of the examples.
         arguments (`dict`): Its arguments.
         features (`datasets.Features`): Columns of the examples.
         cache_dir (`str` or `PathLike`, *optional*): Where the file is kept; the `datasets` cache by default.

@@ -87,7 +87,7 @@ def train_arm(folder: Path, name: str, settings: Settings) -> Path:
     from deem_plugin.training.run import train
 
     from .controls import CONTROLS
-    from .generator import shipped_generator
+    from .diffusion_model import shipped_generator
     from .methods import method_overrides, train_first_stage
 
     arm = ALL_ARMS[name]
@@ -132,9 +132,9 @@ def run_arm(folder: Path, name: str):
 
     from deem_plugin.evaluation.loading import load_vlm
     from deem_plugin.evaluation.run import evaluate
-    from deem_plugin.feedback.generator import load_generator
+    from deem_plugin.feedback.diffusion_model import load_diffusion_model
 
-    from .generator import load_code, shipped_generator
+    from .diffusion_model import load_code, shipped_generator
     from .models import load_names
     from .probes import look_into, zero_shot
     from .sets import probe_scenes
@@ -147,7 +147,7 @@ def run_arm(folder: Path, name: str):
     _announce("tokens")
     model, processor = load_vlm(str(checkpoint), "auto", "cpu")
     scenes, pictures = probe_scenes(settings.probe_count)
-    generator, code = load_generator(str(shipped_generator())), load_code(shipped_generator())
+    generator, code = load_diffusion_model(str(shipped_generator())), load_code(shipped_generator())
     report = look_into(model, processor, generator, code, scenes, pictures)
     save_file({"painted": report.reconstructions}, folder / name / PAINTED_FILE)
     names = load_names(folder / START, model.model.vision_tower.config.encoder_dim)

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from deem_plugin.feedback.generator import load_generator
+from deem_plugin.feedback.diffusion_model import load_diffusion_model
 
 from .arms import PAINTED_FILE, STAGES, START, Arm
-from .generator import load_code, shipped_generator
+from .diffusion_model import load_code, shipped_generator
 from .probes import SHOWN, paint
 from .scores import HEADLINES, Metric
 from .sets import probe_scenes
@@ -77,7 +77,7 @@ def draw_reconstructions(path: Path, folder: Path, arms: dict[str, Arm], probe_c
     """Draws held-out scenes and below them what the generator paints from its own code and from each arm's tokens."""
     _, pictures = probe_scenes(probe_count)
     pictures = pictures[probe_count // 2 :][:SHOWN]
-    generator = load_generator(str(shipped_generator()))
+    generator = load_diffusion_model(str(shipped_generator()))
     with torch.no_grad():
         best = paint(generator, load_code(shipped_generator())(generator.encode(pictures)))
     rows = [("original", pictures), ("from its own code\n(best case)", best)]

@@ -13,11 +13,11 @@ from deem_plugin.data.chat import render_chat
 from deem_plugin.data.scenes import captions, detail_questions, render_scenes, sample_scenes
 from deem_plugin.evaluation.statistics import cluster_totals, estimate
 from deem_plugin.evaluation.yes_no import parse_yes_no
-from deem_plugin.feedback.generator import load_generator
+from deem_plugin.feedback.diffusion_model import load_diffusion_model
 from deem_plugin.models import generate_images, generate_interleaved
 from deem_plugin.models.processing import IMAGE_START_TOKEN
 
-from .generator import shipped_generator
+from .diffusion_model import shipped_generator
 from .interleaved import HELD_OUT_SEED, TILES, long_captions, mosaics, tile_box
 from .models import IMAGE_SIZE
 
@@ -131,7 +131,7 @@ def look_at(checkpoint: Path, fast: bool) -> Look:
     from deem_plugin.evaluation.loading import load_vlm
 
     model, processor = load_vlm(str(checkpoint), "auto", "cpu")
-    model.attach_generator(load_generator(str(shipped_generator())))
+    model.attach_generator(load_diffusion_model(str(shipped_generator())))
     look = Look()
     right, rows = ask(model, processor, FAST_ASKED if fast else ASKED)
     look.scores["answers"], look.examples["answers"] = _score(right, QUESTIONS_A_SCENE), rows[:SHOWN]

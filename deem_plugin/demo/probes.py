@@ -11,10 +11,10 @@ from sklearn.linear_model import Ridge, RidgeClassifier
 
 from deem_plugin.data.scenes import Scenes
 from deem_plugin.feedback.diffusion_feedback import DiffusionFeedback
-from deem_plugin.feedback.generator import Generator
+from deem_plugin.feedback.diffusion_model import DiffusionModel
 from deem_plugin.vision.hosts import find_tower
 
-from .generator import PictureCode
+from .diffusion_model import PictureCode
 
 # What is read from the tokens, and from which attributes: the accuracy of a class, or the mean R2 of quantities.
 CLASSES = {"shape": "shape", "background": "texture"}
@@ -116,7 +116,7 @@ def read_context(code: PictureCode, tokens: torch.Tensor, pictures: torch.Tensor
 
 
 @torch.no_grad()
-def paint(generator: Generator, context: torch.Tensor) -> torch.Tensor:
+def paint(generator: DiffusionModel, context: torch.Tensor) -> torch.Tensor:
     """
     Paints what the generator expects of a picture of which it knows the context only: its estimate of the clean
     picture from pure noise (Salimans & Ho 2022, https://arxiv.org/abs/2202.00512, Eq. 8), averaged over noises.
@@ -140,14 +140,14 @@ def paint(generator: Generator, context: torch.Tensor) -> torch.Tensor:
 
 
 def look_into(
-    model, processor, generator: Generator, code: PictureCode, scenes: Scenes, pictures: torch.Tensor
+    model, processor, generator: DiffusionModel, code: PictureCode, scenes: Scenes, pictures: torch.Tensor
 ) -> TokenReport:
     """
     Measures a VLM's visual tokens on scenes; the first half fits probes and reader, the second half judges them.
 
     Args:
         model, processor: The VLM.
-        generator (`Generator`): Paints from the tokens.
+        generator (`DiffusionModel`): Paints from the tokens.
         code (`PictureCode`): The generator's code.
         scenes (`Scenes`), pictures (`torch.Tensor`): Held-out scenes without correlations; pictures in [0, 1].
     """

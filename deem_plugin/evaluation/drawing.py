@@ -26,14 +26,14 @@ def give_generator(model, path: str, dtype: str) -> None:
     Raises:
         ValueError: If the model cannot draw.
     """
-    from deem_plugin.feedback.generator import load_generator
+    from deem_plugin.feedback.diffusion_model import load_diffusion_model
 
     if not isinstance(model, DeemForConditionalGeneration):
         raise ValueError(
             f"generator={path} is for the interleaved model, which draws; this is a {type(model).__name__}. Leave "
             f"`generator` out."
         )
-    model.attach_generator(load_generator(path, dtype))
+    model.attach_generator(load_diffusion_model(path, dtype))
 
 
 def drawing_prompt(chat: Chat) -> str:

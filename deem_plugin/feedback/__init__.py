@@ -6,7 +6,7 @@ from .conditioner import Conditioner
 from .config import FeedbackConfig
 from .denoisers import DENOISERS, Denoiser, PixArtDenoiser, UNetDenoiser
 from .diffusion_feedback import DiffusionFeedback
-from .generator import Generator, load_generator
+from .diffusion_model import DiffusionModel, load_diffusion_model
 from .latents import CODECS, DeepCompressionCodec, PixelCodec, VaeCodec
 from .timesteps import TIMESTEP_SAMPLERS
 
@@ -19,13 +19,13 @@ __all__ = [
     "Denoiser",
     "DiffusionFeedback",
     "DiffusionFeedbackCallback",
+    "DiffusionModel",
     "FeedbackConfig",
-    "Generator",
     "PixArtDenoiser",
     "PixelCodec",
     "UNetDenoiser",
     "VaeCodec",
     "load_conditioner",
-    "load_generator",
+    "load_diffusion_model",
     "save_conditioner",
 ]

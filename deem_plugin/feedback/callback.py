@@ -11,9 +11,9 @@ from .anchor import Anchor
 from .checkpoint import FILE_NAME, load_conditioner, save_conditioner
 from .config import FeedbackConfig
 from .denoisers import check_context_dim
+from .diffusion_model import load_autoencoder
 from .economy import economise
 from .factory import load_judge, make_conditioner, make_objective, make_token_denoiser
-from .generator import load_autoencoder
 from .hook import FeedbackHook
 from .language_hook import LanguageHook
 from .latent_cache import LatentCache, fingerprint
@@ -39,7 +39,7 @@ class DiffusionFeedbackCallback(TrainerCallback):
 
     Args:
         config (`FeedbackConfig`): The settings.
-        generator (`Generator`, *optional*): The frozen generator; loaded from `config.denoiser` by default.
+        generator (`DiffusionModel`, *optional*): The frozen generator; loaded from `config.denoiser` by default.
         feedback (`Callable`, *optional*):
             `(latents, context, *, generator) -> (images,)` with an attribute `context_dim`; by default what the
             `objective` of the config names, on the generator's denoiser.

@@ -8,7 +8,7 @@ def economise(generator, config):
     Applies the settings that change how a generator computes; precision and quantization are chosen as it is loaded.
 
     Args:
-        generator (`Generator`): Changed in place.
+        generator (`DiffusionModel`): Changed in place.
         config (`FeedbackConfig`): Its `gradient_checkpointing`, `channels_last`, `compile_denoiser`, `cpu_offload`.
     """
     denoiser = generator.denoiser.model

@@ -6,7 +6,7 @@ from .conditioner import Conditioner
 from .conditions import dense_maps
 from .contrastive import ContrastiveFeedback
 from .diffusion_feedback import DiffusionFeedback
-from .generator import load_generator
+from .diffusion_model import load_diffusion_model
 from .prompts import prompt_states
 from .synchroniser import UNET_KEYS
 from .timesteps import TIMESTEP_SAMPLERS
@@ -21,9 +21,9 @@ def load_judge(config, *, weights=True):
 
     Args:
         config (`FeedbackConfig`): The settings.
-        weights (`bool`, *optional*, defaults to `True`): As for [`load_generator`].
+        weights (`bool`, *optional*, defaults to `True`): As for [`load_diffusion_model`].
     """
-    return load_generator(
+    return load_diffusion_model(
         config.denoiser,
         config.dtype,
         weights=weights,

@@ -47,7 +47,7 @@ class FeedbackHook:
     Args:
         conditioner (`Callable`): Returns the [`Conditioner`]; asked at each call, since wrappers may replace it.
         feedback (`Callable`): `(latents, context, *, generator) -> (batch,)`, a [`DiffusionFeedback`].
-        generator (`Generator`): Encodes pictures to latents.
+        generator (`DiffusionModel`): Encodes pictures to latents.
         reading (`TokenReading`): Which of the tower's outputs the VLM reads.
         mean, std (`Sequence[float]`): Normalisation of `pixel_values`.
         config (`FeedbackConfig`): Which tokens the generator is shown, and whether evaluation shows them too.

@@ -44,7 +44,7 @@ def fingerprint(generator) -> dict:
     Returns all that the cached values depend on but the pictures: the encoding half of the VAE, and the picture size.
 
     Args:
-        generator (`Generator`): With its weights loaded.
+        generator (`DiffusionModel`): With its weights loaded.
 
     Raises:
         ValueError: If the generator works on pixels, so that there is nothing to cache.
@@ -105,7 +105,7 @@ class LatentCache:
 
     def look_up(self, pictures):
         """
-        Returns the posterior of each picture, as [`Generator.posterior`] would compute it.
+        Returns the posterior of each picture, as [`DiffusionModel.posterior`] would compute it.
 
         Args:
             pictures (`torch.Tensor`): Shape `(batch, 3, height, width)`, in [0, 1].

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .denoisers import DENOISERS, FlowDenoiser
 from .denoisers.transformers import FluxDenoiser
-from .generator import Generator
+from .diffusion_model import DiffusionModel
 from .latents import PixelCodec
 
 
@@ -21,7 +21,7 @@ def make_generator(network, config, codec, image_size):
         image_size (`int`): Side of the pictures that it is trained on, in pixels.
 
     Returns:
-        `Generator`: Of flow matching without shift, but for networks that know DDPM only (epsilon).
+        `DiffusionModel`: Of flow matching without shift, but for networks that know DDPM only (epsilon).
 
     Raises:
         ValueError: If the network is unknown, does not take its arguments, or does not fit the codec.
@@ -59,15 +59,15 @@ def make_generator(network, config, codec, image_size):
             f"have {codec.channels}. Leave `in_channels` out, or correct it (for FLUX four times the channels)."
         )
     model.requires_grad_(True).train()
-    return Generator(denoiser, codec)
+    return DiffusionModel(denoiser, codec)
 
 
 def save_generator(generator, folder):
     """
-    Writes a generator as a diffusers folder, which `load_generator` reads.
+    Writes a generator as a diffusers folder, which `load_diffusion_model` reads.
 
     Args:
-        generator (`Generator`): Of any kind; its autoencoder is written with it.
+        generator (`DiffusionModel`): Of any kind; its autoencoder is written with it.
         folder (`str` or `Path`): An existing or a new folder.
     """
     folder = Path(folder)

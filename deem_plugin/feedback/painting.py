@@ -11,7 +11,7 @@ def paint(generator, context, *, vector=None, steps=50, scheduler=None, guidance
     Paints pictures from context alone, starting at pure noise.
 
     Args:
-        generator (`Generator`): The frozen generator.
+        generator (`DiffusionModel`): The frozen generator.
         context (`torch.Tensor`): Shape `(batch, tokens, context_dim)`.
         vector (`torch.Tensor`, *optional*): What modulates the denoiser, `(batch, vector_dim)`, where one does.
         steps (`int`, *optional*, defaults to `50`): Denoising steps.

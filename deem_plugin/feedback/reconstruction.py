@@ -6,7 +6,7 @@ import torch
 
 from .checkpoint import load_conditioner
 from .conditions import condition_tokens, dense_maps
-from .generator import load_generator
+from .diffusion_model import load_diffusion_model
 from .objectives import unnormalize
 from .painting import paint
 from .views import TokenReading, image_views
@@ -65,7 +65,7 @@ def reconstruct_files(checkpoint, image_files, out, denoiser=None, steps=50):
             f"The feedback of {checkpoint} hung at the language model (`source: llm`), and a generator paints from a "
             f"tower's tokens. Give a checkpoint that was trained with `source: tower`."
         )
-    generator = load_generator(denoiser or settings["denoiser"], settings["dtype"])
+    generator = load_diffusion_model(denoiser or settings["denoiser"], settings["dtype"])
     model = AutoModelForImageTextToText.from_pretrained(checkpoint).eval()
     image_processor = AutoProcessor.from_pretrained(checkpoint).image_processor
     images = [Image.open(file).convert("RGB") for file in image_files]

@@ -137,7 +137,7 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
         The generator is no module of the model: no state dict, optimizer, DDP bucket or FSDP shard ever sees it.
 
         Args:
-            generator (`Generator`): From [`load_generator`].
+            generator (`DiffusionModel`): From [`load_diffusion_model`].
 
         Raises:
             ValueError: If the model only reads, or its heads do not fit the denoiser's context.
@@ -321,7 +321,7 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if (config.feedback_weight or config.image_weight) and self.generator is None:
             raise ValueError(
                 "Training with `feedback_weight` or `image_weight` above 0 needs the frozen generator: call "
-                "`model.attach_generator(load_generator(PATH))`, or set both weights of the config to 0."
+                "`model.attach_generator(load_diffusion_model(PATH))`, or set both weights of the config to 0."
             )
         if config.feedback_weight:
             result.feedback_loss = share * feedback_loss(self, reading, draws.get("feedback"), generator)

@@ -35,7 +35,9 @@ def generate_images(model, inputs, seeds, *, steps=STEPS, guidance=GUIDANCE, sch
         ValueError: If no generator is attached, or a row has no image start.
     """
     if model.generator is None:
-        raise ValueError("Drawing needs the generator: call `model.attach_generator(load_generator(PATH))` first.")
+        raise ValueError(
+            "Drawing needs the generator: call `model.attach_generator(load_diffusion_model(PATH))` first."
+        )
     ids = inputs["input_ids"]
     rows, places = image_places(ids, model.config.image_start_token_id)
     absent = sorted(set(range(len(ids))) - set(rows.tolist()))

@@ -160,13 +160,13 @@ class GeneratorArguments:
         network (`str`): Class of diffusers, one that `feedback.denoiser` may have.
         config (`dict`): The arguments of that class; channels and size are filled in.
         image_size (`int`): Side of the pictures that it is trained on, in pixels.
-        autoencoder (`str`, *optional*): Generator whose autoencoder it shares; without one it paints pixels.
+        autoencoder (`str`, *optional*): DiffusionModel whose autoencoder it shares; without one it paints pixels.
     """
 
     network: str = field(default="FluxTransformer2DModel", metadata={"help": "Class of diffusers."})
     config: dict = field(default_factory=dict, metadata={"help": "The arguments of that class."})
     image_size: int = field(default=224, metadata={"help": "Side of its pictures, in pixels."})
-    autoencoder: str | None = field(default=None, metadata={"help": "Generator whose autoencoder it shares."})
+    autoencoder: str | None = field(default=None, metadata={"help": "DiffusionModel whose autoencoder it shares."})
 
 
 @dataclass

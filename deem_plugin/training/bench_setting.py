@@ -49,7 +49,7 @@ class Setting:
 
     Args:
         tower, conditioner (`nn.Module`): What trains.
-        generator (`Generator`): What judges.
+        generator (`DiffusionModel`): What judges.
         pixel_values, pictures (`torch.Tensor`): What the tower reads, and what the generator restores, in [0, 1].
         draws (`dict[str, torch.Tensor]`): `latent_noise`, `noise` and `timesteps`.
         posterior (`tuple`, *optional*): What the VAE says of the pictures, where that is cached.
@@ -95,12 +95,12 @@ def make_setting(config: str, device: torch.device, folder: Path, option: Option
     Raises:
         ValueError: If a quantization cannot be had here.
     """
-    from deem_plugin.feedback import Conditioner, FeedbackConfig, load_generator
+    from deem_plugin.feedback import Conditioner, FeedbackConfig, load_diffusion_model
     from deem_plugin.feedback.economy import economise
     from deem_plugin.vision import DeemVisionConfig, DeemVisionTower
 
     sizes, settings = CONFIGS[config], FeedbackConfig(denoiser=str(folder), **option.settings)
-    generator = load_generator(str(folder), settings.dtype, quantization=settings.quantization)
+    generator = load_diffusion_model(str(folder), settings.dtype, quantization=settings.quantization)
     economise(generator, settings)
     with torch.random.fork_rng():
         torch.manual_seed(1)

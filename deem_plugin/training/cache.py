@@ -45,7 +45,7 @@ def cache_latents(recipe: Recipe, batch_size: int = 16, generator=None) -> Count
     Args:
         recipe (`Recipe`): With `feedback.latent_cache` set to the folder to fill.
         batch_size (`int`, *optional*, defaults to 16): Examples that are read and encoded together.
-        generator (`Generator`, *optional*): Loaded from `feedback.denoiser` by default.
+        generator (`DiffusionModel`, *optional*): Loaded from `feedback.denoiser` by default.
 
     Raises:
         ValueError: If the recipe has no feedback or names no folder, or the folder belongs to another generator.

@@ -13,8 +13,8 @@ from transformers import Trainer, TrainerCallback
 from deem_plugin.feedback.callback import normalization
 from deem_plugin.feedback.checkpoint import save_conditioner
 from deem_plugin.feedback.conditions import condition_tokens
+from deem_plugin.feedback.diffusion_model import load_autoencoder
 from deem_plugin.feedback.factory import make_conditioner, make_objective
-from deem_plugin.feedback.generator import load_autoencoder
 from deem_plugin.feedback.latents import PixelCodec
 from deem_plugin.feedback.light import make_generator, save_generator
 from deem_plugin.feedback.objectives import unnormalize
@@ -36,7 +36,7 @@ class GeneratorTraining(nn.Module):
 
     Args:
         tower (`nn.Module`): The vision encoder. Frozen, and no module of this one.
-        conditioner (`Conditioner`), generator (`Generator`): What is trained.
+        conditioner (`Conditioner`), generator (`DiffusionModel`): What is trained.
         config (`FeedbackConfig`): Condition, timesteps and draws.
         mean, std (`Sequence[float]`): Normalisation of `pixel_values`.
     """

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from deem_plugin.feedback.generator import Generator
+from deem_plugin.feedback.diffusion_model import DiffusionModel
 from deem_plugin.training.skeleton import Skeleton
 
 # Fake tensors stand for those of a CPU: its kernels need no driver, and its attention keeps what a GPU's keeps.
@@ -77,7 +77,7 @@ def _storage_key(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-class PlacedGenerator(Generator):
+class PlacedGenerator(DiffusionModel):
     """A generator that is where it is needed: modules of fake tensors cannot be moved."""
 
     def to(self, device):
@@ -102,7 +102,9 @@ class StepCounter:
         replaced: dict[int, torch.Tensor] = {}
         self._modules = [skeleton.model]
         if skeleton.generator is not None:
-            generator = PlacedGenerator(**{f.name: getattr(skeleton.generator, f.name) for f in fields(Generator)})
+            generator = PlacedGenerator(
+                **{f.name: getattr(skeleton.generator, f.name) for f in fields(DiffusionModel)}
+            )
             skeleton.hook.generator = generator
             self._modules += [generator.denoiser.model]
             self._modules += [generator.codec.vae] if hasattr(generator.codec, "vae") else []

@@ -16,11 +16,11 @@ def load_deem(arguments: ModelArguments, deem: DeemArguments):
     """
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-    from deem_plugin.feedback.generator import load_generator
+    from deem_plugin.feedback.diffusion_model import load_diffusion_model
     from deem_plugin.models import DeemConfig
     from deem_plugin.vision import build_image_processor
 
-    generator = None if deem.denoiser is None else load_generator(deem.denoiser, deem.dtype)
+    generator = None if deem.denoiser is None else load_diffusion_model(deem.denoiser, deem.dtype)
     options = {"dtype": arguments.dtype}
     if arguments.attn_implementation is not None:
         options["attn_implementation"] = arguments.attn_implementation

@@ -26,7 +26,7 @@ class Skeleton:
     Args:
         model (`nn.Module`): What the Trainer would get, the feedback's conditioner in it.
         tower (`PreTrainedModel`): Its vision tower.
-        generator (`Generator`, *optional*): The frozen generator; its scheduler is real.
+        generator (`DiffusionModel`, *optional*): The frozen generator; its scheduler is real.
         hook (`FeedbackHook`, *optional*): The feedback's hook on the tower.
         image_tokens (`int`): Tokens that a picture takes in the language model; 0 for an encoder alone.
         notes (`list[str]`): What had to be supposed.

@@ -1,5 +1,6 @@
-"""The eyes of a vision-language model: its tower, how that lays out pictures, and what the language model reads of it."""
+"""The eyes of a vision-language model: its tower, the layout of its pictures, and what the language model reads."""
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -293,7 +294,7 @@ def _processed(image_processor, width, height) -> dict:
         inputs = image_processor(images=[image], return_tensors="pt")
     except (ValueError, TypeError):  # one list of images for each text
         inputs = image_processor(images=[[image]], return_tensors="pt")
-    return dict(inputs)
+    return {"pixel_values": inputs} if isinstance(inputs, torch.Tensor) else dict(inputs)
 
 
 def _measure(model, tower, inputs) -> _Call:
@@ -354,12 +355,16 @@ def _see(model, tower, inputs):
     if tower is model:
         return [model(**_known(model.forward, inputs)).last_hidden_state]
     owner = next((m for m in (model, model.base_model) if hasattr(m, "get_image_features")), None)
+    # Where a text is asked for, too: one token.
+    token = torch.ones(1, 1, dtype=torch.long, device=next(model.parameters()).device)
     if owner is None:
-        device = next(model.parameters()).device
-        token = torch.ones(1, 1, dtype=torch.long, device=device)
         output = model(input_ids=token, attention_mask=torch.ones_like(token), **_known(model.forward, inputs))
         return [output.logits]
-    result = owner.get_image_features(**_known(owner.get_image_features, inputs))
+    given = _known(owner.get_image_features, inputs)
+    for name, parameter in inspect.signature(owner.get_image_features).parameters.items():
+        if parameter.default is parameter.empty and name.endswith("input_ids"):
+            given[name] = token
+    result = owner.get_image_features(**given)
     names = list(result.keys()) if hasattr(result, "keys") else None
     if names is None:
         return result
@@ -369,8 +374,6 @@ def _see(model, tower, inputs):
 
 def _known(function, inputs) -> dict:
     """Returns those of an image processor's outputs that a function takes, by its own name for the pixels."""
-    import inspect
-
     names = list(inspect.signature(function).parameters)
     known = {name: value for name, value in inputs.items() if name in names}
     if "pixel_values" in inputs and "pixel_values" not in names:
@@ -480,7 +483,7 @@ def _find_thumbnail(views):
 
 @contextmanager
 def _quiet(model):
-    """Evaluation mode for as long as the context lasts, so that nothing is drawn; each module's own mode afterwards."""
+    """Evaluation mode while the context lasts, so that nothing is drawn; then each module's own mode again."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -9,7 +9,7 @@ pictures.
 import inspect
 import math
 from abc import ABC, abstractmethod
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +82,8 @@ class Grid(Layout):
         mask = inputs.get("patch_attention_mask")
         if mask is None:
             positions = grid_positions(*_grid_of(tokens.shape[1], pixel_values.shape[-2:]), tokens.device)
-            return [View(t, p, i, positions=positions) for i, (t, p) in enumerate(zip(tokens, pixel_values.detach()))]
+            pairs = zip(tokens, pixel_values.detach(), strict=True)
+            return [View(own, picture, index, positions=positions) for index, (own, picture) in enumerate(pairs)]
         mask = mask.view(len(mask), -1, mask.shape[-1]).bool()
         sizes = torch.stack([mask.any(2).sum(1), mask.any(1).sum(1)], dim=1).tolist()
         side = [length // cells for length, cells in zip(pixel_values.shape[-2:], mask.shape[1:], strict=True)]
@@ -138,10 +139,10 @@ class Packed(Layout):
         shares = [count // each for count, each in zip(counts, per_token, strict=True)]
         averaged = [share // t for share, (t, _, _) in zip(shares, grids, strict=True)]
         # Kimi averages over time: a video has the tokens of one frame.
-        if sum(shares) % len(flat) or (tokens.dim() == 3 and tokens.shape[0] > 1):
-            shares, still = averaged, True
-        else:
-            still = False
+        blocks = tokens.dim() == 3 and tokens.shape[0] > 1
+        still = blocks or sum(shares) % len(flat) > 0
+        shares = averaged if still else shares
+        token_merge = self.merge if blocks else 1 if raster else None
         ratio = sum(shares) // max(len(flat), 1)
         lengths = [share // max(ratio, 1) for share in shares]
         if sum(lengths) != len(flat) or sum(counts) != len(patches):
@@ -156,7 +157,7 @@ class Packed(Layout):
                 continue  # no frame has tokens of its own
             frames = unpack_patches(packed, (t, h, w), self.patch, 1 if raster else merge)
             for frame, picture in zip(own.chunk(t), frames, strict=True):
-                places = _packed_positions(len(frame), h, w, 1 if raster else merge, frame.device)
+                places = _packed_positions(len(frame), h, w, token_merge or merge, frame.device)
                 views.append(View(frame, picture[0], index, "image" if t == 1 else "frame", places))
         return views
 
@@ -184,7 +185,7 @@ class Pixtral(Layout):
 
     def split(self, inputs, tokens):
         """As [`Layout.split`]; tokens `(1, tokens of all pictures, dim)`."""
-        pixel_values, sizes = inputs[self.pixels].detach(), inputs["image_sizes"]
+        pixel_values, sizes = inputs[self.pixels].detach(), inputs.get("image_sizes")
         if sizes is None:
             sizes = [pixel_values.shape[-2:]] * len(pixel_values)
         sizes = torch.as_tensor(sizes).tolist()
@@ -289,7 +290,10 @@ class Strip(Layout):
     def pack(self, pictures):
         """As [`Layout.pack`]."""
         grids = [(p.shape[1] // self.patch, p.shape[2] // self.patch) for p in pictures]
-        strips = [p.unflatten(1, (rows, -1)).transpose(1, 2).flatten(2) for p, (rows, _) in zip(pictures, grids)]
+        strips = [
+            picture.unflatten(1, (rows, -1)).transpose(1, 2).flatten(2)
+            for picture, (rows, _) in zip(pictures, grids, strict=True)
+        ]
         return {
             self.pixels: torch.cat(strips, dim=2)[None],
             "target_sizes": torch.tensor(grids, device=pictures[0].device),
@@ -435,7 +439,7 @@ def _lengths(grids, count, what):
     cells = [rows * columns for rows, columns in grids]
     ratio = sum(cells) / max(count, 1)
     ends = [round(total / ratio) for total in accumulate(cells)]
-    lengths = [end - start for start, end in zip([0, *ends], ends)]
+    lengths = [end - start for start, end in pairwise([0, *ends])]
     exact = all(math.isclose(cell, length * ratio) for cell, length in zip(cells, lengths, strict=True))
     if sum(lengths) != count or not exact:
         raise ValueError(

@@ -90,6 +90,6 @@ def bars(picture: torch.Tensor) -> torch.Tensor:
 
 
 def is_blank(picture: torch.Tensor) -> torch.Tensor:
-    """Tells whether a picture `(3, height, width)` has one colour only, as those that stand in for no picture; bool."""
+    """Tells whether a picture `(3, height, width)` has one colour only, as one that stands in for none; bool, `()`."""
     flat = picture.flatten(1)
     return (flat - flat[:, :1]).abs().amax() < 1 / 512

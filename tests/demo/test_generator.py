@@ -19,12 +19,12 @@ from deem_plugin.demo.generator import (
     train_generator,
 )
 from deem_plugin.feedback.diffusion_feedback import DiffusionFeedback
-from deem_plugin.feedback.generator import load_generator
+from deem_plugin.feedback.diffusion_model import load_diffusion_model
 
 
 def test_shipped_generator_is_small_and_works_on_pixels():
     folder = shipped_generator()
-    generator = load_generator(str(folder))
+    generator = load_diffusion_model(str(folder))
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 4e6
     assert generator.image_size == IMAGE_SIZE
     assert generator.denoiser.context_dim == CONTEXT_DIM
@@ -55,7 +55,7 @@ def test_shipped_generator_tells_shape_position_and_background_apart():
         "texture": replace(scenes, texture=(scenes.texture + 1) % len(TEXTURES)),
     }
     pictures = render_scenes(scenes, IMAGE_SIZE) * 2 - 1
-    feedback = DiffusionFeedback(load_generator(str(shipped_generator())).denoiser)
+    feedback = DiffusionFeedback(load_diffusion_model(str(shipped_generator())).denoiser)
     context = contexts_for(pictures, feedback)
     noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(4))
     for timestep in (350, 650):
@@ -82,7 +82,7 @@ def test_training_is_deterministic_and_leaves_the_global_generator_alone():
 def test_saved_generator_comes_back_through_the_feedback_room(tmp_path):
     transformer, code = build_transformer(), PictureCode()
     save_generator(transformer, build_scheduler(), code, tmp_path)
-    loaded = load_generator(str(tmp_path)).denoiser.model
+    loaded = load_diffusion_model(str(tmp_path)).denoiser.model
     pictures, context = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE), torch.randn(2, CONTEXT_TOKENS, CONTEXT_DIM)
     timesteps = torch.tensor([10, 900])
     with torch.no_grad():

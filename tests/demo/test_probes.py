@@ -8,7 +8,7 @@ from deem_plugin.demo.generator import load_code, shipped_generator
 from deem_plugin.demo.models import build_vlm
 from deem_plugin.demo.probes import SHOWN, look_into, paint, probe, read_context, visual_tokens
 from deem_plugin.demo.sets import probe_scenes
-from deem_plugin.feedback.generator import load_generator
+from deem_plugin.feedback.diffusion_model import load_diffusion_model
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def scenes_and_pictures():
 
 @pytest.fixture(scope="module")
 def generator():
-    return load_generator(str(shipped_generator()))
+    return load_diffusion_model(str(shipped_generator()))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from deem_plugin.feedback import Conditioner, DiffusionFeedback, Generator, UNetDenoiser, VaeCodec
+from deem_plugin.feedback import Conditioner, DiffusionFeedback, DiffusionModel, UNetDenoiser, VaeCodec
 from deem_plugin.feedback.latent_cache import LatentCache, LatentWriter, fingerprint, picture_keys
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def make_generator():
         layers_per_block=2,
         latent_channels=4,
     )
-    return Generator(UNetDenoiser(unet, DDPMScheduler()), VaeCodec(vae))
+    return DiffusionModel(UNetDenoiser(unet, DDPMScheduler()), VaeCodec(vae))
 
 
 def main():

@@ -7,8 +7,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from deem_plugin.feedback import (
     DiffusionFeedback,
     DiffusionFeedbackCallback,
+    DiffusionModel,
     FeedbackConfig,
-    Generator,
     PixelCodec,
     UNetDenoiser,
 )
@@ -49,7 +49,7 @@ def pixel_generator(context_dim=CONTEXT_DIM, prediction_type="epsilon"):
             cross_attention_dim=context_dim,
             attention_head_dim=2,
         )
-    return Generator(UNetDenoiser(unet, DDPMScheduler(prediction_type=prediction_type)), PixelCodec())
+    return DiffusionModel(UNetDenoiser(unet, DDPMScheduler(prediction_type=prediction_type)), PixelCodec())
 
 
 class LoudCallback(DiffusionFeedbackCallback):

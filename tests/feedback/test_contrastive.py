@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from deem_plugin.feedback import load_generator
+from deem_plugin.feedback import load_diffusion_model
 from deem_plugin.feedback.contrastive import ContrastiveFeedback
 
 from .tiny_generators import CONTEXT_DIM, SIZE, save_generator
@@ -12,7 +12,7 @@ from .tiny_generators import CONTEXT_DIM, SIZE, save_generator
 
 @pytest.fixture(scope="module")
 def denoiser(tmp_path_factory):
-    return load_generator(save_generator(tmp_path_factory.mktemp("sd1"), "sd1")).denoiser
+    return load_diffusion_model(save_generator(tmp_path_factory.mktemp("sd1"), "sd1")).denoiser
 
 
 @pytest.fixture

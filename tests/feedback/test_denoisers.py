@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from deem_plugin.feedback import DiffusionFeedback, PixArtDenoiser, UNetDenoiser, load_generator
+from deem_plugin.feedback import DiffusionFeedback, PixArtDenoiser, UNetDenoiser, load_diffusion_model
 from deem_plugin.feedback.latents import PixelCodec, VaeCodec
 
 from ..tiny import LATENT_SIZE, tiny_sd_folder, tiny_unet, tiny_vae
@@ -68,7 +68,7 @@ def test_training_the_context_alone_lowers_the_loss(name):
 
 
 def test_a_stable_diffusion_folder_is_loaded_whole(tmp_path):
-    generator = load_generator(tiny_sd_folder(tmp_path, CONTEXT_DIM, "v_prediction"))
+    generator = load_diffusion_model(tiny_sd_folder(tmp_path, CONTEXT_DIM, "v_prediction"))
 
     assert isinstance(generator.denoiser, UNetDenoiser) and isinstance(generator.codec, VaeCodec)
     assert generator.denoiser.context_dim == CONTEXT_DIM
@@ -82,7 +82,7 @@ def test_a_stable_diffusion_folder_is_loaded_whole(tmp_path):
 def test_a_folder_without_a_vae_is_a_pixel_space_generator(tmp_path):
     save_pixart(tmp_path)
 
-    generator = load_generator(tmp_path, dtype="bfloat16")
+    generator = load_diffusion_model(tmp_path, dtype="bfloat16")
 
     assert isinstance(generator.denoiser, PixArtDenoiser) and isinstance(generator.codec, PixelCodec)
     assert generator.denoiser.model.dtype == torch.bfloat16
@@ -119,12 +119,12 @@ def test_an_unknown_generator_is_refused_with_what_is_known(tmp_path, change, me
     (tmp_path / "model_index.json").write_text(json.dumps({**index, **change}))
 
     with pytest.raises(ValueError, match=message):
-        load_generator(tmp_path)
+        load_diffusion_model(tmp_path)
 
 
 def test_a_folder_that_is_no_generator_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no `model_index.json`.*mirror"):
-        load_generator(str(tmp_path))
+        load_diffusion_model(str(tmp_path))
 
 
 def test_a_unet_with_extra_conditions_is_refused():

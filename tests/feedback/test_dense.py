@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from deem_plugin.feedback import DiffusionFeedbackCallback, FeedbackConfig, load_generator
+from deem_plugin.feedback import DiffusionFeedbackCallback, FeedbackConfig, load_diffusion_model
 from deem_plugin.feedback.checkpoint import load_conditioner
 from deem_plugin.feedback.conditions import dense_maps
 from deem_plugin.feedback.reconstruction import reconstruct_files
@@ -78,7 +78,7 @@ def test_at_first_it_is_the_feedback_of_the_queries_and_then_the_maps_speak(tmp_
 def test_the_synchroniser_trains_is_saved_with_the_conditioner_and_paints(tmp_path):
     folder = tiny_sd_folder(tmp_path / "sd")
     callback = DiffusionFeedbackCallback(FeedbackConfig(**{**DENSE, "denoiser": str(folder)}))
-    before = load_generator(str(folder)).denoiser.model.state_dict()
+    before = load_diffusion_model(str(folder)).denoiser.model.state_dict()
 
     trainer, _ = train(tmp_path / "run", callback, max_steps=2)
 

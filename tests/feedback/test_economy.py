@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from deem_plugin.feedback import DiffusionFeedback, DiffusionFeedbackCallback, FeedbackConfig, load_generator
+from deem_plugin.feedback import DiffusionFeedback, DiffusionFeedbackCallback, FeedbackConfig, load_diffusion_model
 from deem_plugin.feedback import quantization as quantization_module
 from deem_plugin.feedback.early_gradient import early_gradient
 from deem_plugin.feedback.economy import economise
@@ -49,7 +49,7 @@ def test_exact_settings_change_neither_gradients_nor_the_generator(tmp_path, sd,
 
     assert relative_difference(expected, gradients) < EXACT
     assert relative_difference(expected, gradients, "feedback_conditioner") < EXACT
-    after, before = weights_of(callback.generator), weights_of(load_generator(sd))
+    after, before = weights_of(callback.generator), weights_of(load_diffusion_model(sd))
     assert all(torch.equal(after[key], before[key]) for key in before)
     assert not any(p.requires_grad for module in callback.generator.modules() for p in module.parameters())
 
@@ -59,7 +59,7 @@ def test_checkpointing_recomputes_in_eval_mode_and_keeps_less(name, tmp_path):
     folder = save_generator(tmp_path, name)
 
     def step(**settings):
-        generator = load_generator(folder)
+        generator = load_diffusion_model(folder)
         economise(generator, FeedbackConfig(denoiser=str(folder), **settings))
         model, kept, calls = generator.denoiser.model, [0], [0]
         assert not model.training
@@ -151,7 +151,7 @@ def test_offloading_needs_a_frozen_denoiser(sd):
             self.denoiser = torch.nn.Identity()
             self.denoiser.context_dim = 16
 
-    generator = load_generator(sd)
+    generator = load_diffusion_model(sd)
     config = FeedbackConfig(**{**CONFIG, "denoiser": sd, "cpu_offload": True})
     callback = DiffusionFeedbackCallback(config, generator, OwnFeedback(generator.denoiser))
     with pytest.raises(ValueError, match="`cpu_offload` needs a feedback whose `denoiser` is frozen.*OwnFeedback"):
@@ -184,8 +184,8 @@ def test_bitsandbytes_without_a_gpu_is_refused_with_what_works_there(monkeypatch
 def test_eight_bits_give_nearly_the_same_gradient_and_take_what_is_planned(tmp_path, sd):
     pytest.importorskip("torchao")
     _, expected = run(tmp_path, sd)
-    before = quantized_bytes(load_generator(sd).denoiser.model, None)
-    planned = quantized_bytes(load_generator(sd, weights=False).denoiser.model, "torchao_int8")
+    before = quantized_bytes(load_diffusion_model(sd).denoiser.model, None)
+    planned = quantized_bytes(load_diffusion_model(sd, weights=False).denoiser.model, "torchao_int8")
 
     callback, gradients = run(tmp_path, sd, quantization="torchao_int8", gradient_checkpointing=True)
 
@@ -207,7 +207,7 @@ def test_bitsandbytes_lets_the_gradient_through(name, tmp_path, sd):
     latents = torch.randn(2, 4, 16, 16, device="cuda")
 
     def gradient(**settings):
-        generator = load_generator(sd, **settings).to("cuda")
+        generator = load_diffusion_model(sd, **settings).to("cuda")
         context = torch.ones(2, 5, 16, device="cuda", requires_grad=True)
         rng = torch.Generator("cuda").manual_seed(2)
         DiffusionFeedback(generator.denoiser)(latents, context, generator=rng).mean().backward()

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from deem_plugin.feedback import Conditioner, DiffusionFeedback, load_generator
+from deem_plugin.feedback import Conditioner, DiffusionFeedback, load_diffusion_model
 from deem_plugin.feedback.painting import paint
 from deem_plugin.feedback.processes import FlowProcess
 
@@ -22,7 +22,7 @@ def name(request):
 
 @pytest.fixture(scope="module")
 def generator(name, tmp_path_factory):
-    return load_generator(save_generator(tmp_path_factory.mktemp(name), name))
+    return load_diffusion_model(save_generator(tmp_path_factory.mktemp(name), name))
 
 
 @pytest.fixture
@@ -113,11 +113,11 @@ def test_a_flow_network_with_another_noise_schedule_is_refused(tmp_path):
     DDPMScheduler().save_pretrained(tmp_path / "scheduler")
 
     with pytest.raises(ValueError, match="flow matching, but its scheduler is a DDPMScheduler"):
-        load_generator(tmp_path)
+        load_diffusion_model(tmp_path)
 
 
 def test_dynamic_shifting_leaves_the_training_grid_alone(tmp_path):
-    process = load_generator(save_generator(tmp_path, "flux-dev")).denoiser.process
+    process = load_diffusion_model(save_generator(tmp_path, "flux-dev")).denoiser.process
 
     assert isinstance(process, FlowProcess)
     torch.testing.assert_close(process.sigmas, torch.arange(1, 1001) / 1000)
@@ -136,7 +136,7 @@ def test_dynamic_shifting_leaves_the_training_grid_alone(tmp_path):
 )
 def test_each_network_is_told_the_time_as_its_own_pipeline_does(tmp_path, monkeypatch, name, time):
     """Timestep 499 is sigma 0.5 before the shift."""
-    denoiser = load_generator(save_generator(tmp_path, name)).denoiser
+    denoiser = load_diffusion_model(save_generator(tmp_path, name)).denoiser
     told, forward = [], denoiser.model.forward
 
     def listen(latents, timestep=None, *args, **kwargs):
@@ -167,7 +167,7 @@ def test_every_generator_paints_pictures_reproducibly(generator, name, monkeypat
 
 
 def test_a_flow_that_predicts_perfectly_is_painted_to_the_very_latents(tmp_path, monkeypatch):
-    generator = load_generator(save_generator(tmp_path, "sd3"))
+    generator = load_diffusion_model(save_generator(tmp_path, "sd3"))
     denoiser = generator.denoiser
     latents = torch.randn(1, 4, denoiser.sample_size, denoiser.sample_size)
 
@@ -201,11 +201,11 @@ def test_a_network_that_reads_more_than_noisy_latents_is_refused(tmp_path):
     UNet2DConditionModel.from_config(config, in_channels=9).save_pretrained(tmp_path / "unet")
 
     with pytest.raises(ValueError, match=r"reads 9 channels.*latents of 4"):
-        load_generator(tmp_path)
+        load_diffusion_model(tmp_path)
 
 
 def test_sdxl_is_told_the_size_of_the_picture_in_pixels(tmp_path):
-    denoiser = load_generator(save_generator(tmp_path, "sdxl")).denoiser
+    denoiser = load_diffusion_model(save_generator(tmp_path, "sdxl")).denoiser
 
     told = []
     forward = denoiser.model.forward
@@ -225,8 +225,8 @@ def test_sdxl_is_told_the_size_of_the_picture_in_pixels(tmp_path):
 
 @pytest.mark.parametrize("name", ["sd3", "flux-dev", "sdxl"])
 def test_a_vector_modulates_the_networks_that_take_one_and_is_refused_by_the_others(name, tmp_path):
-    denoiser = load_generator(save_generator(tmp_path / name, name)).denoiser
-    sd1 = load_generator(save_generator(tmp_path / "sd1", "sd1")).denoiser
+    denoiser = load_diffusion_model(save_generator(tmp_path / name, name)).denoiser
+    sd1 = load_diffusion_model(save_generator(tmp_path / "sd1", "sd1")).denoiser
     inputs = torch.randn(2, denoiser.channels, SIZE, SIZE), torch.tensor([100, 900]), torch.randn(2, 5, CONTEXT_DIM)
     vector = torch.randn(2, denoiser.vector_dim, requires_grad=True)
 
@@ -245,7 +245,7 @@ def test_the_refiner_of_sdxl_is_refused(tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps(index | {"requires_aesthetics_score": True}))
 
     with pytest.raises(ValueError, match="refiner.*Give the base model"):
-        load_generator(tmp_path)
+        load_diffusion_model(tmp_path)
 
 
 def test_a_vae_that_normalises_by_channel_is_refused(tmp_path):
@@ -254,11 +254,11 @@ def test_a_vae_that_normalises_by_channel_is_refused(tmp_path):
     (tmp_path / "vae" / "config.json").write_text(json.dumps(config | {"latents_mean": [0.0] * 4}))
 
     with pytest.raises(ValueError, match="latents_mean.*choose another VAE"):
-        load_generator(tmp_path)
+        load_diffusion_model(tmp_path)
 
 
 def test_more_context_than_lumina_has_positions_for_is_refused(tmp_path):
-    denoiser = load_generator(save_generator(tmp_path, "lumina2")).denoiser
+    denoiser = load_diffusion_model(save_generator(tmp_path, "lumina2")).denoiser
 
     with pytest.raises(ValueError, match=r"20 tokens.*15 at most.*num_queries"):
         denoiser(torch.randn(1, 4, SIZE, SIZE), torch.tensor([1]), torch.randn(1, 20, CONTEXT_DIM))

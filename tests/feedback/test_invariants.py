@@ -11,7 +11,7 @@ from deem_plugin.feedback import (
     DiffusionFeedbackCallback,
     FeedbackConfig,
     PixelCodec,
-    load_generator,
+    load_diffusion_model,
 )
 from deem_plugin.feedback.callback import normalization
 from deem_plugin.feedback.hook import FeedbackHook
@@ -147,6 +147,6 @@ def test_a_picture_is_restored_at_the_size_that_is_asked_for(tmp_path):
     callback.attach(*tiny_llava())
 
     assert callback.generator.encode(torch.rand(1, 3, 32, 32)).shape[-2:] == (4, 4)
-    assert load_generator(folder).encode(torch.rand(1, 3, 40, 40)).shape[-2:] == (16, 16)
+    assert load_diffusion_model(folder).encode(torch.rand(1, 3, 40, 40)).shape[-2:] == (16, 16)
     with pytest.raises(ValueError, match="`image_size` is 9, but a latent cell .* has 2 pixels a side"):
-        load_generator(folder, image_size=9)
+        load_diffusion_model(folder, image_size=9)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from deem_plugin.feedback import DiffusionFeedbackCallback, FeedbackConfig, Generator, PixelCodec
+from deem_plugin.feedback import DiffusionFeedbackCallback, DiffusionModel, FeedbackConfig, PixelCodec
 from deem_plugin.feedback.checkpoint import load_conditioner
-from deem_plugin.feedback.generator import Autoencoder, load_autoencoder
+from deem_plugin.feedback.diffusion_model import Autoencoder, load_autoencoder
 from deem_plugin.feedback.token_denoiser import TokenDenoiser
 
 from ..tiny import tiny_llava, tiny_sd_folder
@@ -168,7 +168,7 @@ def test_of_a_generator_the_autoencoder_alone_is_read(tmp_path):
     autoencoder = load_autoencoder(str(folder))
     autoencoder.picture_size = (16, 32)
 
-    assert not isinstance(autoencoder, Generator)
+    assert not isinstance(autoencoder, DiffusionModel)
     assert autoencoder.encode(torch.rand(1, 3, 32, 32)).shape[-2:] == (8, 16)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from deem_plugin.feedback import DiffusionFeedbackCallback, FeedbackConfig, Generator, load_generator
+from deem_plugin.feedback import DiffusionFeedbackCallback, DiffusionModel, FeedbackConfig, load_diffusion_model
 from deem_plugin.feedback.latent_cache import LatentCache, LatentWriter, fingerprint, picture_keys
 from deem_plugin.feedback.objectives import unnormalize
 
@@ -28,7 +28,7 @@ def sd(tmp_path_factory):
 
 @pytest.fixture
 def generator(sd):
-    return load_generator(str(sd))
+    return load_diffusion_model(str(sd))
 
 
 def pictures(count=4, seed=0, size=SIZE):
@@ -88,7 +88,7 @@ class NeverAsked(torch.nn.Module):
 
 @pytest.mark.parametrize("name", ["sd1", "sd3", "sana"])
 def test_looked_up_latents_are_the_encoded_ones(tmp_path, name):
-    generator = load_generator(str(save_generator(tmp_path / "generator", name)))
+    generator = load_diffusion_model(str(save_generator(tmp_path / "generator", name)))
     given = pictures(3, size=20)  # resized to the generator's size
     expected = generator.encode(given, generator=torch.Generator().manual_seed(5))
 
@@ -145,7 +145,7 @@ def test_another_picture_size_and_another_config_are_refused_by_name(generator, 
 
     codec = type(generator.codec)(tiny_vae(act_fn="gelu"))
     with pytest.raises(ValueError, match="vae_config.act_fn is 'silu' there and 'gelu' here"):
-        LatentCache(tmp_path, fingerprint(Generator(generator.denoiser, codec)))
+        LatentCache(tmp_path, fingerprint(DiffusionModel(generator.denoiser, codec)))
 
 
 def test_pixel_generators_have_nothing_to_cache():

@@ -6,7 +6,7 @@ from PIL import Image
 from torchvision.transforms.functional import to_tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from deem_plugin.feedback import load_generator
+from deem_plugin.feedback import load_diffusion_model
 from deem_plugin.models import Draws, generate_images, generate_interleaved
 from deem_plugin.models.denoising import image_contexts
 from deem_plugin.models.interleaving import row_starts
@@ -18,7 +18,7 @@ from .tiny_deem import QUERIES, official_labels, tiny_deem, tiny_language_model,
 
 @pytest.fixture(scope="module")
 def generator(tmp_path_factory):
-    return load_generator(save_generator(tmp_path_factory.mktemp("generator"), "sd1"))
+    return load_diffusion_model(save_generator(tmp_path_factory.mktemp("generator"), "sd1"))
 
 
 def inputs_of(processor, texts, count, **options):

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
-from deem_plugin.feedback import load_generator
+from deem_plugin.feedback import load_diffusion_model
 from deem_plugin.models import Draws
 from deem_plugin.training.trainer import RecipeTrainer
 from tests.feedback.tiny_generators import save_generator
@@ -76,7 +76,7 @@ def one_step(folder, batch_size, accumulation, **settings):
     Returns:
         `tuple`: Gradients by name, and the losses that were logged.
     """
-    generator = load_generator(save_generator(Path(folder) / "generator", "sd1"))
+    generator = load_diffusion_model(save_generator(Path(folder) / "generator", "sd1"))
     model, processor = tiny_deem()
     model.attach_generator(generator)
     args = TrainingArguments(

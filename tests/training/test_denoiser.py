@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from deem_plugin.cli import main as cli
-from deem_plugin.feedback import load_generator
+from deem_plugin.feedback import load_diffusion_model
 from deem_plugin.feedback.checkpoint import load_conditioner
 from deem_plugin.feedback.latents import PixelCodec
 from deem_plugin.feedback.light import make_generator
@@ -42,7 +42,7 @@ def test_it_learns_and_loads_as_any_generator_and_the_encoder_stays(parts, tmp_p
 
     curve = losses(tmp_path)
     assert sum(curve[-10:]) < 0.9 * sum(curve[:10])
-    generator = load_generator(str(final))
+    generator = load_diffusion_model(str(final))
     assert generator.image_size == 8 and generator.denoiser.vector_dim == 8
     assert not any(parameter.requires_grad for parameter in generator.denoiser.model.parameters())
     conditioner, settings = load_conditioner(final)
@@ -87,7 +87,7 @@ def test_it_shares_the_autoencoder_of_another_generator(parts, tmp_path):
     shared = {"generator__autoencoder": parts / "sd", "generator__image_size": 16}
     recipe = load_recipe("tiny-generator", overrides(parts, tmp_path, **shared))
 
-    generator = load_generator(str(train_denoiser(recipe)))
+    generator = load_diffusion_model(str(train_denoiser(recipe)))
 
     assert generator.image_size == 16 and generator.denoiser.channels == generator.codec.channels == 4
 

@@ -19,7 +19,7 @@ from transformers import (
 
 from deem_plugin.data.document_files import write_documents
 from deem_plugin.data.region_sets import load_regions
-from deem_plugin.feedback import load_generator
+from deem_plugin.feedback import load_diffusion_model
 from deem_plugin.models import DeemConfig, DeemForConditionalGeneration
 from deem_plugin.training.parts import count_parameters, freeze
 from deem_plugin.training.recipes import load_recipe
@@ -35,7 +35,7 @@ from .interleaved_step import one_step
 
 @pytest.fixture(scope="module")
 def generator(tmp_path_factory):
-    return load_generator(save_generator(tmp_path_factory.mktemp("generator"), "sd1"))
+    return load_diffusion_model(save_generator(tmp_path_factory.mktemp("generator"), "sd1"))
 
 
 @pytest.fixture(scope="module")

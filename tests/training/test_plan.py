@@ -133,12 +133,12 @@ def test_the_share_of_the_feedback_is_what_it_adds_to_a_step_without(parts, pict
 
 
 def test_the_generator_is_counted_as_it_is_loaded(parts, tmp_path):
-    from deem_plugin.feedback.generator import load_generator
+    from deem_plugin.feedback.diffusion_model import load_diffusion_model
 
     recipe = recipe_of("bf16", parts, tmp_path)
     plan = make_plan(recipe, gpus=[1])
 
-    generator = load_generator(recipe.feedback.denoiser, "bfloat16")
+    generator = load_diffusion_model(recipe.feedback.denoiser, "bfloat16")
     networks = {"denoiser": generator.denoiser.model, "autoencoder": generator.codec.vae}
     for name, network in networks.items():
         assert plan.parameters[name] == [0, sum(p.numel() for p in network.parameters())]
@@ -337,7 +337,7 @@ def test_what_saves_memory_in_the_generator_is_planned_as_it_works(parts, tmp_pa
 
 def linear_layers(folder):
     """Returns name and number of weights of the denoiser's linear layers."""
-    from deem_plugin.feedback.generator import load_generator
+    from deem_plugin.feedback.diffusion_model import load_diffusion_model
 
-    network = load_generator(str(folder), weights=False).denoiser.model
+    network = load_diffusion_model(str(folder), weights=False).denoiser.model
     return [(name, m.weight.numel()) for name, m in network.named_modules() if isinstance(m, torch.nn.Linear)]

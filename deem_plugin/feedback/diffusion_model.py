@@ -54,7 +54,7 @@ class PictureEncoder:
 
 
 @dataclass
-class Generator(PictureEncoder):
+class DiffusionModel(PictureEncoder):
     """
     The two frozen halves of a generator, and the size of the pictures that they restore.
 
@@ -126,14 +126,14 @@ class Autoencoder(PictureEncoder):
         return self
 
 
-def load_generator(
+def load_diffusion_model(
     path_or_id: str,
     dtype: str = "float32",
     *,
     weights: bool = True,
     image_size: int | None = None,
     quantization: str | None = None,
-) -> Generator:
+) -> DiffusionModel:
     """
     Loads the frozen generator that gives the feedback.
 
@@ -182,12 +182,12 @@ def load_generator(
             f"`image_size` is {image_size}, but a latent cell of `denoiser: {path_or_id}` has {codec.downscale} "
             f"pixels a side. Give a multiple."
         )
-    return Generator(denoiser, codec, restored_size=image_size)
+    return DiffusionModel(denoiser, codec, restored_size=image_size)
 
 
 def load_autoencoder(path_or_id: str, *, weights: bool = True) -> Autoencoder:
     """
-    Loads the autoencoder alone of a generator, as [`load_generator`] does: all that feedback at the language model
+    Loads the autoencoder alone of a generator, as [`load_diffusion_model`] does: all that feedback at the language model
     needs of it.
     """
     return Autoencoder(_load_codec(path_or_id, _load_index(path_or_id), weights))
