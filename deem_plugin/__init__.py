@@ -25,7 +25,7 @@ _PUBLIC = {
     "build_vision_tower": "deem_plugin.vision",
     "generate_images": "deem_plugin.models",
     "generate_interleaved": "deem_plugin.models",
-    "load_diffusion_model": "deem_plugin.feedback.generator",
+    "load_diffusion_model": "deem_plugin.feedback.diffusion_model",
     "mount_tower": "deem_plugin.vision",
 }
 

@@ -48,7 +48,6 @@ METHODS = {
     "ross": Method(
         "ross",
         settings=(
-            "feedback.token_grid=[2, 4]",
             "feedback.token_cells=8",
             "feedback.resampler_dim=96",
             "feedback.resampler_layers=3",

@@ -12,7 +12,7 @@ from sklearn.linear_model import Ridge, RidgeClassifier
 from deem_plugin.data.scenes import Scenes
 from deem_plugin.feedback.diffusion_feedback import DiffusionFeedback
 from deem_plugin.feedback.diffusion_model import DiffusionModel
-from deem_plugin.vision.hosts import find_tower
+from deem_plugin.vision.towers import find_tower
 
 from .diffusion_model import PictureCode
 

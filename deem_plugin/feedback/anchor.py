@@ -1,9 +1,14 @@
 """An anchor to the tower as it was, against forgetting."""
 
 import copy
+import os
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_model, save_model
+
+FILE_NAME = "feedback_anchor.safetensors"
 
 
 class Anchor:
@@ -27,24 +32,50 @@ class Anchor:
         self.tower.to(device)
         return self
 
-    def distance(self, views, inputs, read):
+    def save(self, folder):
+        """Keeps the copy in `folder`, for a run that is resumed from a tower that has moved."""
+        path = Path(folder) / FILE_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_model(self.tower, f"{path}.partial")
+        os.replace(f"{path}.partial", path)
+
+    def load(self, folder):
+        """
+        Takes the copy that a run kept in `folder` when it began.
+
+        Raises:
+            FileNotFoundError: If it kept none.
+        """
+        path = Path(folder) / FILE_NAME
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"A run with `anchor_weight` resumes, but {folder} holds no {FILE_NAME}, the tower as it was when the "
+                f"run began. Resume in the run's own output folder, or copy that file into this one."
+            )
+        load_model(self.tower, path, device=str(next(self.tower.parameters()).device))
+
+    def distance(self, views, args, kwargs, source, state):
         """
         Args:
-            views (`ImageViews`): What the tower gives now, on the autograd graph.
-            inputs (`dict`): Arguments of the tower's call, by name.
-            read (`Callable`): `(inputs, output) -> ImageViews`.
+            views (`list[View]`): What the tower gives now, on the autograd graph.
+            args, kwargs: Arguments of the tower's call.
+            source (`TowerSource`): Takes the call of the copy apart.
+            state (`StepState`): As in the call.
 
         Returns:
-            `torch.Tensor`: 1 - cosine to what it gave at first, the mean over the tokens (and the pooled vector, where
-            there is one) of each image, shape `(images,)`, float32; 0 where nothing has moved.
+            `torch.Tensor`: 1 - cosine to what the tower gave at first, the mean over the tokens (and the pooled
+            vector, where there is one) of each view and over the views of each image, summed over the images, float32.
+            The copy is in evaluation mode: with stochastic depth or dropout it is not 0 at the start.
         """
         with torch.no_grad():
-            then = read(inputs, self.tower(**inputs))
-        distances = []
-        for index, (now, before) in enumerate(zip(views.tokens, then.tokens, strict=True)):
-            cosines = F.cosine_similarity(now.float(), before.float(), dim=-1)
-            if views.pooled is not None:
-                pooled = F.cosine_similarity(views.pooled[index].float(), then.pooled[index].float(), dim=-1)
+            output = self.tower(*args, **kwargs)
+        before = source.views(args, kwargs, output, state)
+        images = [view.image for view in views]
+        total = 0.0
+        for now, then in zip(views, before, strict=True):
+            cosines = F.cosine_similarity(now.tokens.float(), then.tokens.float(), dim=-1)
+            if now.pooled is not None:
+                pooled = F.cosine_similarity(now.pooled.float(), then.pooled.float(), dim=-1)
                 cosines = torch.cat([cosines, pooled[None]])
-            distances.append(1 - cosines.mean())
-        return torch.stack(distances)
+            total = total + (1 - cosines.mean()) / images.count(now.image)
+        return total

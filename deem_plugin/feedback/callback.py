@@ -3,46 +3,46 @@
 import logging
 import os
 
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..vision.hosts import find_tower
-from .anchor import Anchor
+from ..vision.towers import without_peft
 from .checkpoint import FILE_NAME, load_conditioner, save_conditioner
 from .config import FeedbackConfig
-from .denoisers import check_context_dim
-from .diffusion_model import load_autoencoder
-from .economy import economise
-from .factory import load_judge, make_conditioner, make_objective, make_token_denoiser
-from .hook import FeedbackHook
-from .language_hook import LanguageHook
-from .latent_cache import LatentCache, fingerprint
+from .factory import build_feedback
 from .offload import pin
-from .token_denoiser import TokenBlocks
-from .views import TokenReading
+from .reporting import Reporter
+from .state import StepState
 
 logger = logging.getLogger(__name__)
 
 # The attribute of the model that holds the conditioner while it trains.
 CONDITIONER_NAME = "feedback_conditioner"
+# Training stops when more than this share of the views had a loss or gradient that was not finite, ...
+NONFINITE_SHARE = 0.05
+# ... and so many of them, or all.
+NONFINITE_VIEWS = 8
+SUMS = ("loss", "images", "views", "nonfinite", "blank", "anchor", "unseen")
 
 
 class DiffusionFeedbackCallback(TrainerCallback):
     """
     Trains the vision tower of any VLM with diffusion feedback (DEEM, https://arxiv.org/abs/2405.15232).
 
-    Works with `transformers.Trainer`, its subclasses and TRL's `SFTTrainer`; the model, the data set and the loss stay
-    as they are. `trainer.log` shows the language-model loss as before and `feedback_loss` beside it.
+    Works with `transformers.Trainer`, its subclasses and TRL's trainers; the model, the data set and the loss stay as
+    they are. `trainer.log` shows the language-model loss as before and `feedback_loss` beside it: its mean per image.
 
-    The feedback is `weight` times the mean over a micro-batch's images, each micro-batch of an accumulation counting
-    alike, as in the paper. Batches with text only cost nothing.
+    Every image counts alike, whatever the batch is cut into: the gradient is that of `weight` times the sum over the
+    images (of the mean over the views of each), divided by the conversations of the optimizer step. Batches with text
+    only cost nothing.
 
     Args:
         config (`FeedbackConfig`): The settings.
-        generator (`DiffusionModel`, *optional*): The frozen generator; loaded from `config.denoiser` by default.
-        feedback (`Callable`, *optional*):
-            `(latents, context, *, generator) -> (images,)` with an attribute `context_dim`; by default what the
-            `objective` of the config names, on the generator's denoiser.
+        diffusion_model (`DiffusionModel`, *optional*): The frozen model; loaded from `config.denoiser` by default.
+        objective (`Callable`, *optional*):
+            `(latents, context, *, generator) -> (views,)` with an attribute `context_dim`; by default what the config
+            names, on the denoiser of the diffusion model.
 
     Example:
 
@@ -54,133 +54,87 @@ class DiffusionFeedbackCallback(TrainerCallback):
         )
     """
 
-    def __init__(self, config: FeedbackConfig, generator=None, feedback=None):
-        if generator is None and config.denoiser is None:
+    def __init__(self, config: FeedbackConfig, diffusion_model=None, objective=None):
+        if diffusion_model is None and config.denoiser is None:
             raise ValueError(
-                "The feedback needs a generator: set `denoiser` to a folder or hub id in diffusers' layout, for "
+                "The feedback needs a diffusion model: set `denoiser` to a folder or hub id in diffusers' layout, for "
                 "example `FeedbackConfig(denoiser='path/to/stable-diffusion')`."
             )
         self.config = config
-        self.generator = generator
-        self.feedback = feedback
-        self.hook = None
+        self.diffusion_model = diffusion_model
+        self.objective = objective
+        self.feedback = None
         self.model = None
+        self.attachment = None
+        self._reporter = Reporter()
         self._resume_from = None
 
     @property
-    def conditioner(self):
-        """The trained conditioner; None before [`attach`]."""
-        return None if self.model is None else getattr(self.model, CONDITIONER_NAME)
+    def hook(self):
+        """The [`FeedbackHook`]; None before [`attach`]."""
+        return None if self.feedback is None else self.feedback.hook
 
-    def attach(self, model, processing_class=None):
+    @property
+    def conditioner(self):
+        """The trained conditioner, as it is in the model while that trains; None before [`attach`]."""
+        if self.attachment is not None and self.attachment.active:
+            return getattr(self.model, CONDITIONER_NAME)
+        return None if self.feedback is None else self.feedback.conditioner
+
+    def attach(self, model, processing_class=None, *, returns_loss=False):
         """
-        Puts the conditioner into `model` and the hook on its vision tower. Called when the Trainer is made; call it
-        yourself, before the optimizer exists, if you add the callback later or build the optimizer first.
+        Puts the conditioner into `model` and hooks on it, once all of them are built. Called when the Trainer is made;
+        call it yourself, before the optimizer exists, if you add the callback later or build the optimizer first.
 
         Args:
-            model (`nn.Module`): The VLM, or the PEFT model around it.
+            model (`nn.Module`): The VLM, or the PEFT model around it, or a vision encoder alone.
             processing_class (`ProcessorMixin`, *optional*): Tells the normalisation of `pixel_values`.
+            returns_loss (`bool`, *optional*, defaults to `False`):
+                For trainings that own their loop: the output of an encoder alone then holds `feedback_loss`, its share
+                of the step's loss with its graph, and nothing is injected.
 
         Raises:
-            ValueError: If there is no vision tower, it is frozen, or the normalisation is unknown.
+            ValueError: If the model cannot have feedback (no vision tower or an unknown one, frozen, normalisation
+                unknown), has some already, or is another than the one that the callback is attached to.
         """
-        if self.hook is not None:
-            return
-        base = _without_peft(model)
-        if self.config.source == "llm":
-            self._attach_to_decoder(base, processing_class)
-            return
-        tower = find_tower(base)
-        if self.config.conditioner_only:
-            tower.requires_grad_(False)
-        elif not any(parameter.requires_grad for parameter in tower.parameters()):
+        base = without_peft(model)
+        if self.model is not None:
+            if base is self.model:
+                return
             raise ValueError(
-                f"The vision tower ({type(tower).__name__}) is frozen: all its parameters have requires_grad=False, "
-                f"so that there is nothing to feed back to. Unfreeze it (`tower.requires_grad_(True)`, or no `freeze` "
-                f"pattern on it in the recipe), put LoRA on it, or leave the feedback out. To train the conditioner "
-                f"alone, set `conditioner_only`."
+                "This DiffusionFeedbackCallback is attached to another model. Each model needs a callback of its own: "
+                "make a new one (`model_init`, which makes a new model in `train()`, is not supported), or call "
+                "`callback.detach()` and make a new Trainer."
             )
-        mean, std = normalization(self.config, processing_class)
-        if self.generator is None:
-            self.generator = load_judge(self.config)
-        if self.config.latent_cache is not None:
-            self.generator.latent_cache = LatentCache(self.config.latent_cache, fingerprint(self.generator))
-        if self.feedback is None:
-            self.feedback = make_objective(self.config, self.generator.denoiser)
-        economise(self.generator, self.config)
-
-        reading = TokenReading.of(base.config)
-        self.model = base
-        self._put_into(base, make_conditioner(self.config, tower, reading, self.feedback))
-        self.hook = FeedbackHook(
-            lambda: self.conditioner,
-            self.feedback,
-            self.generator,
-            reading,
-            mean,
-            std,
-            self.config,
-            Anchor(tower) if self.config.anchor_weight else None,
-        )
-        if self.config.cpu_offload and not self.hook.judge_is_frozen:
+        other = getattr(base, "feedback_attachment", None)
+        if other is not None and not other.began:
             raise ValueError(
-                f"`cpu_offload` needs a feedback whose `denoiser` is frozen, so that its gradient can be taken before "
-                f"the weights leave, and a {type(self.feedback).__name__} has none. Leave `cpu_offload` out."
+                "This model has the feedback of another DiffusionFeedbackCallback already. Pass one callback only, or "
+                "call `detach()` on the other one first."
             )
-        self._register(tower)
-
-    def _attach_to_decoder(self, base, processing_class):
-        """Attaches to the language model; the conditioner is then a denoiser itself."""
-        config = self.config
-        mean, std = normalization(config, processing_class)
-        if self.generator is None:
-            self.generator = load_autoencoder(config.denoiser)
-        decoder = base.get_decoder()
-        width = base.config.get_text_config().hidden_size
-        grid = None if config.token_grid is None else tuple(config.token_grid)
-        blocks = TokenBlocks(lambda: self.conditioner, width, config.token_cells, grid)
-        if self.feedback is None:
-            self.feedback = make_objective(config, blocks)
-        self.model = base
-        self._put_into(base, make_token_denoiser(config, decoder, width, self.generator.codec.channels))
-        token_id = getattr(base.config, "image_token_id", None)
-        if token_id is None:
-            token_id = base.config.image_token_index
-        self.hook = LanguageHook(
-            lambda: self.conditioner,
-            self.feedback,
-            self.generator,
-            TokenReading(),
-            mean,
-            std,
-            config,
-            image_token_id=token_id,
+        feedback = build_feedback(
+            self.config, base, processing_class, self.diffusion_model, self.objective, lambda: self.conditioner
         )
-        base.register_forward_pre_hook(lambda module, args, kwargs: self.hook.note(kwargs), with_kwargs=True)
-        self._register(decoder)
+        feedback.hook.returns_loss = returns_loss
+        start = None if self.config.conditioner is None else _read_conditioner(self.config.conditioner, feedback)
+        if other is not None:  # of a run that was interrupted
+            other.detach()
+        self.feedback, self.model = feedback, base
+        self.diffusion_model, self.objective = feedback.diffusion_model, feedback.hook.loss.objective
+        self.attachment = Attachment(base, feedback)
+        self.attachment.attach()
+        if start is not None:
+            self.conditioner.load_state_dict(start)
 
-    def _register(self, module):
-        """Puts the hook on the module whose output it reads, and the conditioner in its first state."""
-        base = self.model
-        if self.config.conditioner is not None:
-            self.start_from(self.config.conditioner)
-        # First among the hooks, so that it runs before FSDP reshards the tower.
-        module.register_forward_hook(self.hook, prepend=True, with_kwargs=True)
-        base.register_forward_pre_hook(self._take_targets, with_kwargs=True)
-
-    def _put_into(self, base, conditioner):
-        """Makes the conditioner a module of the model."""
-        base.add_module(CONDITIONER_NAME, conditioner)
-        # It trains and resumes with the model, yet a saved VLM holds no key that its own class does not know.
-        if isinstance(base, PreTrainedModel):
-            names = {f"{CONDITIONER_NAME}.{name}" for name in conditioner.state_dict()}
-            base._keys_to_ignore_on_save = set(base._keys_to_ignore_on_save or ()) | names
-
-    def _take_targets(self, module, args, kwargs):
-        """Takes `target_pixel_values` out of the batch before the model, which does not know them, sees it."""
-        if "target_pixel_values" in kwargs:
-            self.hook.target_pixel_values = kwargs.pop("target_pixel_values")
-        return args, kwargs
+    def detach(self):
+        """
+        Takes hooks and conditioner off the model, which then is what it was. The callback keeps the conditioner; the
+        end of a training detaches by itself, and a further `trainer.train()` attaches again.
+        """
+        if self.attachment is not None:
+            self.feedback.conditioner = self.conditioner
+            self.attachment.detach()
+        self._reporter.close()
 
     def load(self, folder):
         """
@@ -200,14 +154,10 @@ class DiffusionFeedbackCallback(TrainerCallback):
             FileNotFoundError: If `folder` holds no `feedback.safetensors`.
             ValueError: If it was made with other settings than this run's.
         """
-        loaded, _ = load_conditioner(folder)
-        if loaded.arguments != self.conditioner.arguments:
-            raise ValueError(
-                f"The conditioner in {folder} was made with {loaded.arguments}, this run's with "
-                f"{self.conditioner.arguments}. Use the settings of the first run; or, to start with a new "
-                f"conditioner, move the file {FILE_NAME} out of that folder."
-            )
-        self.conditioner.load_state_dict(loaded.state_dict())
+        weights = _read_conditioner(folder, self.feedback)
+        # Also into the shards of FSDP, whose weights are distributed tensors.
+        options = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(self.conditioner, weights, options=options)
 
     def on_init_end(self, args, state, control, model=None, processing_class=None, **kwargs):
         """Attaches to the Trainer's model."""
@@ -215,30 +165,26 @@ class DiffusionFeedbackCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         """Checks that the feedback can work, and restores the conditioner of a resumed run."""
-        if self.hook is None:
+        if self.feedback is None:
             raise RuntimeError(
                 "The DiffusionFeedbackCallback was added after the Trainer was made, so it is attached to nothing. "
                 "Pass it as `callbacks=[...]`, or call `callback.attach(model, processor)` before `Trainer(...)`."
             )
-        if args.n_gpu > 1:
+        _check_run(args)
+        if not any(module is self.model for module in model.modules()):
             raise ValueError(
-                f"The Trainer would run this model by nn.DataParallel on {args.n_gpu} GPUs, whose copies of the tower "
-                f"the feedback cannot reach. Launch with `torchrun --nproc_per_node {args.n_gpu}` or `accelerate "
-                f"launch`, or show the process one GPU (CUDA_VISIBLE_DEVICES=0)."
+                f"The Trainer trains another {type(self.model).__name__} than the one that the "
+                f"DiffusionFeedbackCallback was attached to. With `model_init` a Trainer makes a new model in "
+                f"`train()`: pass `model=` instead, and a new callback for each."
             )
-        if is_deepspeed_zero3_enabled():
-            raise ValueError("The feedback does not support DeepSpeed ZeRO-3. Use ZeRO-2, FSDP or DDP.")
-        if args.deepspeed and args.fp16:
-            raise ValueError("The feedback cannot see DeepSpeed's loss scale for fp16. Set `bf16: true`.")
-        if self.config.source == "tower":
-            check_context_dim(self.conditioner.arguments["context_dim"], self.feedback)
+        self.attachment.attach()
+        self.attachment.began = True
+        self.hook.reset()
         if not args.deepspeed and not args.fsdp:
             self._check_optimizer(optimizer)
-        self.generator.to(args.device)
+        self.diffusion_model.to(args.device)
         if self.config.cpu_offload and args.device.type == "cuda":
-            pin(self.generator.modules())
-        if self.hook.anchor is not None:
-            self.hook.anchor.to(args.device)
+            pin(self.diffusion_model.modules())
         if state.global_step > 0 and self._resume_from is None:
             folder = args.resume_from_checkpoint
             if not isinstance(folder, str | os.PathLike):
@@ -250,6 +196,17 @@ class DiffusionFeedbackCallback(TrainerCallback):
                     f"The run resumes at step {state.global_step}, but {folder} holds no conditioner. Call "
                     f"`callback.load(folder)` with the checkpoint's folder before `trainer.train(...)`."
                 ) from error
+        self._begin_anchor(args, state)
+
+    def _begin_anchor(self, args, state):
+        anchor = self.hook.anchor
+        if anchor is None:
+            return
+        if state.global_step:
+            anchor.load(args.output_dir)
+        elif args.should_save:
+            anchor.save(args.output_dir)
+        anchor.to(args.device)
 
     def _check_optimizer(self, optimizer):
         trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -258,41 +215,91 @@ class DiffusionFeedbackCallback(TrainerCallback):
             raise ValueError(
                 f"The conditioner is in no optimizer group ({len(missing)} parameters, first {missing[0]!r}), so it "
                 f"would stay as it was drawn. Call `callback.attach(model, processor)` before you build the optimizer "
-                f"that you pass to the Trainer."
+                f"that you pass to the Trainer, and after `get_peft_model`."
             )
 
     def on_step_begin(self, args, state, control, optimizer=None, train_dataloader=None, **kwargs):
-        """Sets the factor on the feedback's gradient and the seed of its noise for the next optimizer step."""
-        accumulation = _micro_batches(args, state, train_dataloader)
-        scaler = getattr(optimizer, "scaler", None)
-        # Under fp16 the gradients of the loss are scaled; those of the feedback must be scaled alike.
-        loss_scale = scaler.get_scale() if scaler is not None else 1.0
-        self.hook.scale = self.config.weight_at(state.global_step) / accumulation * loss_scale
-        # A function of the step, so that a resumed run draws what the uninterrupted one would have drawn.
-        seed = ((self.config.seed * 1_000_003 + state.global_step) * 4_099 + args.process_index) * 1_024
-        self.hook.seed = seed % 2**63
+        """Makes the state of the next optimizer step: the factor on the feedback's gradient and the seed."""
+        # Not multiplied by the ranks: their gradients are averaged, as is that of the language model's loss.
+        conversations = _conversations(args, state, train_dataloader)
+        loss_scale = 1.0
+        if self.hook.returns_loss:  # the Trainer divides what is returned by the micro-batches, and scales it
+            conversations /= _micro_batches(args, state, train_dataloader)
+        else:
+            scaler = getattr(optimizer, "scaler", None)
+            # Under fp16 the gradients of the loss are scaled; those of the feedback must be scaled alike.
+            loss_scale = scaler.get_scale() if scaler is not None else 1.0
+        scale = self.config.weight_at(state.global_step) / conversations * loss_scale
+        self.hook.state = StepState(scale, step_seed(self.config.seed, state.global_step, args.process_index))
 
     def on_step_end(self, args, state, control, **kwargs):
         """Checks that the feedback of this step reached the tower."""
         self.hook.check_injected()
 
-    def on_log(self, args, state, control, logs=None, model=None, **kwargs):
-        """Adds `feedback_loss` (mean over steps and ranks since the last log) to what is logged."""
-        values = {}
-        if "loss" in logs and (value := self.hook.train_loss.take(args.device)) is not None:
-            values["feedback_loss"] = value
-        if "loss" in logs and (value := self.hook.anchor_loss.take(args.device)) is not None:
-            values["anchor_loss"] = value
-        if self.config.in_eval and "eval_loss" in logs:
-            if (value := self.hook.eval_loss.take(args.device)) is not None:
-                values["eval_feedback_loss"] = value
-        if not values:
-            return
-        logs.update(values)
-        state.log_history[-1].update(values)
-        from .reporting import report
+    def add_to(self, logs, args):
+        """
+        Adds to `logs`, in place, what a training or an evaluation has summed up since the last log: `feedback_loss`
+        (mean per image over all ranks), `anchor_loss`, and, where there are any, the numbers of views that were left
+        out. All ranks must call.
 
-        report(values, args, state, control, model)
+        Returns:
+            `dict[str, float]`: What was added.
+
+        Raises:
+            RuntimeError: If more than a small share of the views had no finite loss or gradient.
+        """
+        values = {}
+        if "loss" in logs and "feedback_loss" not in logs:
+            values = self._training_values(self.hook.sums.take(SUMS, args.device))
+        evaluated = [name.removesuffix("_runtime") for name in logs if name.endswith("_runtime")]
+        if self.config.in_eval and evaluated and evaluated != ["train"]:
+            sums = self.hook.eval_sums.take(("loss", "images"), args.device)
+            if sums["images"]:
+                values[f"{evaluated[0]}_feedback_loss"] = sums["loss"] / sums["images"]
+        logs.update(values)
+        return values
+
+    def _training_values(self, sums):
+        values = {}
+        if sums["images"]:
+            values["feedback_loss"] = sums["loss"] / sums["images"]
+            if self.hook.anchor is not None:
+                values["anchor_loss"] = sums["anchor"] / sums["images"]
+        if sums["blank"]:
+            values["feedback_blank"] = sums["blank"]
+        if sums["nonfinite"]:
+            values["feedback_nonfinite"] = sums["nonfinite"]
+            logger.warning(
+                "The feedback of %d of %d pictures was not finite and was left out.", sums["nonfinite"], sums["views"]
+            )
+        if sums["unseen"]:
+            logger.warning(
+                "In %d calls the model was given pictures that its vision tower (%s) never saw, as videos may go to a "
+                "tower of their own. These pictures got no feedback.",
+                sums["unseen"],
+                type(self.hook.source.module).__name__,
+            )
+        self.hook.views += sums["views"]
+        self.hook.nonfinite += sums["nonfinite"]
+        share = self.hook.nonfinite / max(self.hook.views, 1)
+        if share > NONFINITE_SHARE and (self.hook.nonfinite >= NONFINITE_VIEWS or share == 1):
+            raise RuntimeError(
+                f"The feedback of {self.hook.nonfinite:.0f} of {self.hook.views:.0f} pictures was not finite. They "
+                f"were left out, and the weights are unharmed; but the denoiser or the autoencoder overflows. Set "
+                f"`feedback.dtype` to bfloat16 or float32, and look for broken pictures in the data."
+            )
+        return values
+
+    def on_log(self, args, state, control, logs=None, model=None, **kwargs):
+        """Adds `feedback_loss` to what is logged."""
+        values = self.add_to(logs, args)
+        if values:
+            state.log_history[-1].update(values)
+            self._reporter.report(values, args, state, control, model)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        """Lets the next evaluation draw the same noise."""
+        self.hook.eval_state = StepState()
 
     def on_save(self, args, state, control, **kwargs):
         """Writes the conditioner beside the checkpoint that was just saved."""
@@ -300,43 +307,97 @@ class DiffusionFeedbackCallback(TrainerCallback):
         save_conditioner(self.conditioner, self.config, folder, write=args.should_save)
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Writes the conditioner to the output folder, where `trainer.save_model()` puts the model."""
+        """
+        Writes the conditioner to the output folder, where `trainer.save_model()` puts the model (the best one, where
+        the Trainer loads the best model at its end), and detaches.
+        """
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self.start_from(state.best_model_checkpoint)
         save_conditioner(self.conditioner, self.config, args.output_dir, write=args.should_save)
-        self.hook.scale = 0.0
+        self.hook.reset()
+        self.detach()
 
 
-def normalization(config, processing_class):
+class Attachment:
     """
-    Returns mean and std that `pixel_values` were normalised with.
+    What of a feedback is on a model: hooks, the conditioner as its module, and the keys that a save leaves out.
 
     Args:
-        config (`FeedbackConfig`): Its `image_mean` and `image_std` win where they are set.
-        processing_class (`ProcessorMixin` or `BaseImageProcessor`): Tells its own otherwise.
-
-    Raises:
-        ValueError: If neither knows.
+        model (`nn.Module`): The VLM.
+        feedback (`Feedback`): What is attached.
     """
-    if config.image_mean is not None:
-        return config.image_mean, config.image_std
-    image_processor = getattr(processing_class, "image_processor", processing_class)
-    mean, std = getattr(image_processor, "image_mean", None), getattr(image_processor, "image_std", None)
-    if mean is None or std is None:
+
+    def __init__(self, model, feedback):
+        self.model = model
+        self.feedback = feedback
+        self.handles = []
+        self.ignored = set()
+        self.began = False  # a training has begun since
+
+    @property
+    def active(self) -> bool:
+        """Whether it is on the model."""
+        return bool(self.handles)
+
+    def attach(self):
+        """Puts all of it on the model; does nothing where it is."""
+        if self.active:
+            return
+        model, hook, conditioner = self.model, self.feedback.hook, self.feedback.conditioner
+        model.add_module(CONDITIONER_NAME, conditioner)
+        model.feedback_attachment = self
+        # It trains and resumes with the model, yet a saved VLM holds no key that its own class does not know.
+        if isinstance(model, PreTrainedModel):
+            names = {f"{CONDITIONER_NAME}.{name}" for name in conditioner.state_dict()}
+            kept = set(model._keys_to_ignore_on_save or ())
+            self.ignored = names - kept
+            model._keys_to_ignore_on_save = kept | names
+        self.handles = hook.register(model)
+
+    def detach(self):
+        """Takes all of it off the model; does nothing where it is not."""
+        for handle in self.handles:
+            handle.remove()
+        if self.active:
+            delattr(self.model, CONDITIONER_NAME)
+            del self.model.feedback_attachment
+            if isinstance(self.model, PreTrainedModel):
+                self.model._keys_to_ignore_on_save = set(self.model._keys_to_ignore_on_save) - self.ignored or None
+        self.handles = []
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """
+    Returns the seed of a step's first noise: a function of the step, so that a resumed run draws what the
+    uninterrupted one would have drawn. Room for 1,024 calls in a step.
+    """
+    return ((seed * 1_000_003 + step) * 4_099 + rank) * 1_024 % 2**63
+
+
+def _read_conditioner(folder, feedback):
+    """Returns the weights in a folder's `feedback.safetensors`, which must be of the same kind as a feedback's."""
+    loaded, _ = load_conditioner(folder)
+    if loaded.arguments != feedback.conditioner.arguments:
         raise ValueError(
-            f"The picture that the generator must restore is made of `pixel_values`, whose normalisation is not "
-            f"known: processing_class={type(processing_class).__name__} has no image_mean and image_std. Give "
-            f"the Trainer the VLM's processor (`processing_class=processor`), or set `image_mean` and `image_std` "
-            f"of the FeedbackConfig."
+            f"The conditioner in {folder} was made with {loaded.arguments}, this run's with "
+            f"{feedback.conditioner.arguments}. Use the settings of the first run; or, to start with a new "
+            f"conditioner, move the file {FILE_NAME} out of that folder."
         )
-    if image_processor.do_normalize is False:
-        return [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]
-    return mean, std
+    return loaded.state_dict()
 
 
-def _without_peft(model):
-    """Returns the transformers model inside a PEFT model, or the model itself."""
-    from peft import PeftModel
-
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+def _check_run(args):
+    """Raises on ways to train that the feedback cannot follow."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"The Trainer would run this model by nn.DataParallel on {args.n_gpu} GPUs, whose copies of the tower "
+            f"the feedback cannot reach. Launch with `torchrun --nproc_per_node {args.n_gpu}` or `accelerate "
+            f"launch`, or show the process one GPU (CUDA_VISIBLE_DEVICES=0)."
+        )
+    if is_deepspeed_zero3_enabled():
+        raise ValueError("The feedback does not support DeepSpeed ZeRO-3. Use ZeRO-2, FSDP or DDP.")
+    if args.deepspeed and args.fp16:
+        raise ValueError("The feedback cannot see DeepSpeed's loss scale for fp16. Set `bf16: true`.")
 
 
 def _micro_batches(args, state, train_dataloader) -> int:
@@ -349,3 +410,20 @@ def _micro_batches(args, state, train_dataloader) -> int:
     steps = -(-batches // accumulation)
     is_last = (state.global_step + 1) % steps == 0
     return (batches % accumulation or accumulation) if is_last else accumulation
+
+
+def _conversations(args, state, train_dataloader) -> int:
+    """
+    Returns how many conversations a process reads in the next optimizer step. The last one of an epoch may have fewer
+    on a single process; several get equally many, for accelerate fills their batches up.
+    """
+    size = state.train_batch_size or args.train_batch_size
+    conversations = _micro_batches(args, state, train_dataloader) * size
+    try:
+        batches, examples = len(train_dataloader), len(train_dataloader.dataset)
+    except TypeError:
+        return conversations
+    steps = -(-batches // args.gradient_accumulation_steps)
+    if args.world_size > 1 or (state.global_step + 1) % steps or not 0 < batches * size - examples < size:
+        return conversations
+    return conversations - (batches * size - examples)

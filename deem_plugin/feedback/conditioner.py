@@ -9,6 +9,16 @@ from torch import nn
 from ..vision.resampler import PerceiverResampler
 from .synchroniser import UNetSynchroniser
 
+# Sines and cosines of a place: eight frequencies along each axis.
+POSITION_DIM = 32
+
+
+def fourier_features(positions):
+    """Returns sines and cosines of positions in (0, 1), `(..., 2)`, at frequencies from pi to 128 pi: `(..., 32)`."""
+    frequencies = torch.pi * 2.0 ** torch.arange(POSITION_DIM // 4, device=positions.device)
+    angles = (positions.float()[..., None] * frequencies).flatten(-2)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
 
 class Conditioner(nn.Module):
     """
@@ -27,6 +37,8 @@ class Conditioner(nn.Module):
         mlp (`bool`, *optional*, defaults to `False`): Whether the head is an MLP.
         vector_dim (`int`, *optional*, defaults to `0`): Width of the denoiser's vector; `0` for none.
         prompt_tokens (`int`, *optional*, defaults to `0`): Length of `prompt_states`; `0` for none.
+        positions (`bool`, *optional*, defaults to `False`):
+            Whether tokens are told their place in the picture: a tower with rotary positions leaves none in them.
         synchroniser (`dict`, *optional*):
             Arguments of a [`UNetSynchroniser`], under `"unet"` the config of its UNet; none without it.
     """
@@ -43,6 +55,7 @@ class Conditioner(nn.Module):
         vector_dim=0,
         prompt_tokens=0,
         synchroniser=None,
+        positions=False,
     ):
         super().__init__()
         self.arguments = {
@@ -56,7 +69,9 @@ class Conditioner(nn.Module):
             "vector_dim": vector_dim,
             "prompt_tokens": prompt_tokens,
             "synchroniser": synchroniser,
+            "positions": positions,
         }
+        self.positions = nn.Linear(POSITION_DIM, input_dim) if positions else None
         self.resampler = None
         if num_queries:
             self.resampler = PerceiverResampler(
@@ -91,17 +106,22 @@ class Conditioner(nn.Module):
         """Precision of the weights."""
         return next(self.parameters()).dtype
 
-    def forward(self, tokens, token_mask=None):
+    def forward(self, tokens, token_mask=None, positions=None):
         """
         Args:
             tokens (`torch.Tensor`): Visual tokens, shape `(batch, tokens, input_dim)`.
             token_mask (`torch.Tensor`, *optional*): True where a token counts, shape `(batch, tokens)`. Pictures of
                 one batch may have different numbers of tokens only where there is a resampler.
 
+            positions (`torch.Tensor`, *optional*): Row and column of each token as fractions of its picture,
+                `(batch, tokens, 2)`; read where the conditioner was made with `positions`.
+
         Returns:
             `torch.Tensor`: Context, shape `(batch, queries, context_dim)`.
         """
         tokens = tokens.to(self.dtype)
+        if self.positions is not None and positions is not None:
+            tokens = tokens + self.positions(fourier_features(positions).to(self.dtype))
         if self.resampler is not None:
             tokens = self.resampler(tokens, token_mask)
         elif token_mask is not None and not token_mask.all():
@@ -117,9 +137,9 @@ class Conditioner(nn.Module):
         """Returns what modulates the denoiser, made of the tokens' mean, `(batch, vector_dim)`; or None."""
         return None if self.vector_head is None else self.vector_head(tokens.to(self.dtype).mean(dim=1))
 
-    def looking(self, unet, maps):
+    def attached_to(self, unet, maps):
         """
-        Returns a context in which `unet` looks at the pictures' maps; without a synchroniser it does nothing.
+        Returns a context in which `unet` reads the pictures' maps; without a synchroniser it does nothing.
 
         Args:
             unet (`UNet2DConditionModel`): The denoiser's network.

@@ -1,13 +1,35 @@
-"""Which of a picture's visual tokens the generator is shown."""
+"""What of a picture's visual tokens the denoiser is shown."""
 
 import math
+from contextlib import nullcontext
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from ..vision.grids import positioned_maps
+from ..vision.views import View
 
 
-def condition_tokens(views, condition, num_patches=None, generator=None):
+def condition_of(views: list[View], config, conditioner, generator=None):
+    """
+    Makes the denoiser's context of views.
+
+    Args:
+        views (`list[View]`): Images may differ in their number of tokens.
+        config (`FeedbackConfig`): Which tokens.
+        conditioner (`Conditioner`): Makes the context of them.
+        generator (`torch.Generator`, *optional*): Draws patches, where a number of them is set; without gradients all
+            are shown.
+
+    Returns:
+        `tuple`: The context `(views, queries, context_dim)`, and the vector `(views, vector_dim)` or None.
+    """
+    num_patches = config.num_patches if torch.is_grad_enabled() else None
+    tokens, mask, positions = condition_tokens(views, config.condition, num_patches, generator)
+    return conditioner(tokens, mask, positions), conditioner.vector(tokens)
+
+
+def condition_tokens(views: list[View], kind: str, num_patches=None, generator=None):
     """
     Chooses the tokens that the conditioner reads.
 
@@ -18,28 +40,32 @@ def condition_tokens(views, condition, num_patches=None, generator=None):
     - `cls+patches`: the pooled vector and then patches (DIVA, https://arxiv.org/abs/2407.20171).
 
     Args:
-        views (`ImageViews`): What the tower gave.
-        condition (`str`): One of the five.
+        views (`list[View]`): What the tower gave.
+        kind (`str`): One of the five.
         num_patches (`int`, *optional*): Of `cls+patches`: so many, drawn anew for each picture; all by default.
         generator (`torch.Generator`, *optional*): Draws them.
 
     Returns:
-        `tuple`: The tokens `(images, tokens, dim)` and their mask `(images, tokens)`, None if none is padded.
+        `tuple`: The tokens `(views, tokens, dim)`, their mask `(views, tokens)`, None if none is padded, and their
+        positions `(views, tokens, 2)`, None where a view has none.
 
     Raises:
         ValueError: If the tower pools nothing, or has fewer patches than asked for.
     """
-    if condition in ("queries", "patches", "queries+dense"):
-        return views.padded_tokens()
-    if views.pooled is None:
+    if kind in ("queries", "patches", "queries+dense"):
+        tokens, mask = padded([view.tokens for view in views])
+        if any(view.positions is None for view in views):
+            return tokens, mask, None
+        return tokens, mask, padded([view.positions for view in views])[0]
+    if any(view.pooled is None for view in views):
         raise ValueError(
-            f"`condition: {condition}` asks for the tower's pooled vector, and it gives none (`pooler_output` is "
-            f"None). Set `feedback.condition` to queries or patches."
+            f"`condition: {kind}` asks for the tower's pooled vector, and it gives none (`pooler_output` is None). "
+            f"Set `feedback.condition` to queries or patches."
         )
-    pooled = views.pooled[:, None]
-    if condition == "cls":
-        return pooled, None
-    patches, mask = views.padded_tokens()
+    pooled = torch.stack([view.pooled for view in views])[:, None]
+    if kind == "cls":
+        return pooled, None, None
+    patches, mask = padded([view.tokens for view in views])
     if mask is not None or patches.shape[-1] != pooled.shape[-1]:
         raise ValueError(
             "`condition: cls+patches` needs as many tokens of each picture, as wide as the pooled vector; this model "
@@ -55,29 +81,48 @@ def condition_tokens(views, condition, num_patches=None, generator=None):
         order = torch.rand(patches.shape[:2], generator=generator, device=patches.device).argsort(dim=1)
         chosen = order[:, :num_patches, None].expand(-1, -1, patches.shape[-1])
         patches = patches.gather(1, chosen)
-    return torch.cat([pooled, patches], dim=1), None
+    return torch.cat([pooled, patches], dim=1), None, None
 
 
-def dense_maps(views):
+def padded(rows: list[torch.Tensor]):
+    """Returns rows `(length, dim)` as `(rows, longest, dim)`, and the mask `(rows, longest)` or None."""
+    lengths = [len(row) for row in rows]
+    if len(set(lengths)) == 1:
+        return torch.stack(rows), None
+    stacked = pad_sequence(rows, batch_first=True)
+    places = torch.arange(stacked.shape[1], device=stacked.device)
+    return stacked, places < torch.tensor(lengths, device=stacked.device)[:, None]
+
+
+def attached_maps(views: list[View], config, conditioner, objective):
     """
-    Returns the maps that `queries+dense` lets the generator look at while it runs, each place for itself, as DEEM's
+    Returns a context in which the denoiser's UNet sees the maps of `views`; without a synchroniser it does nothing.
+    """
+    if not config.shows_maps:
+        return nullcontext()
+    return conditioner.attached_to(objective.denoiser.model, dense_maps(views))
+
+
+def dense_maps(views: list[View]):
+    """
+    Returns the maps that `queries+dense` lets the denoiser see while it runs, each place for itself, as DEEM's
     official code does: the tower's own at several scales, or else its patches as one map.
 
     They are off by default, and no other method has them: maps of the very picture that is to be restored give the
     answer away, so that the queries need not say it.
 
     Args:
-        views (`ImageViews`): What the tower gave.
+        views (`list[View]`): What the tower gave.
 
     Returns:
-        `list[torch.Tensor]`: Maps with their positions, each `(images, dim, height, width)`.
+        `list[torch.Tensor]`: Maps with their positions, each `(views, dim, height, width)`.
 
     Raises:
         ValueError: If there are no maps and the tokens are no square grid of patches.
     """
-    if views.maps:
-        return positioned_maps(views.maps)
-    tokens, mask = views.padded_tokens()
+    if views[0].maps:
+        return positioned_maps({name: torch.stack([view.maps[name] for view in views]) for name in views[0].maps})
+    tokens, mask = padded([view.tokens for view in views])
     side = math.isqrt(tokens.shape[1])
     # Class and register tokens come first, fewer than would make the square one larger.
     if mask is not None or not side:

@@ -1,5 +1,6 @@
 """Settings of the diffusion feedback, as a recipe or a script writes them."""
 
+import math
 from dataclasses import dataclass, field
 
 from .quantization import QUANTIZATIONS
@@ -33,8 +34,6 @@ class FeedbackConfig:
             read, and `resampler_dim`, `resampler_layers` and `resampler_heads` are the small denoiser's.
         token_cells (`int`, *optional*, defaults to `2`):
             Of `llm`: side of the block of latent cells that each token restores.
-        token_grid (`list[int]`, *optional*):
-            Of `llm`: rows and columns of a picture's tokens; by default a square.
         weight (`float`, *optional*, defaults to `5.0`):
             Factor on the feedback loss (lambda of the paper). `0` computes nothing.
         weight_schedule (`str`, *optional*, defaults to `"constant"`):
@@ -48,6 +47,9 @@ class FeedbackConfig:
         loss_weighting (`str`, *optional*, defaults to `"uniform"`):
             How much the error counts at each timestep: `uniform`, `min_snr` (DDPM) or `cosmap` (flow), see
             `deem_plugin.feedback.weighting`.
+        max_views_per_image (`int`, *optional*):
+            Tiles or frames of an image that are judged in a step, drawn at random; its thumbnail is always kept, and
+            the loss is the mean over all of them in expectation. By default all are.
         draws_per_image (`int`, *optional*, defaults to `1`):
             Noises and timesteps drawn for each picture, whose errors are averaged.
         objective (`str`, *optional*, defaults to `"mse"`):
@@ -111,13 +113,13 @@ class FeedbackConfig:
     denoiser: str | None = field(default=None, metadata={"help": "Folder or hub id of the frozen generator."})
     source: str = field(default="tower", metadata={"help": f"One of {', '.join(SOURCES)}."})
     token_cells: int = field(default=2, metadata={"help": "Side of the block of latents that a token restores."})
-    token_grid: list[int] | None = field(default=None, metadata={"help": "Rows and columns of a picture's tokens."})
     weight: float = field(default=5.0, metadata={"help": "Factor on the feedback loss. 0 computes nothing."})
     weight_schedule: str = field(default="constant", metadata={"help": f"One of {', '.join(WEIGHT_SCHEDULES)}."})
     warmup_steps: int = field(default=0, metadata={"help": "Length of the linear ramp, in optimizer steps."})
     every: int = field(default=1, metadata={"help": "Compute the feedback at every k-th optimizer step only."})
     timestep_sampling: str = field(default="shrink", metadata={"help": f"One of {', '.join(TIMESTEP_SAMPLINGS)}."})
     loss_weighting: str = field(default="uniform", metadata={"help": f"One of {', '.join(LOSS_WEIGHTINGS)}."})
+    max_views_per_image: int | None = field(default=None, metadata={"help": "Tiles or frames judged of an image."})
     draws_per_image: int = field(default=1, metadata={"help": "Noises and timesteps drawn for each picture."})
     objective: str = field(default="mse", metadata={"help": f"One of {', '.join(OBJECTIVES)}."})
     num_negatives: int | None = field(default=None, metadata={"help": "Other pictures that each is held against."})
@@ -146,11 +148,18 @@ class FeedbackConfig:
     seed: int = field(default=0, metadata={"help": "Seed of the conditioner's weights and of the noise."})
 
     def __post_init__(self):
-        if self.weight < 0:
-            raise ValueError(f"`weight` must be zero or positive, got {self.weight}.")
-        if self.anchor_weight < 0:
-            raise ValueError(f"`anchor_weight` must be zero or positive, got {self.anchor_weight}.")
-        for name in ("every", "token_cells", "draws_per_image", "num_patches", "num_negatives", "image_size"):
+        for name in ("weight", "anchor_weight"):
+            if not 0 <= (given := getattr(self, name)) < math.inf:
+                raise ValueError(f"`{name}` must be a finite number, zero or positive, got {given}.")
+        for name in (
+            "every",
+            "token_cells",
+            "draws_per_image",
+            "num_patches",
+            "num_negatives",
+            "image_size",
+            "max_views_per_image",
+        ):
             if (given := getattr(self, name)) is not None and given < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {given}.")
         for name, choices in (
@@ -177,7 +186,6 @@ class FeedbackConfig:
                 f"Set the ramp's length in optimizer steps, or use `weight_schedule: constant`."
             )
         for name, owner, value in (
-            ("token_grid", "source", "llm"),
             ("num_patches", "condition", "cls+patches"),
             ("num_negatives", "objective", "contrastive"),
             ("official_defects", "objective", "contrastive"),

@@ -50,10 +50,12 @@ class ContrastiveFeedback:
         """Width of the vector that modulates the denoiser; 0 if it takes none."""
         return self.denoiser.vector_dim
 
-    def __call__(self, latents, context, *, second_view, vector=None, timesteps=None, noise=None, generator=None):
+    def __call__(
+        self, latents, context, *, second_view, vector=None, mask=None, timesteps=None, noise=None, generator=None
+    ):
         """
         Args:
-            latents, context, vector, timesteps, noise, generator: As in [`DiffusionFeedback`], one draw a picture.
+            latents, context, vector, mask, timesteps, noise, generator: As in [`DiffusionFeedback`], one draw each.
             second_view (`tuple`): Context and vector of an augmented view of each picture.
 
         Returns:
@@ -81,10 +83,14 @@ class ContrastiveFeedback:
         conditions = torch.cat([own, own + batch, others.flatten()]).to(latents.device)
         contexts = torch.cat([context, second_view[0]])[conditions]
         vectors = None if vector is None else torch.cat([vector, second_view[1]])[conditions]
-        predictions = self.denoiser(noisy_latents[rows], timesteps[rows], contexts, vectors).float().flatten(1)
+        predictions = self.denoiser(noisy_latents[rows], timesteps[rows], contexts, vectors).float()
+        if mask is not None:  # what lies in a letterbox resembles nothing
+            predictions = predictions * mask[rows]
+        predictions = predictions.flatten(1)
         anchor, positive = predictions[:batch], predictions[batch : 2 * batch]
         negatives = predictions[2 * batch :].unflatten(0, others.shape)
-        target = self._target(latents, noise, timesteps).float().flatten(1)
+        target = self._target(latents, noise, timesteps).float()
+        target = (target if mask is None else target * mask).flatten(1)
         candidates = torch.cat([positive[:, None], target[:, None], negatives], dim=1)
         similarity = F.cosine_similarity(anchor[:, None], candidates, dim=-1) / self.temperature
         return -similarity.log_softmax(dim=1)[:, :2].mean(dim=1)

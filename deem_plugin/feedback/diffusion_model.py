@@ -4,12 +4,12 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from .denoisers import DENOISERS, Denoiser, torch_dtype
 from .latent_cache import LatentCache
 from .latents import CODECS, PixelCodec, VaeCodec
 from .offload import lent
+from .pictures import fit
 from .quantization import quantization_config
 
 
@@ -19,10 +19,8 @@ class PictureEncoder:
     """
 
     def resize(self, pictures):
-        """Resizes pictures `(batch, 3, height, width)` in [0, 1] to what is restored."""
-        if pictures.shape[-2:] == self.picture_size:
-            return pictures
-        return F.interpolate(pictures, self.picture_size, mode="bicubic", antialias=True).clamp(0, 1)
+        """Resizes pictures `(batch, 3, height, width)` in [0, 1] to what is restored, see [`fit`]."""
+        return torch.cat([fit(picture, None, self.picture_size)[0] for picture in pictures])
 
     def posterior(self, pictures):
         """
@@ -47,7 +45,7 @@ class PictureEncoder:
         return self.codec.draw(*self.posterior(pictures), noise=noise, generator=generator)
 
     @contextmanager
-    def present(self, device):
+    def on_device(self, device):
         """A context in which all that the feedback needs is on `device`; here it stays there."""
         self.to(device)
         yield
@@ -63,7 +61,7 @@ class DiffusionModel(PictureEncoder):
         codec (`VaeCodec` or `PixelCodec`): Pictures in [-1, 1] to latents and back.
         latent_cache (`LatentCache`, *optional*): Where pictures are looked up in place of being encoded.
         restored_size (`int`, *optional*): Their side in pixels, where it is not that of the generator's training.
-        cpu_offload (`bool`, *optional*, defaults to `False`): Whether it is on a device only while [`present`] lasts.
+        cpu_offload (`bool`, *optional*, defaults to `False`): Whether it is on a device in [`on_device`] only.
     """
 
     denoiser: Denoiser
@@ -99,7 +97,7 @@ class DiffusionModel(PictureEncoder):
         return self
 
     @contextmanager
-    def present(self, device):
+    def on_device(self, device):
         """A context in which all that the feedback needs is on `device`, forward and backward."""
         self.to(device)
         with lent(self.modules(), device) if self.cpu_offload else nullcontext():
@@ -187,8 +185,8 @@ def load_diffusion_model(
 
 def load_autoencoder(path_or_id: str, *, weights: bool = True) -> Autoencoder:
     """
-    Loads the autoencoder alone of a generator, as [`load_diffusion_model`] does: all that feedback at the language model
-    needs of it.
+    Loads the autoencoder alone of a diffusion model, as [`load_diffusion_model`] does: all that feedback at the
+    language model needs of it.
     """
     return Autoencoder(_load_codec(path_or_id, _load_index(path_or_id), weights))
 

@@ -3,44 +3,57 @@
 import torch
 
 
-def early_gradient(loss_of, scale, *inputs):
+def early_gradient(errors_of, weights, scale, *inputs):
     """
-    Computes a loss and at once its gradient at the inputs; a later backward pass only multiplies what is kept.
+    Computes errors and at once the gradient of their weighted sum at the inputs; a later backward pass only multiplies
+    what is kept.
 
-    What a frozen network computed on the way to the loss is then free again before anything else runs, and so may be
-    the network itself. The gradient is the same as without.
+    What a frozen network computed on the way to the errors is then free again before anything else runs, and so may be
+    the network itself. The gradient is the same as without, but for rows that are not finite: these are left out.
 
     Args:
-        loss_of (`Callable`): `(*inputs) -> scalar`. Nothing else that it depends on gets a gradient.
+        errors_of (`Callable`): `(*inputs) -> (batch,)`. Nothing else that it depends on gets a gradient.
+        weights (`torch.Tensor`): Weight of each error in the sum, `(batch,)`.
         scale (`float`): The factor that the backward pass is going to bring, not 0. The gradient is taken with it, so
             that float16 does not underflow.
-        inputs (`torch.Tensor` or None): With their graph.
+        inputs (`torch.Tensor` or None): With their graph, `(batch, ...)`.
 
     Returns:
-        `torch.Tensor`: The loss, with a graph to the inputs.
+        `tuple`: The weighted sum with a graph to the inputs, the errors `(batch,)` and which of them are finite and
+        have a finite gradient, bool, `(batch,)`.
     """
-    return _EarlyGradient.apply(loss_of, scale, *inputs)
-
-
-class _EarlyGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, loss_of, scale, *inputs):
-        leaves = [None if value is None else value.detach().requires_grad_() for value in inputs]
-        with torch.enable_grad():
-            # Views: hooks on modules, such as those that count FLOPs, cannot follow leaves through `autograd.grad`.
-            loss = loss_of(*(None if leaf is None else leaf.view_as(leaf) for leaf in leaves))
-        given = [leaf for leaf in leaves if leaf is not None]
+    leaves = [None if value is None else value.detach().requires_grad_() for value in inputs]
+    with torch.enable_grad():
+        # Views: hooks on modules, such as those that count FLOPs, cannot follow leaves through `autograd.grad`.
+        errors = errors_of(*(None if leaf is None else leaf.view_as(leaf) for leaf in leaves))
+        finite = errors.isfinite()
+        total = (torch.where(finite, errors, 0.0) * weights).sum()
+    given = [leaf for leaf in leaves if leaf is not None]
+    if any(value is not None and value.requires_grad for value in inputs):
         # As in any backward pass, autocast has no say.
-        with torch.autocast(loss.device.type, enabled=False):
-            gradients = torch.autograd.grad(loss, given, torch.full_like(loss, scale))
+        with torch.autocast(total.device.type, enabled=False):
+            gradients = torch.autograd.grad(total, given, torch.full_like(total, scale))
+        for gradient in gradients:
+            finite = finite & gradient.flatten(1).isfinite().all(dim=1)
+        gradients = [torch.where(_like(finite, gradient), gradient, 0.0) for gradient in gradients]
+        total = (torch.where(finite, errors, 0.0) * weights).sum()
+        tensors = [value for value in inputs if value is not None]
+        total = _KeptGradient.apply(total.detach(), scale, gradients, *tensors)
+    return total, errors.detach(), finite
+
+
+def _like(rows, tensor):
+    return rows.view(-1, *[1] * (tensor.dim() - 1))
+
+
+class _KeptGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, total, scale, gradients, *inputs):
         ctx.scale = scale
-        ctx.places = [index for index, leaf in enumerate(leaves) if leaf is not None]
         ctx.save_for_backward(*gradients)
-        return loss.detach()
+        return total.clone()
 
     @staticmethod
     def backward(ctx, factor):
-        results = [None] * len(ctx.needs_input_grad)
-        for place, gradient in zip(ctx.places, ctx.saved_tensors, strict=True):
-            results[place + 2] = gradient * (factor / ctx.scale).to(gradient.dtype)
-        return tuple(results)
+        kept = [gradient * (factor / ctx.scale).to(gradient.dtype) for gradient in ctx.saved_tensors]
+        return None, None, None, *kept

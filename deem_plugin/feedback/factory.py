@@ -1,23 +1,120 @@
-"""From the settings of a feedback to its parts."""
+"""From the settings of a feedback and a model to the parts that compute it."""
+
+from dataclasses import dataclass
 
 import torch
+from torch import nn
 
+from ..vision.eyes import Eyes
+from ..vision.towers import find_tower
+from .anchor import Anchor
 from .conditioner import Conditioner
 from .conditions import dense_maps
+from .config import FeedbackConfig
 from .contrastive import ContrastiveFeedback
+from .denoisers import check_context_dim
 from .diffusion_feedback import DiffusionFeedback
-from .diffusion_model import load_diffusion_model
+from .diffusion_model import load_autoencoder, load_diffusion_model
+from .economy import economise
+from .hook import FeedbackHook, TowerSource
+from .latent_cache import LatentCache, fingerprint
+from .loss import FeedbackLoss
 from .prompts import prompt_states
+from .ross import DecoderSource, RossLoss
 from .synchroniser import UNET_KEYS
 from .timesteps import TIMESTEP_SAMPLERS
-from .token_denoiser import TokenDenoiser
-from .views import image_views
+from .token_denoiser import TokenBlocks, TokenDenoiser
 from .weighting import LOSS_WEIGHTINGS
 
 
-def load_judge(config, *, weights=True):
+@dataclass
+class Feedback:
     """
-    Loads the frozen generator of a feedback, in the precision and for the pictures that its settings ask for.
+    All that a feedback needs, built before anything of the model is changed.
+
+    Args:
+        conditioner (`Conditioner` or `TokenDenoiser`): What trains along, and is left behind when the model is saved.
+        hook (`FeedbackHook`): Computes the feedback.
+    """
+
+    conditioner: nn.Module
+    hook: FeedbackHook
+
+    @property
+    def diffusion_model(self):
+        """The frozen diffusion model."""
+        return self.hook.loss.diffusion_model
+
+
+def build_feedback(config, model, processor, diffusion_model, objective, conditioner_ref) -> Feedback:
+    """
+    Builds the feedback of a model. Changes nothing of it.
+
+    Args:
+        config (`FeedbackConfig`): The settings.
+        model (`nn.Module`): The VLM, or an encoder alone; not the PEFT model around it.
+        processor: Tells the normalisation of its pictures.
+        diffusion_model (`DiffusionModel`, *optional*): Loaded from `config.denoiser` by default.
+        objective (`Callable`, *optional*): What `config` names by default.
+        conditioner_ref (`Callable`): Returns the conditioner as it is in the model, which wrappers may have replaced.
+
+    Raises:
+        ValueError: If the model has no eyes that the feedback knows, its tower is frozen, or settings do not fit.
+    """
+    # The eyes first: what cannot be trained is refused before the diffusion model is loaded.
+    check_trainable(model, config)
+    eyes = Eyes.of(model, processor, config.image_mean, config.image_std)
+    if config.source == "llm":
+        return _build_ross(config, model, eyes, diffusion_model, objective, conditioner_ref)
+    if not config.conditioner_only and not eyes.read_parameters:
+        raise ValueError(
+            f"What is trainable of the vision tower ({type(eyes.tower).__name__}) does not influence the tokens that "
+            f"the language model reads: it lies behind the layer that is read. The feedback would train its "
+            f"conditioner alone. Train earlier layers too, or set `conditioner_only`."
+        )
+    if diffusion_model is None:
+        diffusion_model = load_configured(config)
+    if config.latent_cache is not None:
+        diffusion_model.latent_cache = LatentCache(config.latent_cache, fingerprint(diffusion_model))
+    if objective is None:
+        objective = make_objective(config, diffusion_model.denoiser)
+    conditioner = make_conditioner(config, eyes, objective)
+    check_context_dim(conditioner.arguments["context_dim"], objective)
+    loss = FeedbackLoss(diffusion_model, objective, config, eyes)
+    if config.cpu_offload and not loss.is_frozen:
+        raise ValueError(
+            f"`cpu_offload` needs an objective whose `denoiser` is frozen, so that its gradient can be taken before "
+            f"the weights leave, and a {type(objective).__name__} has none. Leave `cpu_offload` out."
+        )
+    economise(diffusion_model, config)
+    hook = FeedbackHook(
+        TowerSource(eyes),
+        loss,
+        conditioner_ref,
+        in_eval=config.in_eval,
+        checks=not config.conditioner_only,
+        anchor=Anchor(eyes.tower) if config.anchor_weight else None,
+        anchor_weight=config.anchor_weight,
+    )
+    return Feedback(conditioner, hook)
+
+
+def _build_ross(config, model, eyes, autoencoder, objective, conditioner_ref) -> Feedback:
+    if autoencoder is None:
+        autoencoder = load_autoencoder(config.denoiser)
+    decoder = model.get_decoder()
+    width = model.config.get_text_config().hidden_size
+    denoiser = make_token_denoiser(config, decoder, width, autoencoder.codec.channels)
+    if objective is None:
+        blocks = TokenBlocks(conditioner_ref, width, config.token_cells)
+        objective = make_objective(config, blocks)
+    loss = RossLoss(autoencoder, objective, config.token_cells)
+    return Feedback(denoiser, FeedbackHook(DecoderSource(eyes, decoder), loss, conditioner_ref, config.in_eval))
+
+
+def load_configured(config, *, weights=True):
+    """
+    Loads the frozen diffusion model of a feedback, in the precision and for the pictures that its settings ask for.
 
     Args:
         config (`FeedbackConfig`): The settings.
@@ -32,26 +129,40 @@ def load_judge(config, *, weights=True):
     )
 
 
+def check_trainable(model, config):
+    """Raises a `ValueError` if the vision tower that a feedback is to train is frozen."""
+    if config.source == "llm" or config.conditioner_only:
+        return
+    tower = find_tower(model)
+    if not any(parameter.requires_grad for parameter in tower.parameters()):
+        raise ValueError(
+            f"The vision tower ({type(tower).__name__}) is frozen: all its parameters have requires_grad=False, so "
+            f"that there is nothing to feed back to. Unfreeze it (`tower.requires_grad_(True)`; no `freeze` pattern "
+            f"on it in a recipe; ms-swift: `--freeze_vit false`; LLaMA-Factory: `freeze_vision_tower: false`), put "
+            f"LoRA on it (axolotl: LoRA targets that include the tower), or leave the feedback out. To train the "
+            f"conditioner alone, set `conditioner_only`."
+        )
+
+
 def make_objective(config, denoiser):
-    """Returns the feedback that `config.objective` names, on a denoiser."""
+    """Returns the objective that `config.objective` names, on a denoiser."""
     sampler = TIMESTEP_SAMPLERS[config.timestep_sampling]
     if config.objective == "contrastive":
         return ContrastiveFeedback(denoiser, sampler, config.num_negatives, official_defects=config.official_defects)
     return DiffusionFeedback(denoiser, sampler, config.draws_per_image, LOSS_WEIGHTINGS[config.loss_weighting])
 
 
-def make_conditioner(config, tower, reading, scorer):
+def make_conditioner(config: FeedbackConfig, eyes: Eyes, scorer) -> Conditioner:
     """
     Makes a conditioner, drawn from `config.seed`; the global random numbers stay as they are.
 
     Args:
         config (`FeedbackConfig`): The settings.
-        tower (`nn.Module`): The vision tower, whose device and dtype it gets.
-        reading (`TokenReading`): Which of the tower's outputs it reads.
-        scorer: A feedback or a denoiser: its `context_dim` and, where it has one, `vector_dim`.
+        eyes (`Eyes`): Of the model, whose tower's device and dtype it gets.
+        scorer: An objective or a denoiser: its `context_dim` and, where it has one, `vector_dim`.
     """
     # A tower that resamples already gives the very queries that the language model reads.
-    resampled = getattr(tower.config, "num_queries", 0) > 0
+    resampled = getattr(eyes.tower.config, "num_queries", 0) > 0
     pooled_only = config.condition == "cls"
     prompt = None
     if config.prompt is not None:
@@ -63,26 +174,28 @@ def make_conditioner(config, tower, reading, scorer):
             "resampler_dim": config.resampler_dim,
             "resampler_layers": config.resampler_layers,
             "resampler_heads": config.resampler_heads,
+            "positions": eyes.layout.needs_positions,
         }
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        # The CPU's generator alone: `torch.manual_seed` would seed every GPU, too.
+        torch.random.default_generator.manual_seed(config.seed)
         conditioner = Conditioner(
-            tower.config.hidden_size * (1 if pooled_only else max(1, len(reading.layers))),
+            (eyes.pooled_width or eyes.width) if pooled_only else eyes.width,
             scorer.context_dim,
             **resampler,
             mlp=pooled_only,
             vector_dim=getattr(scorer, "vector_dim", 0) if pooled_only else 0,
             prompt_tokens=0 if prompt is None else len(prompt),
-            synchroniser=_synchroniser(tower, reading, scorer) if config.shows_maps else None,
+            synchroniser=_synchroniser(eyes, scorer) if config.shows_maps else None,
         )
     if prompt is not None:
         conditioner.prompt_states.copy_(prompt)
-    return _placed_like(conditioner, tower)
+    return _placed_like(conditioner, eyes.tower)
 
 
-def make_token_denoiser(config, decoder, width, channels):
+def make_token_denoiser(config: FeedbackConfig, decoder, width, channels) -> TokenDenoiser:
     """
-    Makes the denoiser of `source: llm`, drawn from `config.seed`; the global random numbers stay as they are.
+    Makes ROSS's denoiser, drawn from `config.seed`; the global random numbers stay as they are.
 
     Args:
         config (`FeedbackConfig`): The settings.
@@ -91,7 +204,7 @@ def make_token_denoiser(config, decoder, width, channels):
         channels (`int`): Of the latents.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.random.default_generator.manual_seed(config.seed)
         denoiser = TokenDenoiser(
             width,
             channels * config.token_cells**2,
@@ -102,19 +215,18 @@ def make_token_denoiser(config, decoder, width, channels):
     return _placed_like(denoiser, decoder)
 
 
-def _synchroniser(tower, reading, scorer):
+def _synchroniser(eyes, scorer):
     """Returns the arguments of the synchroniser between the tower's maps and the denoiser's UNet."""
     unet = getattr(scorer, "denoiser", scorer).model
     if any(name not in unet.config for name in UNET_KEYS):
         raise ValueError(
-            f"`condition: queries+dense` lets the UNet of a Stable Diffusion look at the tower's maps, and this "
-            f"generator is a {type(unet).__name__}. Set `feedback.condition` to queries, or choose another generator."
+            f"`condition: queries+dense` lets the UNet of a Stable Diffusion read the tower's maps, and this denoiser "
+            f"is a {type(unet).__name__}. Set `feedback.condition` to queries, or choose another one."
         )
-    size, parameter = tower.config.image_size, next(tower.parameters())
-    blank = {"pixel_values": torch.zeros(1, 3, size, size, dtype=parameter.dtype, device=parameter.device)}
+    size = eyes.tower.config.image_size
+    height, width = size if isinstance(size, list | tuple) else (size, size)
     with torch.no_grad():
-        views = image_views(blank, tower(**blank, output_hidden_states=bool(reading.layers)), reading)
-    maps = dense_maps(views)
+        maps = dense_maps(eyes.look([torch.zeros(3, height, width, device=next(eyes.tower.parameters()).device)]))
     shape = {name: unet.config[name] for name in UNET_KEYS}
     return {
         # As JSON gives it back.

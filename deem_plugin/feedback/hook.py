@@ -1,213 +1,190 @@
-"""A forward hook on a vision tower that computes the diffusion feedback and sends its gradient back."""
-
-from contextlib import nullcontext
+"""A forward hook that computes the diffusion feedback of a call and sends its gradient back."""
 
 import torch
 
-from .conditions import condition_tokens, dense_maps
-from .denoisers import Denoiser
-from .early_gradient import early_gradient
 from .injection import Injection
-from .objectives import normalize, unnormalize
-from .second_view import augment, augment_as_published
-from .views import call_arguments, image_views
+from .state import StepState, Sums
+
+# How far an un-normalised picture may lie outside [0, 1], and how much of it, before its statistics must be wrong.
+RANGE_MARGIN = 0.05
+RANGE_SHARE = 0.01
 
 
-class RunningMean:
-    """A mean that stays on the device until it is asked for, so that logging costs no synchronisation a step."""
+class TowerSource:
+    """
+    Where the feedback is read and injected: at the output of the vision tower.
 
-    def __init__(self):
-        self.total = None
-        self.count = 0
+    Args:
+        eyes (`Eyes`): Of the model.
+    """
 
-    def add(self, value):
-        """Adds a scalar tensor."""
-        value = value.detach().double()
-        self.total = value if self.total is None else self.total + value
-        self.count += 1
+    def __init__(self, eyes):
+        self.eyes = eyes
+        self.module = eyes.tower
+        self.inject = eyes.inject
 
-    def take(self, device):
-        """Returns the mean over all ranks since the last call, as a float, and starts anew; None without a value."""
-        total = torch.zeros((), dtype=torch.float64, device=device) if self.total is None else self.total.to(device)
-        sums = torch.stack([total, torch.tensor(self.count, dtype=torch.float64, device=device)])
-        self.total, self.count = None, 0
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(sums)
-        total, count = sums.tolist()
-        return total / count if count else None
+    def views(self, args, kwargs, output, state: StepState):
+        """Returns the views of a call of the tower."""
+        return self.eyes.views(self.eyes.call_arguments(args, kwargs), output, state.model_inputs)
+
+    def register(self, hook):
+        """Returns handles of further hooks: none."""
+        return []
+
+    def check(self, views):
+        """
+        Checks the first views of a training.
+
+        Raises:
+            RuntimeError: If nothing that the tokens depend on trains.
+            ValueError: If the pictures, un-normalised, do not lie in [0, 1].
+        """
+        parameters = dict(self.eyes.tower.named_parameters())
+        reached = [name for name in self.eyes.read_parameters if name in parameters]
+        if not any(parameters[name].requires_grad for name in reached):
+            raise RuntimeError(
+                f"No trainable parameter of the vision tower ({type(self.eyes.tower).__name__}) influences the tokens "
+                f"that the language model reads: it was frozen after the feedback was attached, or what trains lies "
+                f"behind the layer that is read. The feedback would train its conditioner alone. Unfreeze the tower "
+                f"or put LoRA on its earlier layers; to train the conditioner alone, set `conditioner_only`."
+            )
+        check_range(views)
+
+
+def check_range(views):
+    """Raises a `ValueError` if the pictures of views do not lie in [0, 1]."""
+    values = torch.cat([view.picture.flatten() for view in views])
+    outside = ((values < -RANGE_MARGIN) | (values > 1 + RANGE_MARGIN)).float().mean().item()
+    if outside > RANGE_SHARE:
+        raise ValueError(
+            f"{outside:.0%} of the values of the pictures lie outside [0, 1] once their normalisation is undone (from "
+            f"{values.min().item():.2f} to {values.max().item():.2f}): `pixel_values` were made with another mean and "
+            f"standard deviation. Give the callback the processor that makes them, or set `image_mean` and "
+            f"`image_std` of the FeedbackConfig."
+        )
 
 
 class FeedbackHook:
     """
-    Computes the feedback inside the tower's own forward, where autocast, checkpointing and sharding are already right.
+    Computes the feedback inside the model's own forward, where autocast, checkpointing and sharding are already right.
 
     The tower runs once and serves the language model and the denoiser alike. The gradient of the feedback enters the
     backward pass at the tokens that the language model reads (see [`Injection`]).
 
     Args:
-        conditioner (`Callable`): Returns the [`Conditioner`]; asked at each call, since wrappers may replace it.
-        feedback (`Callable`): `(latents, context, *, generator) -> (batch,)`, a [`DiffusionFeedback`].
-        generator (`DiffusionModel`): Encodes pictures to latents.
-        reading (`TokenReading`): Which of the tower's outputs the VLM reads.
-        mean, std (`Sequence[float]`): Normalisation of `pixel_values`.
-        config (`FeedbackConfig`): Which tokens the generator is shown, and whether evaluation shows them too.
+        source (`TowerSource` or `DecoderSource`): Where views come from.
+        loss (`FeedbackLoss` or `RossLoss`): `(views, conditioner, generator, *, scale, targets) -> ImageLosses`.
+        conditioner (`Callable`): Returns the conditioner; asked at each call, since wrappers may replace it.
+        in_eval (`bool`): Whether evaluation computes it too.
+        checks (`bool`): Whether the first views of a training are checked.
         anchor (`Anchor`, *optional*): What the tower should not move away from.
+        anchor_weight (`float`): Factor on the distance to it.
     """
 
-    def __init__(self, conditioner, feedback, generator, reading, mean, std, config, anchor=None):
+    def __init__(self, source, loss, conditioner, in_eval=False, checks=True, anchor=None, anchor_weight=0.0):
+        self.source = source
+        self.loss = loss
         self.conditioner = conditioner
-        self.feedback = feedback
-        self.generator = generator
-        self.reading = reading
-        self.mean, self.std = mean, std
-        self.config = config
+        self.in_eval = in_eval
+        self.checks = checks
         self.anchor = anchor
-        # What the training loop sets before each step.
-        self.scale = 0.0
-        self.seed = 0
-        # `target_pixel_values` of the batch, put here before the model runs and taken by the next call of the tower.
-        self.target_pixel_values = None
-        self.train_loss, self.eval_loss, self.anchor_loss = RunningMean(), RunningMean(), RunningMean()
-        self.pending: list[Injection] = []
+        self.anchor_weight = anchor_weight
+        # Set by trainings that own their loop: the loss is put into the output and not injected.
+        self.returns_loss = False
+        self.reset()
 
-    def per_image_loss(self, views, look_again=None):
-        """
-        Returns the feedback of each image of `views`, `(images,)`, with fresh noise.
+    def reset(self):
+        """Forgets all that an earlier training, however it ended, has left."""
+        self.state, self.eval_state = StepState(), StepState()
+        self.sums, self.eval_sums = Sums(), Sums()
+        self.views = self.nonfinite = 0.0  # of the whole training
 
-        Args:
-            views (`ImageViews`): What the tower gave.
-            look_again (`Callable`, *optional*): `(pixel_values) -> ImageViews`: the tower on other pictures.
-        """
-        judge, conditions = self._judge(views, look_again)
-        return judge(*conditions)
+    def register(self, model):
+        """Puts hooks on the model and on the module that is read; returns their handles."""
+        return [
+            # First among the hooks, so that it runs before FSDP reshards the tower.
+            self.source.module.register_forward_hook(self, prepend=True, with_kwargs=True),
+            model.register_forward_pre_hook(self._begin_call, with_kwargs=True),
+            model.register_forward_hook(self._end_call),
+            *self.source.register(self),
+        ]
 
-    def _judge(self, views, look_again):
-        """Returns the feedback of each image as a function of its conditions, and the conditions."""
-        device = views.tokens[0].device
-        rng = torch.Generator(device=device).manual_seed(self.seed)
-        self.seed += 1  # another micro-batch, other noise
-        latents = self._latents(views, rng)
-        conditions = self._condition(views, rng)
-        if getattr(self.feedback, "second_view", False):
-            conditions += self._condition(look_again(self._augmented(views, rng)), rng)
-
-        looking = nullcontext()
-        if self.config.shows_maps:
-            looking = self.conditioner().looking(self.generator.denoiser.model, dense_maps(views))
-
-        def judge(context, vector, *second_view):
-            extra = {} if vector is None else {"vector": vector}
-            if second_view:
-                extra["second_view"] = second_view
-            with looking:
-                return self.feedback(latents, context, generator=rng, **extra)
-
-        return judge, conditions
-
-    def _training_loss(self, views, look_again):
-        """Returns the mean over the images; nothing but its gradient at the conditions is kept of a frozen network."""
-        judge, conditions = self._judge(views, look_again)
-        if not self.judge_is_frozen:
-            return judge(*conditions).mean()
-        return early_gradient(lambda *values: judge(*values).mean(), self.scale, *conditions)
-
-    @property
-    def judge_is_frozen(self) -> bool:
-        """Whether the conditions are all that the feedback has a gradient for."""
-        # A synchroniser, which shows the denoiser maps, trains within it.
-        return isinstance(getattr(self.feedback, "denoiser", None), Denoiser) and not self.config.shows_maps
-
-    @torch.no_grad()
-    def _latents(self, views, rng):
-        """Returns the latents of what the generator must restore."""
-        return self.generator.to(views.tokens[0].device).encode(self._pictures(views), generator=rng)
-
-    def _views(self, inputs, output):
-        """Returns tokens and picture of each image of a call; None where there is none."""
-        return image_views(inputs, output, self.reading)
-
-    def _condition(self, views, rng):
-        """Returns context and vector of the images."""
-        # A sample of the patches is the training's; evaluation sees them all.
-        num_patches = self.config.num_patches if torch.is_grad_enabled() else None
-        tokens, mask = condition_tokens(views, self.config.condition, num_patches, rng)
-        conditioner = self.conditioner()
-        return conditioner(tokens, mask), conditioner.vector(tokens)
-
-    def _augmented(self, views, rng):
-        """Returns `pixel_values` of an augmented view of each image."""
-        pixel_values = torch.stack(views.pictures)
-        if self.config.official_defects:
-            return augment_as_published(pixel_values, rng)
-        pictures = augment(unnormalize(pixel_values, self.mean, self.std), rng)
-        return normalize(pictures, self.mean, self.std).to(pixel_values.dtype)
-
-    def _pictures(self, views):
-        """Returns what the generator must restore, `(images, 3, height, width)` in [0, 1]."""
-        if self.target_pixel_values is not None:
-            targets, self.target_pixel_values = self.target_pixel_values, None
-            if len(targets) != len(views.tokens):
-                raise ValueError(
-                    f"The batch holds {len(targets)} `target_pixel_values` for {len(views.tokens)} pictures; "
-                    f"expected one target a picture, in [-1, 1]."
-                )
-            return targets.to(views.tokens[0].device).float().clamp(-1, 1) / 2 + 0.5
-        if len({picture.shape for picture in views.pictures}) == 1:
-            return unnormalize(torch.stack(views.pictures), self.mean, self.std)
-        return torch.cat(
-            [self.generator.resize(unnormalize(picture[None], self.mean, self.std)) for picture in views.pictures]
+    def _begin_call(self, module, args, kwargs):
+        """Takes `target_pixel_values` out of the batch before the model, which does not know them, sees it."""
+        kwargs = dict(kwargs)
+        # Set on every call, so that one batch's targets never serve another.
+        self.state.target_pixel_values = kwargs.pop("target_pixel_values", None)
+        self.state.model_inputs = kwargs
+        self.state.awaits_tower = any(
+            name.startswith("pixel_values") and value is not None for name, value in kwargs.items()
         )
+        return args, kwargs
+
+    def _end_call(self, module, args, output):
+        if self.state.awaits_tower and torch.is_grad_enabled() and self.state.scale:
+            self.sums.add(unseen=1)
+        self.state.awaits_tower, self.state.model_inputs, self.state.target_pixel_values = False, {}, None
 
     @torch.compiler.disable
-    def __call__(self, tower, args, kwargs, output):
-        """Is called by torch after the tower's forward; returns the output with wrapped tokens."""
-        training = torch.is_grad_enabled()
-        if training and self.scale == 0.0:
+    def __call__(self, module, args, kwargs, output):
+        """Is called by torch after the module's forward; returns the output with wrapped tokens."""
+        state, training = self.state, torch.is_grad_enabled()
+        state.awaits_tower = False
+        if training and state.scale == 0.0:
             return output
         # TRL also runs training batches without gradients, for its metrics: they are no evaluation.
-        if not training and (tower.training or not self.config.in_eval):
+        # Nor is `generate`, which has no labels.
+        evaluates = self.in_eval and (state.model_inputs.get("labels") is not None or self.returns_loss)
+        if not training and (module.training or not evaluates):
             return output
-
-        inputs = call_arguments(tower, args, kwargs)
-        views = self._views(inputs, output)
-        if views is None:
+        targets, state.target_pixel_values = state.target_pixel_values, None
+        views = self.source.views(args, kwargs, output, state)
+        if not views:
             return output
-
-        def look_again(pixel_values):
-            again = {**inputs, "pixel_values": pixel_values}
-            # `forward`, not a call: this hook is not to be run for it.
-            return self._views(again, tower.forward(**again))
-
-        with self.generator.present(views.tokens[0].device):
-            if not training:
-                self.eval_loss.add(self.per_image_loss(views, look_again).mean())
-                return output
-            loss = self._training_loss(views, look_again)
-        self.train_loss.add(loss)
-        if self.anchor is not None:
-            distance = self.anchor.distance(views, inputs, self._views).mean()
-            self.anchor_loss.add(distance)
-            loss = loss + self.config.anchor_weight * distance
-        injection = Injection(loss, self.scale)
-        self.pending.append(injection)
-        # The VLM reads one of these; whichever its backward pass reaches first carries the gradient.
-        if output.hidden_states is not None:
-            layers = {layer % len(output.hidden_states) for layer in self.reading.layers}
-            output["hidden_states"] = tuple(
-                injection.through(state) if index in layers else state
-                for index, state in enumerate(output.hidden_states)
+        if training and self.checks:
+            self.source.check(views)
+            self.checks = False
+        device = views[0].tokens.device
+        targets = None if targets is None else targets.to(device).float().clamp(-1, 1) / 2 + 0.5
+        with self.loss.diffusion_model.on_device(device):
+            losses = self.loss(
+                views,
+                self.conditioner(),
+                (state if training else self.eval_state).generator(device),
+                scale=state.scale if training else 1.0,
+                targets=targets,
             )
-        output["last_hidden_state"] = injection.through(output.last_hidden_state)
-        return output
+        if not training:
+            self.eval_sums.add(loss=losses.per_image.sum(), images=losses.counted.sum())
+            return output
+        self.sums.add(
+            loss=losses.per_image.sum(),
+            images=losses.counted.sum(),
+            views=len(views),
+            nonfinite=losses.nonfinite,
+            blank=losses.blank,
+        )
+        total = losses.total
+        if self.anchor is not None:
+            distance = self.anchor.distance(views, args, kwargs, self.source, state)
+            self.sums.add(anchor=distance)
+            total = total + self.anchor_weight * distance
+        if self.returns_loss:
+            output["feedback_loss"] = total * state.scale
+            return output
+        injection = Injection(total, state.scale)
+        state.pending.append(injection)
+        # The language model reads one of these; whichever its backward pass reaches first carries the gradient.
+        return self.source.inject(output, injection.through)
 
     def check_injected(self):
         """Raises a `RuntimeError` if feedback was computed whose gradient never entered a backward pass."""
-        lost = sum(not injection.fired for injection in self.pending)
-        count = len(self.pending)
-        self.pending.clear()
+        lost = sum(not injection.fired for injection in self.state.pending)
+        count = len(self.state.pending)
+        self.state.pending.clear()
         if lost:
             raise RuntimeError(
-                f"The gradient of {lost} of {count} feedback losses never reached the vision tower: the loss did not "
-                f"depend on the tokens that `vision_feature_layer` names ({self.reading.layers or 'the last layer'}). "
-                f"Set the model's `vision_feature_layer` to the layer that it really reads."
+                f"The gradient of {lost} of {count} feedback losses never reached the vision tower: the loss of the "
+                f"step did not depend on the tokens of its {type(self.source.module).__name__}, although the language "
+                f"model reads them. Is a part of the batch left out of the loss, or its gradient taken by hand?"
             )

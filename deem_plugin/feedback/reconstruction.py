@@ -4,39 +4,13 @@ from pathlib import Path
 
 import torch
 
+from ..vision.eyes import Eyes, process_image
 from .checkpoint import load_conditioner
-from .conditions import condition_tokens, dense_maps
+from .conditions import attached_maps, condition_of
+from .config import FeedbackConfig
 from .diffusion_model import load_diffusion_model
-from .objectives import unnormalize
 from .painting import paint
-from .views import TokenReading, image_views
-
-
-@torch.no_grad()
-def picture_condition(model, conditioner, pixel_values, condition="queries"):
-    """
-    Returns the condition that a VLM's tower and a conditioner make of pictures.
-
-    Args:
-        model (`PreTrainedModel`): The VLM.
-        conditioner (`Conditioner`): As trained beside it.
-        pixel_values (`torch.Tensor`): Shape `(batch, 3, height, width)`, normalised by the VLM's processor.
-        condition (`str`, *optional*, defaults to `"queries"`): What it was trained to show, see `FeedbackConfig`.
-
-    Returns:
-        `tuple`: The context `(batch, queries, context_dim)`, the vector `(batch, vector_dim)` or None, and the maps
-        that the generator looks at, or None.
-    """
-    from ..vision.hosts import find_tower
-
-    reading = TokenReading.of(model.config)
-    tower = find_tower(model)
-    inputs = {"pixel_values": pixel_values.to(tower.dtype)}
-    output = tower(**inputs, output_hidden_states=bool(reading.layers))
-    views = image_views(inputs, output, reading)
-    tokens, mask = condition_tokens(views, condition)
-    maps = dense_maps(views) if conditioner.synchroniser is not None else None
-    return conditioner(tokens, mask), conditioner.vector(tokens), maps
+from .pictures import fit
 
 
 def reconstruct_files(checkpoint, image_files, out, denoiser=None, steps=50):
@@ -65,15 +39,23 @@ def reconstruct_files(checkpoint, image_files, out, denoiser=None, steps=50):
             f"The feedback of {checkpoint} hung at the language model (`source: llm`), and a generator paints from a "
             f"tower's tokens. Give a checkpoint that was trained with `source: tower`."
         )
-    generator = load_diffusion_model(denoiser or settings["denoiser"], settings["dtype"])
+    diffusion_model = load_diffusion_model(denoiser or settings["denoiser"], settings["dtype"])
     model = AutoModelForImageTextToText.from_pretrained(checkpoint).eval()
     image_processor = AutoProcessor.from_pretrained(checkpoint).image_processor
-    images = [Image.open(file).convert("RGB") for file in image_files]
-    pixel_values = image_processor(images, return_tensors="pt")["pixel_values"]
-
-    context, vector, maps = picture_condition(model, conditioner, pixel_values, settings["condition"])
-    with conditioner.looking(generator.denoiser.model, maps):
-        painted = paint(generator, context, vector=vector, steps=steps, rng=torch.Generator().manual_seed(0))
-    seen = generator.resize(unnormalize(pixel_values, image_processor.image_mean, image_processor.image_std))
+    eyes, config = Eyes.of(model, image_processor), FeedbackConfig(**settings)
+    views = []
+    for file in image_files:
+        views.append(_whole(eyes.show(model, process_image(image_processor, Image.open(file).convert("RGB")))))
+    with torch.no_grad():
+        context, vector = condition_of(views, config, conditioner)
+        with attached_maps(views, config, conditioner, diffusion_model):
+            painted = paint(diffusion_model, context, vector=vector, steps=steps, rng=torch.Generator().manual_seed(0))
+    seen = torch.cat([fit(view.picture.clamp(0, 1), None, diffusion_model.picture_size)[0] for view in views])
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    save_image(torch.cat([seen, painted]), out, nrow=len(images), padding=1, pad_value=1.0)
+    save_image(torch.cat([seen, painted]), out, nrow=len(views), padding=1, pad_value=1.0)
+
+
+def _whole(views):
+    """Returns the view that shows most of an image: its thumbnail where it was cut into tiles."""
+    thumbnails = [view for view in views if view.kind == "thumbnail"]
+    return (thumbnails or views)[0]

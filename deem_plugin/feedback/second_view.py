@@ -1,6 +1,31 @@
 """An augmented view of a picture, for objectives that compare two."""
 
+from dataclasses import replace
+
 import torch
+
+
+def augmented_views(views, eyes, objective, generator):
+    """
+    Shows an augmented version of each view's picture to the tower.
+
+    Args:
+        views (`list[View]`): Of a call.
+        eyes (`Eyes`): Show pictures to the tower.
+        objective: With `official_defects` pictures are augmented as in DCR's published code.
+        generator (`torch.Generator`): Seeds the augmentation.
+
+    Returns:
+        `list[View]`: One for each, in the same order.
+    """
+    pictures = [view.picture for view in views]
+    if objective.official_defects:
+        normalized = [augment_as_published(eyes.normalize(picture)[None], generator)[0] for picture in pictures]
+        pictures = [eyes.unnormalize(picture) for picture in normalized]
+    else:
+        pictures = [augment(picture.clamp(0, 1)[None], generator)[0] for picture in pictures]
+    again = eyes.look(pictures)
+    return [replace(new, image=view.image, weight=view.weight) for new, view in zip(again, views, strict=True)]
 
 
 def augment(pictures, generator):
@@ -11,7 +36,7 @@ def augment(pictures, generator):
 
     Args:
         pictures (`torch.Tensor`): Shape `(images, 3, height, width)` in [0, 1].
-        generator (`torch.Generator`): Seeds the augmentation; torch's global generator is given back as it was.
+        generator (`torch.Generator`): Seeds the augmentation; torch's global generators are left as they were.
 
     Returns:
         `torch.Tensor`: As the input.
@@ -44,5 +69,6 @@ def _apply(pictures, generator, flips):
     transform = v2.Compose(steps)
     seed = torch.randint(2**31, (), generator=generator, device=generator.device).item()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        # The CPU's generator alone: `torch.manual_seed` would seed every GPU, too.
+        torch.random.default_generator.manual_seed(seed)
         return torch.stack([transform(picture) for picture in pictures])

@@ -1,7 +1,5 @@
 """ROSS's denoiser: it restores a picture's latents token by token from what a language model says of each token."""
 
-import math
-
 import torch
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
@@ -104,38 +102,19 @@ class TokenBlocks:
         network (`Callable`): Returns the [`TokenDenoiser`]; asked at each call, since wrappers may replace it.
         context_dim (`int`): Width of the language model's hidden states.
         cells (`int`): Latent cells of a token along each side.
-        grid (`tuple[int, int]`, *optional*): Rows and columns of a picture's tokens; by default a square.
     """
 
     vector_dim = 0
 
-    def __init__(self, network, context_dim, cells=2, grid=None):
+    def __init__(self, network, context_dim, cells=2):
         from diffusers import DDPMScheduler
 
         self.network = network
         self.context_dim = context_dim
         self.cells = cells
-        self.grid = grid
         self.scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
         self.process = forward_process(self.scheduler)
         self.num_train_timesteps = self.scheduler.config.num_train_timesteps
-
-    def grid_of(self, count):
-        """
-        Returns rows and columns of a picture of `count` tokens.
-
-        Raises:
-            ValueError: If they make no such grid.
-        """
-        side = math.isqrt(count)
-        rows, columns = self.grid or (side, side)
-        if rows * columns != count:
-            raise ValueError(
-                f"The language model reads {count} tokens a picture, which are no {rows} x {columns} grid. "
-                f"`source: llm` asks each token for its own block of the picture: set `feedback.token_grid` to rows "
-                f"and columns, or use a tower without a class token and without separators."
-            )
-        return rows, columns
 
     def noise(self, latents, noise, timesteps):
         """Adds noise to clean latents `(batch, channels, height, width)`."""
@@ -147,8 +126,8 @@ class TokenBlocks:
 
     def __call__(self, noisy_latents, timesteps, context, vector=None):
         """Predicts the noise in latents `(batch, channels, rows * cells, columns * cells)`."""
-        rows, columns = self.grid_of(context.shape[1])
         side = self.cells
+        rows, columns = (length // side for length in noisy_latents.shape[-2:])
         blocks = noisy_latents.unflatten(3, (columns, side)).unflatten(2, (rows, side))  # b c rows side columns side
         shape = blocks.permute(0, 2, 4, 1, 3, 5).shape
         tokens = blocks.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)

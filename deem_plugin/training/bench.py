@@ -107,7 +107,7 @@ def step(setting: Setting) -> tuple[dict[str, float], float, torch.Tensor]:
 
     generator, draws = setting.generator, setting.draws
     mark()
-    with generator.present(device):
+    with generator.on_device(device):
         posterior = setting.posterior or generator.posterior(setting.pictures)
         latents = generator.codec.draw(*posterior, noise=draws["latent_noise"])
         mark()

@@ -122,6 +122,6 @@ def make_setting(config: str, device: torch.device, folder: Path, option: Option
             },
         )
     if option.cached:
-        with generator.present(device):
+        with generator.on_device(device):
             setting.posterior = generator.posterior(setting.pictures)
     return setting

@@ -52,10 +52,9 @@ def cache_latents(recipe: Recipe, batch_size: int = 16, generator=None) -> Count
     """
     from tqdm import tqdm
 
-    from deem_plugin.feedback.callback import normalization
-    from deem_plugin.feedback.factory import load_judge
+    from deem_plugin.feedback.factory import load_configured
     from deem_plugin.feedback.latent_cache import LatentCache, LatentWriter, fingerprint, picture_keys
-    from deem_plugin.feedback.objectives import unnormalize
+    from deem_plugin.vision.eyes import Eyes
 
     config, args = recipe.feedback, recipe.training
     if config is None or config.latent_cache is None:
@@ -63,10 +62,11 @@ def cache_latents(recipe: Recipe, batch_size: int = 16, generator=None) -> Count
             f"The recipe {recipe.name!r} names no cache to fill. Give it the section `feedback` with a `denoiser`, "
             f"and add `feedback.latent_cache=FOLDER`."
         )
-    dataset, collator, processor = _data(recipe)
-    mean, std = normalization(config, processor)
+    dataset, collator, model, processor = _data(recipe)
+    eyes = Eyes.of(model, processor, config.image_mean, config.image_std)
+    model.to(args.device)
     # The denoiser only says how large its latents are.
-    generator = load_judge(replace(config, quantization=None)) if generator is None else generator
+    generator = load_configured(replace(config, quantization=None)) if generator is None else generator
     generator.codec.to(args.device)
     expected = fingerprint(generator)
     counts, done = Counts(), set()
@@ -76,23 +76,30 @@ def cache_latents(recipe: Recipe, batch_size: int = 16, generator=None) -> Count
         for batch in tqdm(loader, desc="latents", disable=args.disable_tqdm):
             if "pixel_values" not in batch:  # texts alone
                 continue
-            pixel_values = batch["pixel_values"].flatten(0, -4)  # tiles, where a processor cuts pictures into them
-            pictures = unnormalize(_as_cast(pixel_values, args), mean, std).to(args.device)
-            keys = picture_keys(pictures)
+            pictures = [view.picture.clamp(0, 1)[None] for view in eyes.show(model, _as_cast(batch, args))]
+            keys = [key for picture in pictures for key in picture_keys(picture)]
             new = {key: index for index, key in enumerate(keys) if key not in known and key not in done}
             counts.new += len(new)
             counts.known += len({key for key in keys if key in known and key not in done})
             counts.duplicates += len(keys) - len(set(keys) - done)
             done.update(keys)
             if new:
-                means, deviations = generator.posterior(pictures[list(new.values())])
+                fitted = torch.cat([generator.resize(pictures[index]) for index in new.values()])
+                means, deviations = generator.codec.posterior(fitted * 2 - 1)
                 for place, key in enumerate(new):
-                    writer.add(key, means[place], None if deviations is None else deviations[place])
+                    deviation = None if deviations is None else deviations[place]
+                    if not means[place].isfinite().all():
+                        raise ValueError(
+                            f"The autoencoder of `feedback.denoiser: {config.denoiser}` gives latents of a picture "
+                            f"(key {key[:16]}) that are not finite. None of them are kept: use an autoencoder whose "
+                            f"weights do not overflow."
+                        )
+                    writer.add(key, means[place], deviation)
     return counts
 
 
 def _data(recipe: Recipe):
-    """Returns data set, collator and processor of a recipe, as the run has them."""
+    """Returns data set, collator, model and processor of a recipe, as the run has them."""
     from deem_plugin.data.collator import ConversationCollator, ImageCollator
     from deem_plugin.data.conversations import load_conversations
     from deem_plugin.data.images import load_image_folder
@@ -101,16 +108,16 @@ def _data(recipe: Recipe):
 
     data = recipe.data
     if recipe.model.encoder:
-        *_, processor = load_encoder(recipe.model)
-        return load_image_folder(data.path, data.cache_dir), ImageCollator(processor), processor
-    # The model is not asked, but which tower is mounted decides what its processor does.
-    _, processor = make_model(recipe.model)
+        _, tower, processor = load_encoder(recipe.model)
+        return load_image_folder(data.path, data.cache_dir), ImageCollator(processor), tower, processor
+    model, processor = make_model(recipe.model)
     dataset = load_conversations(data.path, data.image_dir, data.cache_dir)
-    return dataset, ConversationCollator(processor, data.max_length), processor
+    return dataset, ConversationCollator(processor, data.max_length), model, processor
 
 
-def _as_cast(pixel_values, args):
+def _as_cast(batch, args):
     """Returns pixels as FSDP hands them to the model: under mixed precision it casts all inputs."""
-    if args.fsdp and (args.bf16 or args.fp16):
-        return pixel_values.to(torch.bfloat16 if args.bf16 else torch.float16)
-    return pixel_values
+    if not (args.fsdp and (args.bf16 or args.fp16)):
+        return batch
+    dtype = torch.bfloat16 if args.bf16 else torch.float16
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()}

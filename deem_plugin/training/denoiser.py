@@ -10,18 +10,17 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from deem_plugin.feedback.callback import normalization
+from deem_plugin.feedback.callback import step_seed
 from deem_plugin.feedback.checkpoint import save_conditioner
-from deem_plugin.feedback.conditions import condition_tokens
 from deem_plugin.feedback.diffusion_model import load_autoencoder
 from deem_plugin.feedback.factory import make_conditioner, make_objective
 from deem_plugin.feedback.latents import PixelCodec
 from deem_plugin.feedback.light import make_generator, save_generator
-from deem_plugin.feedback.objectives import unnormalize
-from deem_plugin.feedback.views import TokenReading, image_views
+from deem_plugin.feedback.loss import FeedbackLoss
 from deem_plugin.training.checkpoint import FINAL_NAME, check_writable, save_in_one_piece, train_or_set_aside
 from deem_plugin.training.recipes import Recipe, load_recipe
 from deem_plugin.training.run import resolve_resume
+from deem_plugin.vision.eyes import Eyes
 
 logger = logging.getLogger(__name__)
 
@@ -35,37 +34,32 @@ class GeneratorTraining(nn.Module):
     https://arxiv.org/abs/2503.19480).
 
     Args:
-        tower (`nn.Module`): The vision encoder. Frozen, and no module of this one.
+        eyes (`Eyes`): Of the vision encoder, which is frozen, and no module of this one.
         conditioner (`Conditioner`), generator (`DiffusionModel`): What is trained.
         config (`FeedbackConfig`): Condition, timesteps and draws.
-        mean, std (`Sequence[float]`): Normalisation of `pixel_values`.
     """
 
-    def __init__(self, tower, conditioner, generator, config, mean, std):
+    def __init__(self, eyes, conditioner, generator, config):
         super().__init__()
         # In a tuple, so that neither state dict nor optimizer nor DDP sees them.
-        self.frozen = (tower.requires_grad_(False).eval(), generator)
+        eyes.tower.requires_grad_(False).eval()
+        loss = FeedbackLoss(generator, make_objective(config, generator.denoiser), config, eyes)
+        self.frozen = (eyes, loss)
         self.conditioner = conditioner
         self.network = generator.denoiser.model
-        self.feedback = make_objective(config, generator.denoiser)
-        self.config = config
-        self.mean, self.std = mean, std
         self.seed = 0  # of the next micro-batch, set before each step
 
     def forward(self, pixel_values):
         """Returns `{"loss": the denoising error}` of pictures `(images, 3, height, width)`."""
-        tower, generator = self.frozen
-        tower.to(pixel_values.device)
-        generator.codec.to(pixel_values.device)
-        rng = torch.Generator(device=pixel_values.device).manual_seed(self.seed)
+        eyes, loss = self.frozen
+        tower = eyes.tower.to(pixel_values.device)
+        generator = torch.Generator(device=pixel_values.device).manual_seed(self.seed)
         self.seed += 1
-        inputs = {"pixel_values": pixel_values.to(tower.dtype)}
+        inputs = {eyes.layout.pixels: pixel_values.to(tower.dtype)}
         with torch.no_grad():
-            views = image_views(inputs, tower(**inputs), TokenReading.of(tower.config))
-            tokens, mask = condition_tokens(views, self.config.condition, self.config.num_patches, rng)
-            latents = generator.encode(unnormalize(pixel_values, self.mean, self.std), generator=rng)
-        vector = self.conditioner.vector(tokens)
-        return {"loss": self.feedback(latents, self.conditioner(tokens, mask), vector=vector, generator=rng).mean()}
+            views = eyes.views(inputs, tower(**inputs))
+        losses = loss(views, self.conditioner, generator)
+        return {"loss": losses.total / losses.counted.sum().clamp(min=1)}
 
 
 class _StepSeeds(TrainerCallback):
@@ -75,8 +69,7 @@ class _StepSeeds(TrainerCallback):
         self.training = training
 
     def on_step_begin(self, args, state, control, **kwargs):
-        seed = ((args.seed * 1_000_003 + state.global_step) * 4_099 + args.process_index) * 1_024
-        self.training.seed = seed % 2**63
+        self.training.seed = step_seed(args.seed, state.global_step, args.process_index)
 
 
 def main(name: str, overrides: Sequence[str] = ()) -> str:
@@ -117,10 +110,10 @@ def train_denoiser(recipe: Recipe) -> Path:
     shape = recipe.generator
     codec = PixelCodec() if shape.autoencoder is None else load_autoencoder(shape.autoencoder).codec
     generator = make_generator(shape.network, shape.config, codec, shape.image_size)
-    conditioner = make_conditioner(config, tower, TokenReading.of(tower.config), generator.denoiser)
-    mean, std = normalization(config, image_processor)
+    eyes = Eyes.of(tower, image_processor, config.image_mean, config.image_std)
+    conditioner = make_conditioner(config, eyes, generator.denoiser)
     trainer = Trainer(
-        model=GeneratorTraining(tower, conditioner, generator, config, mean, std),
+        model=GeneratorTraining(eyes, conditioner, generator, config),
         args=args,
         train_dataset=dataset,
         data_collator=ImageCollator(image_processor, recipe.data.crop_area),

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from deem_plugin.feedback.diffusion_model import DiffusionModel
+from deem_plugin.feedback.state import StepState
 from deem_plugin.training.skeleton import Skeleton
 
 # Fake tensors stand for those of a CPU: its kernels need no driver, and its attention keeps what a GPU's keeps.
@@ -105,7 +106,8 @@ class StepCounter:
             generator = PlacedGenerator(
                 **{f.name: getattr(skeleton.generator, f.name) for f in fields(DiffusionModel)}
             )
-            skeleton.hook.generator = generator
+            skeleton.hook.loss.diffusion_model = generator
+            skeleton.hook.checks = False  # their values are asked for
             self._modules += [generator.denoiser.model]
             self._modules += [generator.codec.vae] if hasattr(generator.codec, "vae") else []
             self._modules += [skeleton.hook.anchor.tower] if skeleton.hook.anchor is not None else []
@@ -144,7 +146,7 @@ class StepCounter:
     def _step(self, pictures: int, tokens: int, feedback: bool):
         hook = self.skeleton.hook
         if hook is not None:
-            hook.scale = 1.0 if feedback else 0.0
+            hook.state = StepState(1.0 if feedback else 0.0)
         self.skeleton.model.train()
         inputs = self._inputs(pictures, tokens)
         with _no_value_checks(), self._autocast():
@@ -155,7 +157,7 @@ class StepCounter:
 
     def count_encoding(self, pictures: int) -> int:
         """Returns the FLOPs of encoding pictures to latents, a part of the feedback that never changes."""
-        generator = self.skeleton.hook.generator
+        generator = self.skeleton.hook.loss.diffusion_model
         with self.mode, flop_counter() as counter:
             size = generator.image_size
             generator.codec.encode(torch.zeros(pictures, 3, size, size, device=DEVICE))

@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from deem_plugin.training.arguments import DeemArguments, ModelArguments
 from deem_plugin.training.interleaved import load_deem
-from deem_plugin.training.parts import find, freeze, freeze_unused, matches
+from deem_plugin.training.parts import find, freeze, matches
 
 
 def make_model(arguments: ModelArguments, deem: DeemArguments | None = None):
@@ -41,7 +40,7 @@ def make_model(arguments: ModelArguments, deem: DeemArguments | None = None):
     if arguments.lora_r:
         model = add_lora(model, arguments)
     freeze(model, arguments.freeze)
-    freeze_unused_layers(model, processor)
+    freeze_unread_layers(model, processor.image_processor)
     return model, processor
 
 
@@ -119,35 +118,29 @@ def add_lora(model, arguments: ModelArguments):
     return get_peft_model(model, config)
 
 
-def freeze_unused_layers(model, processor) -> list[str]:
+def freeze_unread_layers(model, image_processor=None) -> list[str]:
     """
-    Freezes what the language model never reads of the tower, found by asking autograd on one blank picture.
+    Freezes what the language model never reads of the tower, as its [`Eyes`] have measured it.
+
+    A LLaVA reads the second-last layer of its tower, so that the last one never gets a gradient. Left trainable, it
+    makes DistributedDataParallel fail or, with gradient checkpointing, reduce wrong gradients silently.
+
+    Args:
+        model (`nn.Module`): The VLM, also behind PEFT.
+        image_processor (*optional*): Makes the picture that it is measured on; by default one of the tower's size.
 
     Returns:
         `list[str]`: Names of the frozen parameters, as seen from the tower.
     """
-    from PIL import Image
+    from deem_plugin.vision.eyes import Eyes
+    from deem_plugin.vision.towers import find_tower, without_peft
 
-    return freeze_unread_layers(model, processor.image_processor([Image.new("RGB", (64, 64))], return_tensors="pt"))
-
-
-def freeze_unread_layers(model, inputs) -> list[str]:
-    """As [`freeze_unused_layers`], of one picture as the image processor gives it (`pixel_values`, ...)."""
-    from deem_plugin.vision.hosts import find_tower
-
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
-    tower = find_tower(base)
-    if not any(parameter.requires_grad for parameter in tower.parameters()):
+    tower = find_tower(without_peft(model))
+    trainable = {name: value for name, value in tower.named_parameters() if value.requires_grad}
+    if not trainable:
         return []
-    was_training = model.training
-    model.eval()  # no stochastic depth: every parameter that can be used is used
-    with torch.enable_grad():
-        features = base.get_image_features(**{**inputs, "pixel_values": inputs["pixel_values"].to(tower.dtype)})
-        if getattr(base, "reads_maps", False):
-            features = [features.pooler_output, *features.maps.values()]
-        features = getattr(features, "pooler_output", features)
-        if isinstance(features, list | tuple):
-            features = torch.cat([item.flatten() for item in features])
-        unused = freeze_unused(tower.named_parameters(), features)
-    model.train(was_training)
-    return unused
+    read = Eyes.of(model, image_processor, mean=[0.0] * 3, std=[1.0] * 3).read_parameters
+    unread = [name for name in trainable if name not in read]
+    for name in unread:
+        trainable[name].requires_grad_(False)
+    return unread

@@ -120,24 +120,24 @@ def resolve_resume(args):
         )
 
 
-def _feedback_callback(recipe: Recipe, make_feedback, model, processing_class):
+def _feedback_callback(recipe: Recipe, make_feedback, model, processing_class, *, returns_loss=False):
     """Returns the feedback callback attached to the model, or None."""
     config = recipe.feedback
     if config is None:
         return None
     from deem_plugin.feedback.callback import DiffusionFeedbackCallback
     from deem_plugin.feedback.checkpoint import FILE_NAME
-    from deem_plugin.feedback.factory import load_judge
+    from deem_plugin.feedback.factory import load_configured
     from deem_plugin.feedback.timesteps import TIMESTEP_SAMPLERS
 
     if make_feedback is None:
         callback = DiffusionFeedbackCallback(config)
     else:
-        generator = load_judge(config)
-        feedback = make_feedback(generator.denoiser, TIMESTEP_SAMPLERS[config.timestep_sampling])
-        callback = DiffusionFeedbackCallback(config, generator, feedback)
+        diffusion_model = load_configured(config)
+        feedback = make_feedback(diffusion_model.denoiser, TIMESTEP_SAMPLERS[config.timestep_sampling])
+        callback = DiffusionFeedbackCallback(config, diffusion_model, feedback)
     # Before the Trainer is made: it seeds all random numbers, so that a run without feedback draws the same ones.
-    callback.attach(model, processing_class)
+    callback.attach(model, processing_class, returns_loss=returns_loss)
     # A later stage goes on with the conditioner of the stage before, or its first steps would only learn that again.
     start = recipe.model.model or recipe.model.encoder
     if config.conditioner is None and start and (Path(start) / FILE_NAME).is_file():
@@ -204,7 +204,7 @@ def _prepare_vlm(recipe: Recipe, make_feedback):
     from deem_plugin.training.model import make_model
     from deem_plugin.training.report import MovementCheck
     from deem_plugin.training.trainer import RecipeTrainer, SaveStream
-    from deem_plugin.vision.hosts import find_tower
+    from deem_plugin.vision.towers import find_tower
 
     args, data = recipe.training, recipe.data
     dataset = _load_data(recipe)
@@ -254,7 +254,7 @@ def _prepare_encoder(recipe: Recipe, make_feedback):
     whole, tower, image_processor = load_encoder(recipe.model, recipe.feedback.reads_pooled)
     model = add_lora(tower, recipe.model) if recipe.model.lora_r else tower
     freeze(model, recipe.model.freeze)
-    callback = _feedback_callback(recipe, make_feedback, model, image_processor)
+    callback = _feedback_callback(recipe, make_feedback, model, image_processor, returns_loss=True)
     trainer = EncoderTrainer(
         model=model,
         args=args,

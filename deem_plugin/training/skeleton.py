@@ -12,7 +12,8 @@ from deem_plugin.training.model import add_lora, freeze_unread_layers
 from deem_plugin.training.parts import freeze
 from deem_plugin.training.recipes import Recipe
 from deem_plugin.vision import build_vision_tower
-from deem_plugin.vision.hosts import IMAGE_TOKEN, assemble_llava, crops_class_token, find_tower, mount_tower
+from deem_plugin.vision.hosts import IMAGE_TOKEN, assemble_llava, crops_class_token, mount_tower
+from deem_plugin.vision.towers import find_tower
 
 # VLMs whose tower gets one row of `pixel_values` a picture, whatever the picture's size.
 PLANNED_HOSTS = ("llava", "vipllava")
@@ -68,7 +69,7 @@ def build_skeleton(recipe: Recipe) -> Skeleton:
             if arguments.lora_r:
                 model = add_lora(model, arguments)
         freeze(model, arguments.freeze)
-        freeze_unread_layers(model, inputs)
+        freeze_unread_layers(model)
     generator, hook = _attach_feedback(recipe, model)
     return Skeleton(model, tower, generator, hook, image_tokens, notes)
 
@@ -150,12 +151,12 @@ def _count_image_tokens(model, inputs) -> int:
 def _attach_feedback(recipe: Recipe, model):
     """Loads the generator without weights and puts conditioner and hook on the model; `(None, None)` without one."""
     from deem_plugin.feedback.callback import DiffusionFeedbackCallback
-    from deem_plugin.feedback.factory import load_judge
+    from deem_plugin.feedback.factory import load_configured
 
     if recipe.feedback is None:
         return None, None
     config = recipe.feedback
-    generator = load_judge(config, weights=False)
+    generator = load_configured(config, weights=False)
     # The processor may be missing, and whatever the normalisation is, the work is the same.
     # A cache is known by the weights of the VAE, and there are none: the plan counts the run without. A prompt and
     # the values that a conditioner starts from change no count.

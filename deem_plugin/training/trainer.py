@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from deem_plugin.data.shard_stream import ShardStream
+from deem_plugin.feedback.callback import DiffusionFeedbackCallback
 from deem_plugin.training.parts import find, matches
 
 # What the interleaved model returns beside its loss; logged under these names.
@@ -100,6 +101,9 @@ class RecipeTrainer(Trainer):
 
     def log(self, logs, start_time=None):
         """Adds the named losses: their mean over the steps since the last log, over all ranks."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, DiffusionFeedbackCallback):
+                callback.add_to(logs, self.args)  # before the trackers are told
         steps = self.state.global_step - self._named_since
         if "loss" in logs and self._named_losses and steps:
             names = [name for name in NAMED_LOSSES if name in self._named_losses]
@@ -161,10 +165,12 @@ class SaveStream(TrainerCallback):
 
 
 class EncoderTrainer(RecipeTrainer):
-    """A Trainer for an encoder alone, without text: what a feedback callback sends back is all there is."""
+    """A Trainer for an encoder alone, without text, whose loss is the feedback in the output."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Returns a loss of zero that depends on the tokens, so that the backward pass reaches them."""
+        """Returns the feedback; a zero that depends on the tokens in a step without."""
         outputs = model(**inputs)
-        loss = 0.0 * outputs.last_hidden_state.float().sum()
+        loss = outputs.get("feedback_loss")
+        if loss is None:
+            loss = 0.0 * outputs.last_hidden_state.float().sum()
         return (loss, outputs) if return_outputs else loss

@@ -5,11 +5,12 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel
 from .build import build_vision_tower
 from .configuration import DeemVisionConfig
 from .encoders import EncoderOutput
-from .hosts import HOSTS, assemble_llava, check_host, find_tower, mount_tower
+from .hosts import HOSTS, assemble_llava, check_host, mount_tower
 from .image_processing import DeemImageProcessor, build_image_processor
 from .llava import LlavaTower
 from .resampler import PerceiverResampler
 from .tower import DeemVisionOutput, DeemVisionTower
+from .towers import find_tower
 
 # So that `from_pretrained` of the Auto classes, and every VLM whose `vision_config` is ours, finds the tower.
 AutoConfig.register(DeemVisionConfig.model_type, DeemVisionConfig, exist_ok=True)

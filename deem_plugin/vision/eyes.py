@@ -110,13 +110,13 @@ class Eyes:
             width=tokens.shape[-1],
             mean=mean,
             std=std,
-            read_parameters=_parameters_of(tower, tokens),
+            read_parameters=_parameters_of(tower, [call.outputs[path] for path in call.read]),
             pooled_width=_pooled_width(call.outputs),
             image_token_id=_image_token_id(base.config),
             options=call.options,
         )
         views = eyes._split(call.inputs, call.outputs)
-        if isinstance(layout, Grid) and not is_encoder(base) and len(views) > 1:
+        if isinstance(layout, Grid) and not is_encoder(base) and len(views) > 1 and not tokens.is_meta:
             eyes.tiles = True
             eyes.thumbnail = _find_thumbnail(views)
         return eyes
@@ -154,6 +154,27 @@ class Eyes:
             else view
             for view in views
         ]
+
+    @torch.no_grad()
+    def show(self, model: nn.Module, inputs: dict) -> list[View]:
+        """
+        Shows images to the model as its image processor makes them, without a text.
+
+        Args:
+            model (`nn.Module`): The model that these are the eyes of.
+            inputs (`dict`): What the image processor gave.
+        """
+        views = []
+
+        def note(module, args, kwargs, output):
+            views.extend(self.views(self.call_arguments(args, kwargs), output, inputs))
+
+        handle = self.tower.register_forward_hook(note, with_kwargs=True)
+        try:
+            _see(without_peft(model), self.tower, _cast(inputs, self.tower))
+        finally:
+            handle.remove()
+        return views
 
     def look(self, pictures: list[torch.Tensor]) -> list[View]:
         """
@@ -290,6 +311,11 @@ def _processed(image_processor, width, height) -> dict:
 
     image = Image.new("RGB", (width, height))
     image.paste((255, 255, 255), (width // 2, 0, width, height))
+    return process_image(image_processor, image)
+
+
+def process_image(image_processor, image) -> dict:
+    """Returns what an image processor makes of one image."""
     try:
         inputs = image_processor(images=[image], return_tensors="pt")
     except (ValueError, TypeError):  # one list of images for each text
@@ -419,12 +445,14 @@ def _reading_of(call: _Call, layout: Layout) -> Reading:
     return Reading(paths, rows=read.nonzero().flatten().tolist())
 
 
-def _parameters_of(tower, tokens) -> set[str]:
-    """Returns the names of the tower's trainable parameters that the tokens depend on."""
+def _parameters_of(tower, tensors) -> set[str]:
+    """Returns the names of the tower's trainable parameters that tensors depend on."""
     trainable = {name: value for name, value in tower.named_parameters() if value.requires_grad}
-    if not trainable or not tokens.requires_grad:
+    tensors = [tensor for tensor in tensors if tensor.requires_grad]
+    if not trainable or not tensors:
         return set()
-    gradients = torch.autograd.grad(tokens.sum(), list(trainable.values()), allow_unused=True)
+    total = sum(tensor.float().sum() for tensor in tensors)
+    gradients = torch.autograd.grad(total, list(trainable.values()), allow_unused=True)
     return {name for name, gradient in zip(trainable, gradients, strict=True) if gradient is not None}
 
 

@@ -118,35 +118,6 @@ def crops_class_token(config: PreTrainedConfig) -> bool:
     return HOSTS[config.model_type].crop != "never"
 
 
-def find_tower(model: nn.Module) -> nn.Module:
-    """
-    Finds the vision tower of any Hugging Face vision-language model, also behind PEFT.
-
-    Args:
-        model (`nn.Module`): A vision-language model, or a vision model by itself, which then is the tower.
-
-    Raises:
-        `ValueError`: If the model has none, as a text-only model.
-    """
-    config = getattr(model, "config", None)
-    if tuple(getattr(model, "input_modalities", None) or ()) == ("image",):
-        return model
-    if hasattr(model, "get_encoder"):
-        tower = model.get_encoder(modality="image")
-        # Where transformers finds none it returns the model itself.
-        if isinstance(tower, nn.Module) and getattr(tower, "config", config) is not config:
-            return tower
-    vision_config = getattr(config, "vision_config", None)
-    if vision_config is not None:
-        for module in model.modules():
-            if getattr(module, "config", None) is vision_config:
-                return module
-    raise ValueError(
-        f"Found no vision tower in {type(model).__name__}. It must be a Hugging Face vision-language model with an "
-        f"image encoder of its own; for a model assembled otherwise, pass the tower itself."
-    )
-
-
 def _read_tower(config: PreTrainedConfig, tower: DeemVisionTower) -> dict:
     """Settings with which the host reads the whole output of the tower and crops nothing but a class token."""
     settings = {"vision_config": tower.config}

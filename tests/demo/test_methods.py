@@ -12,9 +12,10 @@ from deem_plugin.demo.run import main
 from deem_plugin.feedback import DiffusionFeedbackCallback
 from deem_plugin.feedback.contrastive import ContrastiveFeedback
 from deem_plugin.feedback.diffusion_feedback import DiffusionFeedback
-from deem_plugin.feedback.language_hook import LanguageHook
 from deem_plugin.feedback.latents import PixelCodec
 from deem_plugin.feedback.light import make_generator, save_generator
+from deem_plugin.feedback.ross import RossLoss
+from deem_plugin.feedback.state import StepState
 from deem_plugin.training.recipes import load_recipe, read_sections
 
 
@@ -34,7 +35,7 @@ def feedback_of(name, folder):
     model, processor = build_vlm(0)
     callback.attach(model.train(), processor)
     seen = {}
-    scorer = callback.hook.feedback
+    scorer = callback.hook.loss.objective
 
     def recording(latents, context, **extra):
         seen.update(latents=latents, context=context, **extra)
@@ -43,11 +44,12 @@ def feedback_of(name, folder):
 
     recording.second_view = getattr(scorer, "second_view", False)
     recording.denoiser = scorer.denoiser
-    callback.hook.feedback, callback.hook.scale = recording, 1.0
+    callback.hook.loss.objective, callback.hook.state = recording, StepState(1.0)
     image = torch.full((4, 8), model.config.image_token_id)
     words = torch.full((4, 3), processor.tokenizer.convert_tokens_to_ids("red"))
     ids = torch.cat([image, words], dim=1)
-    pixels = torch.randn(4, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
+    pictures = torch.rand(4, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
+    pixels = callback.hook.source.eyes.normalize(pictures)
     model(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels).loss.backward()
     callback.hook.check_injected()
     assert torch.isfinite(seen["loss"]).all() and seen["loss"].min() > 0
@@ -97,14 +99,14 @@ def test_dcr_sets_a_view_and_three_other_pictures_against_the_picture():
 def test_genhancer_modulates_a_generator_of_its_own_by_the_pooled_vector(light_generator):
     callback, _, seen = feedback_of("genhancer", light_generator)
 
-    assert type(callback.generator.denoiser.model).__name__ == "SD3Transformer2DModel"
+    assert type(callback.diffusion_model.denoiser.model).__name__ == "SD3Transformer2DModel"
     assert seen["context"].shape == (4, 1, 64) and seen["vector"].shape == (4, 64)
 
 
 def test_ross_asks_the_language_model_at_the_places_of_the_picture():
     callback, scorer, seen = feedback_of("ross", shipped_generator())
 
-    assert isinstance(callback.hook, LanguageHook) and scorer.draws == 4
+    assert isinstance(callback.hook.loss, RossLoss) and scorer.draws == 4
     assert seen["context"].shape == (4, 8, 64) and seen["latents"].shape == (4, 3, 16, 32)
 
 

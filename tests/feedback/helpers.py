@@ -12,6 +12,8 @@ from deem_plugin.feedback import (
     PixelCodec,
     UNetDenoiser,
 )
+from deem_plugin.feedback.state import StepState
+from deem_plugin.vision.views import View
 
 from ..tiny import IMAGE_SIZE, tiny_llava
 
@@ -55,9 +57,9 @@ def pixel_generator(context_dim=CONTEXT_DIM, prediction_type="epsilon"):
 class LoudCallback(DiffusionFeedbackCallback):
     """Starts with a strong conditioner, so that the feedback's share of the gradients is worth comparing."""
 
-    def attach(self, model, processing_class=None):
+    def attach(self, model, processing_class=None, **options):
         attached = self.hook is not None
-        super().attach(model, processing_class)
+        super().attach(model, processing_class, **options)
         if not attached:
             torch.nn.init.normal_(self.conditioner.head.weight, generator=torch.Generator().manual_seed(1))
 
@@ -71,6 +73,10 @@ def keyed_callback(**settings):
 def samples(processor, count=4, with_images=True):
     """Samples of equal length: a picture of noise, sixteen image tokens, a few words, labels on the words."""
     generator = torch.Generator().manual_seed(0)
+    mean, std = (
+        torch.tensor(values).view(3, 1, 1)
+        for values in (processor.image_processor.image_mean, processor.image_processor.image_std)
+    )
     image_token = processor.tokenizer.convert_tokens_to_ids("<image>")
     rows = []
     for _ in range(count):
@@ -82,9 +88,40 @@ def samples(processor, count=4, with_images=True):
             "labels": torch.cat([torch.full((16,), -100), words]),
         }
         if with_images:
-            row["pixel_values"] = torch.randn(3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+            row["pixel_values"] = (torch.rand(3, IMAGE_SIZE, IMAGE_SIZE, generator=generator) - mean) / std
         rows.append(row)
     return rows
+
+
+def views_of(tokens, pictures=None, pooled=None, maps=None):
+    """One view for each picture, an image of its own."""
+    pictures = torch.rand(len(tokens), 3, 8, 8) if pictures is None else pictures
+    return [
+        View(
+            own,
+            pictures[index],
+            index,
+            pooled=None if pooled is None else pooled[index],
+            maps=None if maps is None else {name: level[index] for name, level in maps.items()},
+        )
+        for index, own in enumerate(tokens)
+    ]
+
+
+def begin_step(callback, scale=1.0, seed=0):
+    """Starts an optimizer step, as the Trainer's events do."""
+    callback.hook.state = StepState(scale, seed)
+
+
+def mean_loss(callback):
+    """The mean per image of the feedback since the last call; None without an image."""
+    sums = callback.hook.sums.take(("loss", "images"), "cpu")
+    return sums["loss"] / sums["images"] if sums["images"] else None
+
+
+def total_loss(callback, views):
+    """The sum over the images of the mean over their views, with its graph, as the callback computes it."""
+    return callback.hook.loss(views, callback.conditioner, torch.Generator().manual_seed(0)).total
 
 
 def collate(rows):
@@ -123,7 +160,7 @@ def arguments(folder, **settings):
     return TrainingArguments(**{**defaults, **settings})
 
 
-def train(folder, callback=None, model=None, rows=None, trainer_class=Trainer, **settings):
+def train(folder, callback=None, model=None, rows=None, trainer_class=Trainer, eval_dataset=None, **settings):
     """Trains the tiny LLaVA and returns the trainer and the gradients of each step."""
     vlm, processor = tiny_llava()
     model = vlm if model is None else model
@@ -132,6 +169,7 @@ def train(folder, callback=None, model=None, rows=None, trainer_class=Trainer, *
         model=model,
         args=arguments(folder, **settings),
         train_dataset=samples(processor) if rows is None else rows,
+        eval_dataset=eval_dataset,
         data_collator=collate,
         processing_class=processor,
         callbacks=[probe, *([callback] if callback else [])],

@@ -6,7 +6,6 @@ from transformers import LlavaForConditionalGeneration, Trainer
 
 from deem_plugin.feedback import DiffusionFeedbackCallback, FeedbackConfig
 from deem_plugin.feedback.checkpoint import FILE_NAME
-from deem_plugin.feedback.views import ImageViews
 
 from ..tiny import tiny_llava
 from .helpers import (
@@ -19,7 +18,9 @@ from .helpers import (
     pixel_generator,
     relative_difference,
     samples,
+    total_loss,
     train,
+    views_of,
 )
 
 EXACT = 1e-5
@@ -37,8 +38,9 @@ def test_the_gradient_is_that_of_the_sum_of_both_losses(tmp_path):
     tower = model.model.vision_tower
     tokens = tower(batch["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 1:]
     lm_loss = model(**batch).loss
-    views = ImageViews(list(tokens), list(batch["pixel_values"]))
-    loss = lm_loss + callback.config.weight * reference.hook.per_image_loss(views).mean()
+    mean, std = torch.tensor(reference.hook.source.eyes.mean), torch.tensor(reference.hook.source.eyes.std)
+    pictures = batch["pixel_values"] * std.view(3, 1, 1) + mean.view(3, 1, 1)
+    loss = lm_loss + callback.config.weight * total_loss(reference, views_of(tokens, pictures)) / 4
     loss.backward()
     expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
@@ -182,11 +184,11 @@ def test_weight_zero_is_exactly_no_callback(tmp_path):
 
 def test_the_denoiser_stays_as_it_was_and_out_of_everything(tmp_path):
     callback = keyed_callback()
-    before = {n: v.clone() for n, v in callback.generator.denoiser.model.state_dict().items()}
+    before = {n: v.clone() for n, v in callback.diffusion_model.denoiser.model.state_dict().items()}
 
     trainer, _ = train(tmp_path, callback, max_steps=2, save_strategy="steps", save_steps=2)
 
-    denoiser = callback.generator.denoiser.model
+    denoiser = callback.diffusion_model.denoiser.model
     assert all(torch.equal(value, before[name]) for name, value in denoiser.state_dict().items())
     assert all(p.grad is None and not p.requires_grad for p in denoiser.parameters()) and not denoiser.training
     trained = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
@@ -254,21 +256,24 @@ def test_feedback_loss_is_logged_and_reaches_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (run,) = (tmp_path / "runs").iterdir()
-    events = EventAccumulator(str(run)).Reload()
+    events = EventAccumulator(str(run / "feedback")).Reload()
     written = [event.value for event in events.Scalars("train/feedback_loss")]
     assert written == pytest.approx(losses)
+    # The Trainer's own file is alone in its folder, so that readers which take the newest one stay with it.
+    assert len(list(run.glob("events*"))) == 1 and len(list((run / "feedback").glob("events*"))) == 1
 
 
 def test_evaluation_computes_no_feedback_unless_asked(tmp_path):
     _, processor = tiny_llava()
+    losses = []
     for asked in (False, True):
-        callback = keyed_callback(in_eval=asked)
-        trainer, _ = train(tmp_path, callback)
-        plain_loss = trainer.evaluate(samples(processor))["eval_loss"]
-        logged = [row for row in trainer.state.log_history if "eval_loss" in row][-1]
+        trainer, _ = train(
+            tmp_path, keyed_callback(in_eval=asked), eval_dataset=samples(processor), eval_strategy="steps"
+        )
+        (logged,) = (row for row in trainer.state.log_history if "eval_loss" in row)
         assert ("eval_feedback_loss" in logged) is asked
-        callback.config.in_eval = callback.hook.in_eval = False
-        assert trainer.evaluate(samples(processor))["eval_loss"] == pytest.approx(plain_loss)
+        losses.append(logged["eval_loss"])
+    assert losses[0] == losses[1]
 
 
 def test_batches_without_pictures_cost_nothing(tmp_path):
@@ -371,11 +376,12 @@ def test_an_unknown_normalisation_is_refused():
 
 
 def test_feedback_that_never_reaches_the_tower_is_an_error(tmp_path):
-    """The hook is told a layer that the model does not read."""
+    """The eyes are told a layer that the model does not read."""
     model, processor = tiny_llava()
     callback = keyed_callback()
     callback.attach(model, processor)
-    callback.hook.reading.layers = []  # LLaVA reads hidden_states[-2], not the last hidden state
+    # LLaVA reads hidden_states[-2], not the last hidden state.
+    callback.hook.source.eyes.reading.paths = [("last_hidden_state",)]
 
-    with pytest.raises(RuntimeError, match="never reached the vision tower.*vision_feature_layer"):
+    with pytest.raises(RuntimeError, match="never reached the vision tower"):
         train(tmp_path, callback, model=model)

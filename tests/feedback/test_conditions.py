@@ -3,37 +3,35 @@ import torch
 
 from deem_plugin.feedback.conditioner import Conditioner
 from deem_plugin.feedback.conditions import condition_tokens
-from deem_plugin.feedback.views import ImageViews
+
+from .helpers import views_of
 
 
 @pytest.fixture
 def views():
     rng = torch.Generator().manual_seed(0)
     tokens, pooled = torch.randn(3, 9, 8, generator=rng), torch.randn(3, 8, generator=rng)
-    return ImageViews(list(tokens), list(torch.zeros(3, 3, 4, 4)), pooled)
+    return views_of(tokens, pooled=pooled)
 
 
 def test_queries_and_patches_are_the_tokens_that_the_language_model_reads(views):
     for condition in ("queries", "patches"):
-        tokens, mask = condition_tokens(views, condition)
-        assert torch.equal(tokens, torch.stack(views.tokens)) and mask is None
+        tokens, mask, _ = condition_tokens(views, condition)
+        assert torch.equal(tokens, torch.stack([view.tokens for view in views])) and mask is None
 
 
 def test_cls_is_the_pooled_vector(views):
-    tokens, mask = condition_tokens(views, "cls")
+    tokens, mask, _ = condition_tokens(views, "cls")
 
-    assert torch.equal(tokens, views.pooled[:, None]) and mask is None
+    assert torch.equal(tokens[:, 0], torch.stack([view.pooled for view in views])) and mask is None
 
 
 def test_random_patches_are_distinct_differ_between_pictures_and_are_reproducible(views):
-    tokens, _ = condition_tokens(views, "cls+patches", 4, torch.Generator().manual_seed(1))
-    again, _ = condition_tokens(views, "cls+patches", 4, torch.Generator().manual_seed(1))
+    tokens, *_ = condition_tokens(views, "cls+patches", 4, torch.Generator().manual_seed(1))
+    again, *_ = condition_tokens(views, "cls+patches", 4, torch.Generator().manual_seed(1))
 
-    assert torch.equal(tokens, again) and torch.equal(tokens[:, 0], views.pooled)
-    chosen = [
-        [torch.stack(views.tokens)[row].eq(token).all(-1).nonzero().item() for token in tokens[row, 1:]]
-        for row in range(3)
-    ]
+    assert torch.equal(tokens, again) and torch.equal(tokens[:, 0], torch.stack([view.pooled for view in views]))
+    chosen = [[views[row].tokens.eq(token).all(-1).nonzero().item() for token in tokens[row, 1:]] for row in range(3)]
     assert all(len(set(places)) == 4 for places in chosen)
     assert len({tuple(places) for places in chosen}) > 1
     assert condition_tokens(views, "cls+patches")[0].shape == (3, 10, 8)
@@ -42,7 +40,7 @@ def test_random_patches_are_distinct_differ_between_pictures_and_are_reproducibl
 def test_what_the_tower_does_not_give_is_an_error(views):
     with pytest.raises(ValueError, match="`num_patches` is 10, but the tower gives 9 tokens"):
         condition_tokens(views, "cls+patches", 10)
-    views.pooled = None
+    views[1].pooled = None
     with pytest.raises(ValueError, match="asks for the tower's pooled vector, and it gives none"):
         condition_tokens(views, "cls")
 

@@ -8,11 +8,10 @@ from deem_plugin.feedback import DiffusionFeedbackCallback, FeedbackConfig, load
 from deem_plugin.feedback.checkpoint import load_conditioner
 from deem_plugin.feedback.conditions import dense_maps
 from deem_plugin.feedback.reconstruction import reconstruct_files
-from deem_plugin.feedback.views import ImageViews
 from deem_plugin.vision.grids import sincos_position_embedding
 
 from ..tiny import tiny_image, tiny_llava, tiny_sd_folder
-from .helpers import CONFIG, collate, samples, train
+from .helpers import CONFIG, begin_step, collate, mean_loss, samples, train, views_of
 from .tiny_generators import save_generator
 
 DENSE = {**CONFIG, "condition": "queries+dense"}
@@ -20,7 +19,7 @@ DENSE = {**CONFIG, "condition": "queries+dense"}
 
 def feedback_of(callback, batch):
     """The feedback of one training step, and the tower's gradients by it."""
-    callback.hook.scale, callback.hook.seed = 1.0, 0
+    begin_step(callback)
     model = callback.model
     model.zero_grad()
     model.train()
@@ -28,14 +27,14 @@ def feedback_of(callback, batch):
     tower(batch["pixel_values"], output_hidden_states=True).hidden_states[-2].sum().mul(0).backward()
     callback.hook.check_injected()
     gradients = {name: p.grad.clone() for name, p in tower.named_parameters() if p.grad is not None}
-    return callback.hook.train_loss.take("cpu"), gradients
+    return mean_loss(callback), gradients
 
 
 @pytest.mark.parametrize("leading", [0, 1, 5], ids=["patches alone", "class token", "and registers"])
 def test_patches_are_laid_out_as_the_square_that_they_are(leading):
     tokens = torch.randn(2, leading + 9, 8, generator=torch.Generator().manual_seed(0))
 
-    (level,) = dense_maps(ImageViews(list(tokens), list(torch.zeros(2, 3, 6, 6))))
+    (level,) = dense_maps(views_of(tokens))
 
     patches = tokens[:, leading:].view(2, 3, 3, 8).permute(0, 3, 1, 2)
     torch.testing.assert_close(level, patches + sincos_position_embedding(8, 3, 3).T.view(8, 3, 3))
@@ -43,11 +42,11 @@ def test_patches_are_laid_out_as_the_square_that_they_are(leading):
 
 def test_the_towers_own_maps_come_first_and_unequal_pictures_are_an_error():
     maps = {"stride4": torch.zeros(2, 8, 8, 8), "stride8": torch.zeros(2, 8, 4, 4)}
-    own = ImageViews(list(torch.zeros(2, 5, 8)), list(torch.zeros(2, 3, 6, 6)), maps=maps)
+    own = views_of(torch.zeros(2, 5, 8), maps=maps)
 
     assert [level.shape[-1] for level in dense_maps(own)] == [8, 4]
     with pytest.raises(ValueError, match="different numbers of them. Set `feedback.condition` to queries"):
-        dense_maps(ImageViews([torch.zeros(9, 8), torch.zeros(4, 8)], [torch.zeros(3, 6, 6)] * 2))
+        dense_maps(views_of([torch.zeros(9, 8), torch.zeros(4, 8)]))
 
 
 def test_at_first_it_is_the_feedback_of_the_queries_and_then_the_maps_speak(tmp_path):
@@ -59,7 +58,7 @@ def test_at_first_it_is_the_feedback_of_the_queries_and_then_the_maps_speak(tmp_
     )
     for callback in (dense, plain):
         callback.attach(*tiny_llava())
-    unet = dense.generator.denoiser.model
+    unet = dense.diffusion_model.denoiser.model
 
     first, _ = feedback_of(dense, batch)
     assert first == feedback_of(plain, batch)[0]
@@ -85,7 +84,7 @@ def test_the_synchroniser_trains_is_saved_with_the_conditioner_and_paints(tmp_pa
     loaded, settings = load_conditioner(tmp_path / "run")
     assert settings["condition"] == "queries+dense" and loaded.arguments == callback.conditioner.arguments
     assert any(block.zero.weight.any() for block in loaded.synchroniser.skip_blocks)
-    after = callback.generator.denoiser.model.state_dict()
+    after = callback.diffusion_model.denoiser.model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     trainer.model.save_pretrained(tmp_path / "run")
     tiny_llava()[1].save_pretrained(tmp_path / "run")
@@ -96,7 +95,7 @@ def test_the_synchroniser_trains_is_saved_with_the_conditioner_and_paints(tmp_pa
 
 def test_a_generator_without_a_unet_and_several_runs_of_it_are_errors(tmp_path):
     config = FeedbackConfig(**{**DENSE, "denoiser": str(save_generator(tmp_path, "sd3"))})
-    with pytest.raises(ValueError, match="this generator is a SD3Transformer2DModel. Set `feedback.condition`"):
+    with pytest.raises(ValueError, match="this denoiser is a SD3Transformer2DModel. Set `feedback.condition`"):
         DiffusionFeedbackCallback(config).attach(*tiny_llava())
     for other in ({"draws_per_image": 2}, {"objective": "contrastive"}):
         with pytest.raises(ValueError, match="is for `objective: mse` and one draw an image"):

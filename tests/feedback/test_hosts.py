@@ -3,12 +3,11 @@
 import pytest
 from transformers import AutoModelForImageTextToText
 
-from deem_plugin.feedback.views import TokenReading, image_views
 from deem_plugin.vision import HOSTS, find_tower, mount_tower
 
 from ..vision.test_hosts import IMAGE, make_host, prompt
 from ..vision.towers import tiny_tower
-from .helpers import keyed_callback, relative_difference
+from .helpers import begin_step, keyed_callback, relative_difference, total_loss
 
 NORMALIZATION = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 # Large, so that the feedback is a fair share of the gradients that are compared.
@@ -46,28 +45,31 @@ def test_the_gradient_is_that_of_the_sum_of_both_losses(model_type, with_deem_to
     model, inputs = host_and_inputs(model_type, with_deem_tower)
     callback = keyed_callback(**NORMALIZATION)
     callback.attach(model)
-    callback.hook.scale = WEIGHT
+    begin_step(callback, scale=WEIGHT)
     both = gradients(model, model(**inputs).loss)
     callback.hook.check_injected()
 
     # By hand, on the tower's own output.
-    callback.hook.scale = 0.0
-    calls = []
-    handle = find_tower(model).register_forward_hook(
-        lambda tower, args, kwargs, output: calls.append((args, kwargs, output)), with_kwargs=True
-    )
+    begin_step(callback, scale=0.0)
+    calls, model_inputs = [], {}
+    eyes = callback.hook.source.eyes
+    handles = [
+        model.register_forward_pre_hook(lambda module, args, kwargs: model_inputs.update(kwargs), with_kwargs=True),
+        find_tower(model).register_forward_hook(lambda tower, *call: calls.append(call), with_kwargs=True),
+    ]
     lm_loss = model(**inputs).loss
-    handle.remove()
+    for handle in handles:
+        handle.remove()
     ((args, kwargs, output),) = calls
-    pixel_values = args[0] if args else kwargs["pixel_values"]
-    views = image_views({"pixel_values": pixel_values}, output, TokenReading.of(model.config))
-    by_hand = gradients(model, lm_loss + WEIGHT * callback.hook.per_image_loss(views).mean())
+    views = eyes.views(eyes.call_arguments(args, kwargs), output, model_inputs)
+    by_hand = gradients(model, lm_loss + WEIGHT * total_loss(callback, views))
     lm_only = gradients(model, model(**inputs).loss)
 
     assert relative_difference(by_hand, both) < 1e-5
     tower = {name: value for name, value in both.items() if name in lm_only and "vision_tower" in name}
     assert relative_difference({name: lm_only[name] for name in tower}, tower) > 0.01
 
+    callback.detach()
     model.save_pretrained(tmp_path)
     _, info = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())

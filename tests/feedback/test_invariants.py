@@ -13,13 +13,15 @@ from deem_plugin.feedback import (
     PixelCodec,
     load_diffusion_model,
 )
-from deem_plugin.feedback.callback import normalization
-from deem_plugin.feedback.hook import FeedbackHook
+from deem_plugin.feedback.conditions import condition_of
+from deem_plugin.feedback.contrastive import ContrastiveFeedback
+from deem_plugin.feedback.loss import FeedbackLoss
 from deem_plugin.feedback.processes import forward_process
-from deem_plugin.feedback.views import ImageViews
+from deem_plugin.feedback.second_view import augmented_views
+from deem_plugin.vision.eyes import Eyes
 
 from ..tiny import tiny_image, tiny_image_processor, tiny_llava, tiny_sd_folder
-from .helpers import CONFIG, CONTEXT_DIM, pixel_generator
+from .helpers import CONFIG, CONTEXT_DIM, pixel_generator, views_of
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 SIGLIP = SiglipImageProcessor(size={"height": 32, "width": 32})
@@ -70,9 +72,10 @@ def what_the_vae_sees(image, processor, **settings):
     config = FeedbackConfig(**{**CONFIG, **settings})
     generator = pixel_generator()
     generator.codec = codec = SeenByCodec()
-    hook = FeedbackHook(None, None, generator, None, *normalization(config, processor), config)
+    eyes = Eyes.of(tiny_llava()[0], processor)
     pixel_values = processor([image], return_tensors="pt")["pixel_values"]
-    hook._latents(ImageViews(list(torch.zeros(1, 4, 8)), list(pixel_values)), torch.Generator())
+    views = views_of(torch.zeros(1, 4, 8), eyes.unnormalize(pixel_values))
+    FeedbackLoss(generator, None, config, eyes).encode(views, torch.Generator())
     return codec.pictures.min().item(), codec.pictures.max().item()
 
 
@@ -112,10 +115,10 @@ def test_evaluation_draws_no_patches():
     config = FeedbackConfig(**CONFIG, condition="cls+patches", num_patches=3)
     callback = DiffusionFeedbackCallback(config, pixel_generator())
     callback.attach(*tiny_llava())
-    views = ImageViews(list(torch.randn(2, 16, 32)), list(torch.zeros(2, 3, 32, 32)), torch.randn(2, 32))
+    views = views_of(torch.randn(2, 16, 32), pooled=torch.randn(2, 32))
 
     def context(seed):
-        return callback.hook._condition(views, torch.Generator().manual_seed(seed))[0]
+        return condition_of(views, config, callback.conditioner, torch.Generator().manual_seed(seed))[0]
 
     assert context(0).shape[1] == 4
     with torch.no_grad():
@@ -126,17 +129,18 @@ def test_the_augmented_view_spans_what_a_normalised_picture_spans():
     """DCR's code jitters colours after normalisation, which wipes out all that is darker than the mean."""
     processor = tiny_image_processor()
     pixel_values = processor([tiny_image(seed) for seed in range(4)], return_tensors="pt")["pixel_values"]
-    views = ImageViews(list(torch.zeros(4, 4, 8)), list(pixel_values))
+    eyes = Eyes.of(tiny_llava()[0], processor)
+    views = eyes.look(list(eyes.unnormalize(pixel_values)))
     spans = {}
     for defects in (False, True):
-        config = FeedbackConfig(**CONFIG, objective="contrastive", official_defects=defects)
-        hook = FeedbackHook(None, None, None, None, *normalization(config, processor), config)
-        augmented = hook._augmented(views, torch.Generator().manual_seed(0))
+        objective = ContrastiveFeedback(None, official_defects=defects)
+        shown = augmented_views(views, eyes, objective, torch.Generator().manual_seed(0))
+        augmented = eyes.normalize(torch.stack([view.picture for view in shown]))
         spans[defects] = augmented.min().item(), augmented.max().item()
 
     lowest, highest = pixel_values.min().item(), pixel_values.max().item()
     assert spans[False][0] == pytest.approx(lowest, abs=0.3) and spans[False][1] == pytest.approx(highest, abs=0.3)
-    assert spans[True][0] >= 0 and lowest < -1
+    assert spans[True][0] >= -1e-6 and lowest < -1
 
 
 def test_a_picture_is_restored_at_the_size_that_is_asked_for(tmp_path):
@@ -146,7 +150,7 @@ def test_a_picture_is_restored_at_the_size_that_is_asked_for(tmp_path):
 
     callback.attach(*tiny_llava())
 
-    assert callback.generator.encode(torch.rand(1, 3, 32, 32)).shape[-2:] == (4, 4)
+    assert callback.diffusion_model.encode(torch.rand(1, 3, 32, 32)).shape[-2:] == (4, 4)
     assert load_diffusion_model(folder).encode(torch.rand(1, 3, 40, 40)).shape[-2:] == (16, 16)
     with pytest.raises(ValueError, match="`image_size` is 9, but a latent cell .* has 2 pixels a side"):
         load_diffusion_model(folder, image_size=9)

@@ -9,7 +9,7 @@ from deem_plugin.feedback.diffusion_model import Autoencoder, load_autoencoder
 from deem_plugin.feedback.token_denoiser import TokenDenoiser
 
 from ..tiny import tiny_llava, tiny_sd_folder
-from .helpers import collate, relative_difference, samples, train
+from .helpers import begin_step, collate, mean_loss, relative_difference, samples, train
 
 CONFIG = {"denoiser": "not-read", "source": "llm", "token_cells": 2, "weight": 50.0}
 SHAPE = {"resampler_dim": 16, "resampler_layers": 1, "resampler_heads": 2}
@@ -18,14 +18,14 @@ SHAPE = {"resampler_dim": 16, "resampler_layers": 1, "resampler_heads": 2}
 class KeyedNoise(DiffusionFeedbackCallback):
     """Draws noise and timesteps as functions of the picture, and starts with a head that says something."""
 
-    def attach(self, model, processing_class=None):
+    def attach(self, model, processing_class=None, **options):
         attached = self.hook is not None
-        super().attach(model, processing_class)
+        super().attach(model, processing_class, **options)
         if attached:
             return
         for name, parameter in self.conditioner.named_parameters():
             torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(len(name)))
-        self.hook.feedback = _Keyed(self.hook.feedback)
+        self.hook.loss.objective = _Keyed(self.hook.loss.objective)
 
 
 class _Keyed:
@@ -48,11 +48,11 @@ def callback_for(**settings):
 def per_image(callback, batch):
     """Runs the model in training and returns the feedback that the hook computed."""
     model = callback.model
-    callback.hook.scale = 1.0
+    begin_step(callback)
     model.train()
     model(**batch).loss.backward()
     callback.hook.check_injected()
-    return callback.hook.train_loss.take("cpu")
+    return mean_loss(callback)
 
 
 def attached(**settings):
@@ -119,7 +119,7 @@ def test_two_pictures_in_a_row_are_two_rows_of_one():
     first, second = (batch["input_ids"][row] for row in range(2))
     callback = attached()
     seen = []
-    callback.hook.feedback = _Recorder(callback.hook.feedback, seen)
+    callback.hook.loss.objective = _Recorder(callback.hook.loss.objective, seen)
     per_image(callback, batch)
     joined = {
         "input_ids": torch.cat([first, second])[None],
@@ -175,5 +175,3 @@ def test_of_a_generator_the_autoencoder_alone_is_read(tmp_path):
 def test_settings_of_the_tower_mean_nothing_here():
     with pytest.raises(ValueError, match=r"\['condition', 'anchor_weight'\] mean nothing there"):
         FeedbackConfig(**CONFIG, condition="cls", anchor_weight=1.0)
-    with pytest.raises(ValueError, match="`token_grid` belongs to `source: llm`"):
-        FeedbackConfig(denoiser="x", token_grid=[2, 4])

@@ -2,7 +2,9 @@ import pytest
 import torch
 
 from deem_plugin.feedback import DiffusionFeedback
+from deem_plugin.feedback.ross import grid_of
 from deem_plugin.feedback.token_denoiser import TokenBlocks, TokenDenoiser
+from deem_plugin.vision.views import View
 
 
 def tiny_blocks(**settings):
@@ -38,11 +40,17 @@ def test_it_starts_at_zero_and_each_token_answers_for_its_own_block():
     assert torch.equal(blocks(latents, timesteps, tokens), latents)
 
 
-def test_tokens_of_a_picture_make_a_square_or_the_grid_that_is_told():
-    assert tiny_blocks()[1].grid_of(16) == (4, 4)
-    assert tiny_blocks(grid=(2, 4))[1].grid_of(8) == (2, 4)
-    with pytest.raises(ValueError, match="reads 8 tokens a picture, which are no 2 x 2 grid.*`feedback.token_grid`"):
-        tiny_blocks()[1].grid_of(8)
+@pytest.mark.parametrize(
+    ("tokens", "size", "grid"),
+    [(16, (32, 32), (4, 4)), (8, (32, 32), (2, 4)), (8, (64, 32), (4, 2)), (24, (64, 96), (4, 6))],
+)
+def test_tokens_of_a_picture_make_the_grid_nearest_to_its_proportions(tokens, size, grid):
+    assert grid_of(View(torch.zeros(tokens, 8), torch.zeros(3, *size), 0)) == grid
+
+
+def test_a_class_token_or_separators_make_no_grid():
+    with pytest.raises(ValueError, match="reads 17 tokens of a picture of 32 x 32 pixels, which are no grid"):
+        grid_of(View(torch.zeros(17, 8), torch.zeros(3, 32, 32), 0))
 
 
 def test_the_loss_falls_when_it_alone_is_trained():

@@ -1,0 +1,150 @@
+"""The one path of a picture: views, condition, latents, denoising error, as a pure function."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..vision.eyes import Eyes
+from ..vision.views import View, is_blank, sample_views
+from .conditions import attached_maps, condition_of
+from .config import FeedbackConfig
+from .denoisers import Denoiser
+from .early_gradient import early_gradient
+from .pictures import fit, latent_mask
+from .second_view import augmented_views
+
+
+@dataclass
+class ImageLosses:
+    """
+    What [`FeedbackLoss`] gives.
+
+    Args:
+        total (`torch.Tensor`): Sum over the images of the mean over their views, a scalar with its graph.
+        per_image (`torch.Tensor`): The loss of each image, detached, `(images,)`; 0 where it was left out.
+        counted (`torch.Tensor`): Whether each image counts, bool, `(images,)`: not those that were left out.
+        nonfinite (`torch.Tensor`): Views whose loss or gradient was not finite and is left out, a scalar.
+        blank (`torch.Tensor`): Views of one colour, which are left out, a scalar.
+    """
+
+    total: torch.Tensor
+    per_image: torch.Tensor
+    counted: torch.Tensor
+    nonfinite: torch.Tensor
+    blank: torch.Tensor
+
+
+class FeedbackLoss:
+    """
+    How well visual tokens explain their pictures (DEEM, https://arxiv.org/abs/2405.15232, Eq. 5), image by image.
+
+    A view whose loss or gradient is not finite is left out, on the device, without a synchronisation.
+
+    Args:
+        diffusion_model (`DiffusionModel`): Encodes pictures to latents, and denoises them.
+        objective (`Callable`): `(latents, context, *, generator, ...) -> (views,)`, a [`DiffusionFeedback`].
+        config (`FeedbackConfig`): Which tokens the denoiser is shown, and of how many views.
+        eyes (`Eyes`): Show a second view to the tower, for objectives that compare two.
+    """
+
+    def __init__(
+        self,
+        diffusion_model,
+        objective,
+        config: FeedbackConfig,
+        eyes: Eyes | None = None,
+    ):
+        self.diffusion_model = diffusion_model
+        self.objective = objective
+        self.config = config
+        self.eyes = eyes
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the conditions are all that the objective has a gradient for."""
+        # A synchroniser, which shows the denoiser maps, trains within it.
+        denoiser = getattr(self.objective, "denoiser", None)
+        if not isinstance(denoiser, Denoiser) or self.config.shows_maps:
+            return False
+        return not any(parameter.requires_grad for parameter in denoiser.model.parameters())
+
+    def __call__(self, views: list[View], conditioner, generator, *, scale=1.0, targets=None) -> ImageLosses:
+        """
+        Args:
+            views (`list[View]`): At least one.
+            conditioner (`Conditioner`): Makes the denoiser's context.
+            generator (`torch.Generator`): Draws views, latents, noise and timesteps; on the tokens' device.
+            scale (`float`, *optional*, defaults to 1): The factor that the backward pass is going to bring to `total`.
+                The gradient is taken with it, so that float16 does not underflow.
+            targets (`torch.Tensor`, *optional*): What must be restored in place of the pictures, `(views, 3, h, w)` in
+                [0, 1].
+
+        Raises:
+            ValueError: If there is not one target a view.
+        """
+        if targets is not None:
+            views = _with_targets(views, targets)
+        views = sample_views(views, self.config.max_views_per_image, generator)
+        latents, mask = self.encode(views, generator)
+        conditions = condition_of(views, self.config, conditioner, generator)
+        extra = {} if mask is None else {"mask": mask}
+        if getattr(self.objective, "second_view", False):
+            again = augmented_views(views, self.eyes, self.objective, generator)
+            conditions += condition_of(again, self.config, conditioner, generator)
+
+        def errors_of(context, vector, *second_view):
+            options = extra if vector is None else {**extra, "vector": vector}
+            if second_view:
+                options = {**options, "second_view": second_view}
+            with attached_maps(views, self.config, conditioner, self.objective):
+                return self.objective(latents, context, generator=generator, **options)
+
+        blank = torch.stack([is_blank(view.picture) for view in views])
+        weights = torch.tensor([view.weight for view in views], device=blank.device) * ~blank
+        if self.is_frozen:
+            total, errors, finite = early_gradient(errors_of, weights, scale, *conditions)
+        else:
+            errors = errors_of(*conditions)
+            finite = errors.isfinite()
+            total = (torch.where(finite, errors, 0.0) * weights).sum()
+        return summarise(views, total, errors.detach(), finite | blank, blank, weights)
+
+    @torch.no_grad()
+    def encode(self, views: list[View], generator=None):
+        """
+        Returns the latents of views `(views, channels, h, w)` and which of their cells count `(views, 1, h, w)`, None
+        where all do. Pictures that are no squares lie in a letterbox.
+        """
+        model = self.diffusion_model
+        device = views[0].tokens.device
+        model.to(device)
+        size = model.picture_size
+        fitted = [fit(view.picture.clamp(0, 1), view.mask, size) for view in views]
+        if model.latent_cache is None:
+            latents = model.encode(torch.cat([picture for picture, _ in fitted]).to(device), generator=generator)
+        else:
+            # Known by the picture as the tower saw it.
+            posteriors = [model.posterior(view.picture.clamp(0, 1)[None]) for view in views]
+            means, deviations = zip(*posteriors, strict=True)
+            deviations = None if deviations[0] is None else torch.cat(deviations)
+            latents = model.codec.draw(torch.cat(means), deviations, generator=generator)
+        return latents, latent_mask([mask for _, mask in fitted], latents.shape[-2:], device)
+
+
+def _with_targets(views, targets):
+    """Gives views other pictures to be restored, on their device."""
+    if len(targets) != len(views):
+        raise ValueError(
+            f"The batch holds {len(targets)} `target_pixel_values` for {len(views)} pictures; expected one target a "
+            f"picture, in [-1, 1]."
+        )
+    return [replace(view, picture=target, mask=None) for view, target in zip(views, targets, strict=True)]
+
+
+def summarise(views, total, errors, finite, blank, weights) -> ImageLosses:
+    images = list(dict.fromkeys(view.image for view in views))
+    index = torch.tensor([images.index(view.image) for view in views], device=errors.device)
+    kept = torch.where(finite & ~blank, errors.float(), 0.0) * weights
+    zeros = torch.zeros(len(images), device=errors.device)
+    counted = zeros.index_add(0, index, (finite & ~blank).float()) > 0
+    return ImageLosses(total, zeros.index_add(0, index, kept), counted, (~finite).sum(), blank.sum())

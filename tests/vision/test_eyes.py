@@ -1,0 +1,111 @@
+"""What the eyes measure of a model is what the model does."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModel, CLIPVisionModel, LlavaForConditionalGeneration
+
+from deem_plugin.vision.eyes import Eyes
+from deem_plugin.vision.towers import find_tower
+
+from ..tiny import tiny_clip_config, tiny_llava
+
+STATISTICS = {"mean": [0.5] * 3, "std": [0.5] * 3}
+
+
+def llava_reading(layer, strategy):
+    model, processor = tiny_llava()
+    model.config.vision_feature_layer = layer
+    model.config.vision_feature_select_strategy = strategy
+    if not isinstance(layer, int):
+        width = model.config.vision_config.hidden_size * len(layer)
+        projector = model.model.multi_modal_projector
+        projector.linear_1 = torch.nn.Linear(width, projector.linear_1.out_features)
+    return model, Eyes.of(model, processor)
+
+
+@pytest.mark.parametrize(
+    ("layer", "strategy", "expected"),
+    [
+        (-2, "default", lambda out: out.hidden_states[-2][:, 1:]),
+        (-2, "full", lambda out: out.hidden_states[-2]),
+        ([-2, -1], "full", lambda out: torch.cat([out.hidden_states[-2], out.hidden_states[-1]], -1)),
+    ],
+)
+def test_the_tokens_are_those_that_llava_reads(layer, strategy, expected):
+    model, eyes = llava_reading(layer, strategy)
+    pixel_values = torch.randn(2, 3, 32, 32)
+
+    output = model.model.vision_tower(pixel_values, output_hidden_states=True)
+    views = eyes.views({"pixel_values": pixel_values}, output)
+
+    assert torch.equal(torch.stack([view.tokens for view in views]), expected(output))
+    assert eyes.width == views[0].tokens.shape[-1]
+
+
+def test_measuring_changes_nothing(tmp_path):
+    model, processor = tiny_llava()
+    model.train()
+    model.model.vision_tower.eval()
+    state = torch.random.get_rng_state()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = {name: module.training for name, module in model.named_modules()}
+
+    Eyes.of(model, processor)
+
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_parameters_behind_the_layer_that_is_read_are_not_read():
+    model, processor = tiny_llava()
+
+    read = Eyes.of(model, processor).read_parameters
+
+    last = len(find_tower(model).vision_model.encoder.layers) - 1 if hasattr(find_tower(model), "vision_model") else 2
+    assert read and not any(f"layers.{last}." in name or "post_layernorm" in name for name in read)
+
+
+def test_the_tower_within_modules_to_save_is_found():
+    model, processor = tiny_llava()
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["vision_tower"])
+    wrapped = get_peft_model(model, config)
+
+    eyes = Eyes.of(wrapped, processor)
+
+    assert isinstance(eyes.tower, CLIPVisionModel) or type(eyes.tower).__name__.startswith("CLIP")
+    assert all(parameter.requires_grad for parameter in eyes.tower.parameters())
+
+
+def test_an_encoder_alone_is_its_own_tower():
+    encoder = CLIPVisionModel(tiny_clip_config())
+
+    eyes = Eyes.of(encoder, None, **STATISTICS)
+    views = eyes.look([torch.rand(3, 32, 32), torch.rand(3, 32, 32)])
+
+    assert eyes.tower is encoder and [view.tokens.shape for view in views] == [(17, 32)] * 2
+    assert eyes.pooled_width == 32 and views[0].pooled.shape == (32,)
+
+
+def test_text_models_and_unknown_statistics_are_refused():
+    from transformers import LlamaConfig
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with pytest.raises(ValueError, match="Found no vision tower in LlamaModel"):
+        Eyes.of(AutoModel.from_config(LlamaConfig(vocab_size=32, **sizes)), None, **STATISTICS)
+    model, processor = tiny_llava()
+    with pytest.raises(ValueError, match="processing_class=.*image_mean.*processing_class=processor"):
+        Eyes.of(model, processor.tokenizer)
+
+
+def test_the_image_processor_is_found_where_the_model_came_from(tmp_path):
+    """Trainers of other frameworks hand on the tokenizer alone."""
+    model, processor = tiny_llava()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path)
+
+    assert Eyes.of(model, processor.tokenizer).mean == processor.image_processor.image_mean

@@ -1,0 +1,179 @@
+"""Each layout: `pack` and `split` are each other's inverse, and every token goes to its own picture."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from deem_plugin.vision.layouts import AttendingTiles, layout_of
+
+
+class GridTower(nn.Module):
+    def forward(self, pixel_values):
+        """One picture a row."""
+
+
+class PackedTower(nn.Module):
+    def forward(self, hidden_states, grid_thw, **kwargs):
+        """The Qwen-VL family."""
+
+
+class PixtralTower(nn.Module):
+    def forward(self, pixel_values, image_sizes=None):
+        """Pixtral, Mistral 3."""
+
+
+class PaddedTower(nn.Module):
+    def forward(self, pixel_values, pixel_attention_mask, spatial_shapes):
+        """SigLIP 2, LFM2-VL."""
+
+
+class PositionedTower(nn.Module):
+    def forward(self, pixel_values, pixel_position_ids):
+        """Gemma 4."""
+
+
+class StripTower(nn.Module):
+    def forward(self, pixel_values, target_sizes):
+        """MiniCPM-V."""
+
+
+class TilesTower(nn.Module):
+    def forward(self, pixel_values, aspect_ratio_ids, aspect_ratio_mask):
+        """Llama 3.2 Vision."""
+
+
+MIXED = ((16, 24), (32, 16), (16, 16))
+CASES = {
+    "grid": (GridTower, ((16, 16),) * 3),
+    "packed": (PackedTower, MIXED),
+    "pixtral": (PixtralTower, MIXED),
+    "padded patches": (PaddedTower, MIXED),
+    "positioned patches": (PositionedTower, MIXED),
+    "strip": (StripTower, MIXED),
+    "attending tiles": (TilesTower, ((16, 32), (16, 16), (32, 16))),
+}
+PATCH = 4
+
+
+def make(tower_class):
+    tower = tower_class()
+    ratios = [[1, 1], [1, 2], [2, 1]]
+    tower.config = SimpleNamespace(patch_size=PATCH, image_size=16, supported_aspect_ratios=ratios)
+    return layout_of(tower)
+
+
+def cells_of(picture):
+    """One token a patch, in raster order: the mean of its pixels, as a tower of one pooling layer would give."""
+    return nn.functional.avg_pool2d(picture[None], PATCH)[0].flatten(1).T
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_pictures_come_back_with_their_own_tokens(name):
+    tower_class, sizes = CASES[name]
+    layout = make(tower_class)
+    generator = torch.Generator().manual_seed(0)
+    pictures = [torch.rand(3, *size, generator=generator) for size in sizes]
+
+    inputs = layout.pack(pictures)
+    own = [cells_of(picture) for picture in pictures]
+    if name == "grid":
+        tokens = torch.stack(own)
+    elif name == "padded patches":
+        tokens = nn.utils.rnn.pad_sequence(own, batch_first=True)
+    elif name == "attending tiles":
+        tiles = inputs["pixel_values"].flatten(0, 2)
+        tokens = torch.stack([cells_of(tile) for tile in tiles]).view(3, 1, 2, 16, 3)
+    else:
+        tokens = torch.cat(own)
+    views = layout.split(inputs, tokens)
+
+    assert len(views) == 3 and [view.image for view in views] == [0, 1, 2]
+    for view, picture, expected in zip(views, pictures, own, strict=True):
+        assert torch.equal(view.picture, picture)
+        if not isinstance(layout, AttendingTiles):
+            assert torch.equal(view.tokens, expected)
+            # The position of a token is the place of the patch that it is the mean of.
+            rows, columns = (length // PATCH for length in picture.shape[1:])
+            row, column = (view.positions * torch.tensor([rows, columns])).floor().long().unbind(1)
+            assert torch.equal(row * columns + column, torch.arange(rows * columns))
+
+
+@pytest.mark.parametrize("merge", [1, 2])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_packed_patches_in_blocks_are_put_together_again(merge, depth):
+    """The order of the Qwen-VL processors: blocks of merged patches, each picture shown twice in time."""
+    layout = make(PackedTower)
+    layout.config.spatial_merge_size = merge
+    layout.shape = (1, 3 * depth * PATCH**2)
+    pictures = [torch.rand(3, 16, 24), torch.rand(3, 8, 8)]
+
+    inputs = layout.pack(pictures)
+
+    assert inputs["hidden_states"].shape == (28, 3 * depth * PATCH**2)
+    for tokens in (torch.arange(28.0)[:, None], torch.arange(28.0 / merge**2)[:, None]):
+        views = layout.split(inputs, tokens)
+        assert [len(view.tokens) for view in views] == [len(tokens) * 24 // 28, len(tokens) * 4 // 28]
+        assert all(torch.equal(view.picture, picture) for view, picture in zip(views, pictures, strict=True))
+
+
+def test_packed_patches_as_the_stock_image_processor_makes_them():
+    """Oracle: transformers' own processor."""
+    from PIL import Image
+    from transformers import Qwen2VLImageProcessor
+
+    processor = Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=28 * 28 * 100)
+    pixels = torch.randint(0, 256, (56, 84, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    made = processor([Image.fromarray(pixels.numpy())], return_tensors="pt")
+    layout = make(PackedTower)
+    layout.patch, layout.config.spatial_merge_size = 14, 2
+    inputs = {"hidden_states": made["pixel_values"], "grid_thw": made["image_grid_thw"]}
+
+    (view,) = layout.split(inputs, torch.zeros(6, 8))
+
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
+    assert (view.picture * std + mean - pixels.permute(2, 0, 1) / 255).abs().max() < 1e-6
+    again = layout.pack([view.picture])
+    assert torch.equal(again["hidden_states"], made["pixel_values"]) and torch.equal(
+        again["grid_thw"], made["image_grid_thw"]
+    )
+
+
+def test_a_video_is_a_frame_for_each_of_its_steps():
+    layout = make(PackedTower)
+    frames = torch.rand(3, 3, 8, 8)
+    patches = torch.cat([layout.pack([frame])["hidden_states"].flatten(1) for frame in frames])
+    inputs = {"hidden_states": patches, "grid_thw": torch.tensor([[3, 2, 2]])}
+
+    views = layout.split(inputs, torch.arange(12.0)[:, None])
+
+    assert [view.kind for view in views] == ["frame"] * 3 and {view.image for view in views} == {0}
+    assert all(torch.equal(view.picture, frame) for view, frame in zip(views, frames, strict=True))
+
+
+def test_a_patch_mask_crops_pictures_and_tokens():
+    class MaskedTower(nn.Module):
+        def forward(self, pixel_values, patch_attention_mask=None):
+            """SmolVLM, Idefics."""
+
+    layout = make(MaskedTower)
+    pixels, mask = torch.rand(1, 3, 16, 16), torch.zeros(1, 4, 4, dtype=torch.bool)
+    mask[:, :3, :2] = True
+
+    (view,) = layout.split({"pixel_values": pixels, "patch_attention_mask": mask}, torch.arange(16.0).view(1, 16, 1))
+
+    assert torch.equal(view.picture, pixels[0, :, :12, :8])
+    assert view.tokens.flatten().tolist() == [0, 1, 4, 5, 8, 9]
+
+
+@pytest.mark.parametrize("shape", [(2, 729, 588), (2, 1, 16, 16)])
+def test_pixels_that_are_no_pictures_are_refused(shape):
+    with pytest.raises(ValueError, match=r"expects \(images, 3, height, width\)"):
+        make(GridTower).split({"pixel_values": torch.zeros(shape)}, torch.zeros(2, 4, 8))
+
+
+def test_tokens_that_no_picture_has_are_refused():
+    layout = make(PixtralTower)
+    with pytest.raises(ValueError, match="31 tokens of 32 patches"):
+        layout.split(layout.pack([torch.rand(3, 16, 16), torch.rand(3, 16, 16)]), torch.zeros(1, 31, 8))
