@@ -1,0 +1,122 @@
+"""Runs of a tiny LLaVA with feedback, to be cut, interrupted and repeated by the tests of weight and lifecycle."""
+
+import socket
+import subprocess
+import sys
+from os import environ
+from pathlib import Path
+
+import torch
+from transformers import Trainer
+
+from deem_plugin.feedback import DiffusionFeedback, FeedbackConfig
+
+from ..tiny import IMAGE_SIZE, tiny_llava
+from .helpers import CONFIG, GradientProbe, LoudCallback, arguments, pixel_generator, samples
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMESTEP = 500
+
+
+class UndrawnFeedback(DiffusionFeedback):
+    """Draws nothing: the noise is a smooth function of the picture, so that neither order nor rounding changes it."""
+
+    def __call__(self, latents, context, *, generator=None, **options):
+        noise = torch.sin(40 * latents)
+        timesteps = torch.full((len(latents),), TIMESTEP, device=latents.device)
+        return super().__call__(latents, context, timesteps=timesteps, noise=noise, **options)
+
+
+def undrawn_callback(objective_class=UndrawnFeedback, **settings):
+    """The callback under test, whose feedback is a function of the pictures alone."""
+    diffusion_model = pixel_generator()
+    config = FeedbackConfig(**{**CONFIG, **settings})
+    return LoudCallback(config, diffusion_model, objective_class(diffusion_model.denoiser))
+
+
+def normalized(processor, picture):
+    """Pictures in [0, 1] as the image processor gives them."""
+    mean, std = (torch.tensor(getattr(processor.image_processor, f"image_{name}")) for name in ("mean", "std"))
+    return (picture - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+
+
+def scenes(processor, count=4, with_images=True):
+    """Samples of equal length, each with a picture of its own, or of text alone."""
+    rows = samples(processor, count, with_images)
+    generator = torch.Generator().manual_seed(2)
+    for row in rows if with_images else ():
+        row["pixel_values"] = normalized(processor, torch.rand(3, IMAGE_SIZE, IMAGE_SIZE, generator=generator))
+    return rows
+
+
+def mixed(processor, count=4):
+    """Samples with a picture and samples of text alone, by turns."""
+    pairs = zip(scenes(processor, count), scenes(processor, count, with_images=False), strict=True)
+    return [row for pair in pairs for row in pair]
+
+
+def collate(rows):
+    """Stacks samples, and the pictures of those that have one."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: torch.stack([row[name] for row in rows if name in row]) for name in names}
+
+
+def make_trainer(
+    folder,
+    callback=None,
+    model=None,
+    rows=None,
+    trainer_class=Trainer,
+    callbacks=(),
+    eval_dataset=None,
+    model_init=None,
+    processor=None,
+    data_collator=collate,
+    **settings,
+):
+    """Returns a Trainer and the probe that keeps the gradients of its steps."""
+    vlm, own = tiny_llava()
+    processor = own if processor is None else processor
+    probe = GradientProbe()
+    given = {"model_init": model_init} if model_init else {"model": vlm if model is None else model}
+    trainer = trainer_class(
+        **given,
+        args=arguments(folder, **settings),
+        train_dataset=scenes(processor) if rows is None else rows,
+        eval_dataset=eval_dataset,
+        data_collator=data_collator,
+        processing_class=processor,
+        callbacks=[probe, *callbacks, *([callback] if callback else [])],
+    )
+    return trainer, probe
+
+
+def run(folder, callback=None, **settings):
+    """Trains and returns the Trainer and the gradients of each step."""
+    trainer, probe = make_trainer(folder, callback, **settings)
+    trainer.train()
+    return trainer, probe.steps
+
+
+def logged(trainer, name):
+    """Returns the values of a name in the order in which they were logged."""
+    return [row[name] for row in trainer.state.log_history if name in row]
+
+
+def hooks_of(model):
+    """Returns the numbers of hooks on the modules of a model, by name, where there are any."""
+    counts = {name: len(m._forward_hooks) + len(m._forward_pre_hooks) for name, m in model.named_modules()}
+    return {name: count for name, count in counts.items() if count}
+
+
+def run_two_ranks(folder, mode):
+    """Runs `run_two_ranks.py` on two gloo ranks and returns what rank 0 has left in `folder`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
+    command += ["-m", "tests.feedback.run_two_ranks", str(folder), mode]
+    environment = {**environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return torch.load(Path(folder) / "rank0.pt", weights_only=True)
