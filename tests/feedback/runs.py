@@ -105,8 +105,16 @@ def logged(trainer, name):
 
 def hooks_of(model):
     """Returns the numbers of hooks on the modules of a model, by name, where there are any."""
-    counts = {name: len(m._forward_hooks) + len(m._forward_pre_hooks) for name, m in model.named_modules()}
+    counts = {}
+    for name, module in model.named_modules():
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        counts[name] = sum(not is_of_transformers(hook) for hook in hooks)
     return {name: count for name, count in counts.items() if count}
+
+
+def is_of_transformers(hook):
+    """Tells hooks apart that transformers puts on any tower at its first call with `output_hidden_states`."""
+    return hook.__module__ == "transformers.utils.output_capturing"
 
 
 def run_two_ranks(folder, mode):
