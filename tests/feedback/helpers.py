@@ -24,7 +24,7 @@ CONFIG = {"denoiser": "not-read", "num_queries": 4, "resampler_dim": 16, "resamp
 class KeyedFeedback(DiffusionFeedback):
     """Draws noise and timesteps as functions of the picture, whatever the batch it comes in."""
 
-    def __call__(self, latents, context, *, generator=None):
+    def __call__(self, latents, context, *, generator=None, **options):
         noise = torch.stack(
             [
                 torch.randn(x.shape, generator=torch.Generator().manual_seed(int(x.double().abs().sum() * 1e4)))
@@ -32,7 +32,7 @@ class KeyedFeedback(DiffusionFeedback):
             ]
         )
         timesteps = (latents.double().abs().flatten(1).sum(1) * 1e3).long() % 1000
-        return super().__call__(latents, context, timesteps=timesteps, noise=noise)
+        return super().__call__(latents, context, timesteps=timesteps, noise=noise, **options)
 
 
 def pixel_generator(context_dim=CONTEXT_DIM, prediction_type="epsilon"):

@@ -46,7 +46,7 @@ def test_a_folder_without_feedback_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"weight": -1.0}, "`weight` must be zero or positive, got -1.0"),
+        ({"weight": -1.0}, "`weight` must be a finite number, zero or positive, got -1.0"),
         ({"every": 0}, "`every` must be at least 1, got 0"),
         ({"timestep_sampling": "uniforn"}, "`timestep_sampling` must be one of shrink, uniform.*got 'uniforn'"),
         ({"weight_schedule": "linear"}, "needs `warmup_steps`"),

@@ -49,9 +49,9 @@ def test_exact_settings_change_neither_gradients_nor_the_generator(tmp_path, sd,
 
     assert relative_difference(expected, gradients) < EXACT
     assert relative_difference(expected, gradients, "feedback_conditioner") < EXACT
-    after, before = weights_of(callback.generator), weights_of(load_diffusion_model(sd))
+    after, before = weights_of(callback.diffusion_model), weights_of(load_diffusion_model(sd))
     assert all(torch.equal(after[key], before[key]) for key in before)
-    assert not any(p.requires_grad for module in callback.generator.modules() for p in module.parameters())
+    assert not any(p.requires_grad for module in callback.diffusion_model.modules() for p in module.parameters())
 
 
 @pytest.mark.parametrize("name", GENERATORS)
@@ -103,7 +103,7 @@ def test_the_denoisers_activations_are_gone_before_the_language_model_runs(tmp_p
     model, processor = tiny_llava()
     callback.attach(model, processor)
     outputs, alive = [], []
-    for module in callback.generator.denoiser.model.modules():
+    for module in callback.diffusion_model.denoiser.model.modules():
         if not any(module.children()):
             module.register_forward_hook(lambda module, args, output: outputs.append(weakref.ref(output)))
     model.model.language_model.register_forward_pre_hook(
@@ -117,31 +117,47 @@ def test_the_denoisers_activations_are_gone_before_the_language_model_runs(tmp_p
 
 
 def test_an_early_gradient_is_the_late_one_whatever_the_scale():
-    first, second = torch.randn(3, 4, requires_grad=True), torch.randn(4, requires_grad=True)
+    first, second = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+    weights = torch.tensor([0.5, 0.25, 1.0])
 
-    def loss_of(a, nothing, b):
+    def errors_of(a, nothing, b):
         assert nothing is None
-        return (a * b).tanh().mean()
+        return (a * b).tanh().mean(dim=1)
 
-    (loss_of(2 * first, None, second.exp()) * 7).backward()
+    ((errors_of(2 * first, None, second.exp()) * weights).sum() * 7).backward()
     expected = first.grad, second.grad
     for scale in (7.0, 0.25):
         first.grad = second.grad = None
-        loss = early_gradient(loss_of, scale, 2 * first, None, second.exp())
-        (loss * 7).backward()
+        total, errors, finite = early_gradient(errors_of, weights, scale, 2 * first, None, second.exp())
+        assert errors.shape == (3,) and finite.all()
+        (total * 7).backward()
         torch.testing.assert_close((first.grad, second.grad), expected)
 
 
 def test_an_early_gradient_does_not_underflow_in_float16():
-    value = torch.ones(1, requires_grad=True)
+    value = torch.ones(1, 1, requires_grad=True)
 
-    def loss_of(value):
-        return (value.half() * 1e-4).float() * 1e-5
+    def errors_of(value):
+        return ((value.half() * 1e-4).float() * 1e-5).sum(dim=1)
 
-    early_gradient(lambda value: loss_of(value).sum(), 2.0**16, value).mul(2.0**16).backward()
+    early_gradient(errors_of, torch.ones(1), 2.0**16, value)[0].mul(2.0**16).backward()
 
     assert value.grad.item() == pytest.approx(1e-9 * 2**16, rel=1e-2)
-    assert torch.autograd.grad(loss_of(value).sum(), value)[0].item() == 0
+    assert torch.autograd.grad(errors_of(value).sum(), value)[0].item() == 0
+
+
+def test_an_error_or_a_gradient_that_is_not_finite_is_left_out_of_the_sum():
+    value = torch.tensor([[1.0], [0.0], [2.0], [3.0]], requires_grad=True)
+
+    def errors_of(value):
+        # The second has no finite gradient, the third no finite error.
+        return value[:, 0].sqrt() + torch.tensor([0.0, 0.0, float("nan"), 0.0])
+
+    total, errors, finite = early_gradient(errors_of, torch.ones(4), 1.0, value)
+    total.backward()
+
+    assert finite.tolist() == [True, False, False, True] and total.item() == pytest.approx(1 + 3**0.5)
+    assert value.grad.flatten().tolist() == pytest.approx([0.5, 0.0, 0.0, 0.5 / 3**0.5])
 
 
 def test_offloading_needs_a_frozen_denoiser(sd):
@@ -154,7 +170,7 @@ def test_offloading_needs_a_frozen_denoiser(sd):
     generator = load_diffusion_model(sd)
     config = FeedbackConfig(**{**CONFIG, "denoiser": sd, "cpu_offload": True})
     callback = DiffusionFeedbackCallback(config, generator, OwnFeedback(generator.denoiser))
-    with pytest.raises(ValueError, match="`cpu_offload` needs a feedback whose `denoiser` is frozen.*OwnFeedback"):
+    with pytest.raises(ValueError, match="`cpu_offload` needs an objective whose `denoiser` is frozen.*OwnFeedback"):
         callback.attach(*tiny_llava())
 
 
@@ -192,7 +208,7 @@ def test_eight_bits_give_nearly_the_same_gradient_and_take_what_is_planned(tmp_p
     assert relative_difference(expected, gradients, "feedback_conditioner") < 0.1
     assert relative_difference(expected, gradients, "feedback_conditioner") > EXACT
     taken = 0
-    for weight in callback.generator.denoiser.model.parameters():
+    for weight in callback.diffusion_model.denoiser.model.parameters():
         parts = [weight] if not hasattr(weight, "qdata") else [weight.qdata, weight.scale, weight.zero_point]
         taken += sum(part.nbytes for part in parts)
     assert taken == planned < before

@@ -1,7 +1,7 @@
 """The feedback reaches the tower of every kind of vision-language model, with its own tower and with DEEM's."""
 
 import pytest
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, LlavaNextImageProcessor
 
 from deem_plugin.vision import HOSTS, find_tower, mount_tower
 
@@ -30,7 +30,19 @@ def host_and_inputs(model_type, with_deem_tower):
         inputs = prompt(model_type, stand_in, tokens=side**2)
     if model_type == "paligemma":
         inputs["token_type_ids"] = (inputs["input_ids"] == 12).long()
+    inputs["pixel_values"] = inputs["pixel_values"].sigmoid() * 2 - 1  # a picture, normalised
     return model.train(), inputs | {"labels": inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, -100)}
+
+
+def image_processor_of(model):
+    """The image processor of a model that cuts pictures into tiles; others need none to be measured."""
+    pinpoints = getattr(model.config, "image_grid_pinpoints", None)
+    if pinpoints is None:
+        return None
+    size = model.config.vision_config.image_size
+    return LlavaNextImageProcessor(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}, image_grid_pinpoints=pinpoints
+    )
 
 
 def gradients(model, loss):
@@ -44,24 +56,26 @@ def gradients(model, loss):
 def test_the_gradient_is_that_of_the_sum_of_both_losses(model_type, with_deem_tower, tmp_path):
     model, inputs = host_and_inputs(model_type, with_deem_tower)
     callback = keyed_callback(**NORMALIZATION)
-    callback.attach(model)
+    callback.attach(model, image_processor_of(model))
     begin_step(callback, scale=WEIGHT)
     both = gradients(model, model(**inputs).loss)
     callback.hook.check_injected()
 
     # By hand, on the tower's own output.
     begin_step(callback, scale=0.0)
-    calls, model_inputs = [], {}
+    views, model_inputs = [], {}
     eyes = callback.hook.source.eyes
+
+    def take(tower, args, kwargs, output):
+        views.extend(eyes.views(eyes.call_arguments(args, kwargs), output, model_inputs))
+
     handles = [
         model.register_forward_pre_hook(lambda module, args, kwargs: model_inputs.update(kwargs), with_kwargs=True),
-        find_tower(model).register_forward_hook(lambda tower, *call: calls.append(call), with_kwargs=True),
+        find_tower(model).register_forward_hook(take, with_kwargs=True),
     ]
     lm_loss = model(**inputs).loss
     for handle in handles:
         handle.remove()
-    ((args, kwargs, output),) = calls
-    views = eyes.views(eyes.call_arguments(args, kwargs), output, model_inputs)
     by_hand = gradients(model, lm_loss + WEIGHT * total_loss(callback, views))
     lm_only = gradients(model, model(**inputs).loss)
 

@@ -72,7 +72,7 @@ def what_the_vae_sees(image, processor, **settings):
     config = FeedbackConfig(**{**CONFIG, **settings})
     generator = pixel_generator()
     generator.codec = codec = SeenByCodec()
-    eyes = Eyes.of(tiny_llava()[0], processor)
+    eyes = Eyes.of(tiny_llava()[0], processor, config.image_mean, config.image_std)
     pixel_values = processor([image], return_tensors="pt")["pixel_values"]
     views = views_of(torch.zeros(1, 4, 8), eyes.unnormalize(pixel_values))
     FeedbackLoss(generator, None, config, eyes).encode(views, torch.Generator())

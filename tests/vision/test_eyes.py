@@ -43,20 +43,26 @@ def test_the_tokens_are_those_that_llava_reads(layer, strategy, expected):
     assert eyes.width == views[0].tokens.shape[-1]
 
 
-def test_measuring_changes_nothing(tmp_path):
+def hooks_of(model):
+    return [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+
+
+def test_measuring_changes_nothing():
     model, processor = tiny_llava()
+    model.get_image_features(pixel_values=torch.zeros(1, 3, 32, 32))  # transformers puts hooks of its own on, once
     model.train()
     model.model.vision_tower.eval()
     state = torch.random.get_rng_state()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     modes = {name: module.training for name, module in model.named_modules()}
+    hooks = hooks_of(model)
 
     Eyes.of(model, processor)
 
     assert torch.equal(torch.random.get_rng_state(), state)
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert hooks_of(model) == hooks
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
