@@ -87,7 +87,7 @@ def train_arm(folder: Path, name: str, settings: Settings) -> Path:
     from deem_plugin.training.run import train
 
     from .controls import CONTROLS
-    from .diffusion_model import shipped_generator
+    from .generator import shipped_generator
     from .methods import method_overrides, train_first_stage
 
     arm = ALL_ARMS[name]
@@ -134,7 +134,7 @@ def run_arm(folder: Path, name: str):
     from deem_plugin.evaluation.run import evaluate
     from deem_plugin.feedback.diffusion_model import load_diffusion_model
 
-    from .diffusion_model import load_code, shipped_generator
+    from .generator import load_code, shipped_generator
     from .models import load_names
     from .probes import look_into, zero_shot
     from .sets import probe_scenes

@@ -2,7 +2,7 @@
 
 from deem_plugin.feedback.diffusion_feedback import DiffusionFeedback
 
-from .diffusion_model import CONTEXT_TOKENS, IMAGE_SIZE
+from .generator import CONTEXT_TOKENS, IMAGE_SIZE
 
 
 class AnotherImage:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from deem_plugin.feedback.diffusion_model import load_diffusion_model
 
 from .arms import PAINTED_FILE, STAGES, START, Arm
-from .diffusion_model import load_code, shipped_generator
+from .generator import load_code, shipped_generator
 from .probes import SHOWN, paint
 from .scores import HEADLINES, Metric
 from .sets import probe_scenes

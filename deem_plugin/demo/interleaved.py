@@ -131,7 +131,7 @@ def main(out_dir: str | Path, fast: bool = False) -> int:
     from deem_plugin.training.recipes import load_recipe
     from deem_plugin.training.run import train
 
-    from .diffusion_model import shipped_generator
+    from .generator import shipped_generator
     from .interleaved_report import look_at, write_report
 
     out = Path(out_dir).absolute()

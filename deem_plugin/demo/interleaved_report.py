@@ -17,7 +17,7 @@ from deem_plugin.feedback.diffusion_model import load_diffusion_model
 from deem_plugin.models import generate_images, generate_interleaved
 from deem_plugin.models.processing import IMAGE_START_TOKEN
 
-from .diffusion_model import shipped_generator
+from .generator import shipped_generator
 from .interleaved import HELD_OUT_SEED, TILES, long_captions, mosaics, tile_box
 from .models import IMAGE_SIZE
 

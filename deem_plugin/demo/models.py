@@ -19,7 +19,7 @@ from deem_plugin.data.scenes import COLOR_NAMES, SHAPES, TEXTURES, Scenes
 from deem_plugin.vision import DeemVisionConfig, DeemVisionTower
 from deem_plugin.vision.hosts import assemble_llava
 
-from .diffusion_model import CONTEXT_TOKENS
+from .generator import CONTEXT_TOKENS
 
 IMAGE_SIZE = 32  # pixels; twice the generator's, so that the tower sees a little more than it must restore
 WIDTH = 64

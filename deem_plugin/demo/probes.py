@@ -14,7 +14,7 @@ from deem_plugin.feedback.diffusion_feedback import DiffusionFeedback
 from deem_plugin.feedback.diffusion_model import DiffusionModel
 from deem_plugin.vision.towers import find_tower
 
-from .diffusion_model import PictureCode
+from .generator import PictureCode
 
 # What is read from the tokens, and from which attributes: the accuracy of a class, or the mean R2 of quantities.
 CLASSES = {"shape": "shape", "background": "texture"}

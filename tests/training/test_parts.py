@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from deem_plugin.training.arguments import ModelArguments
-from deem_plugin.training.model import add_lora, freeze_unused_layers
+from deem_plugin.training.model import add_lora, freeze_unread_layers
 from deem_plugin.training.parts import count_parameters, find, freeze, list_parts, matches, parameter_table
 
 from ..tiny import tiny_llava
@@ -61,7 +61,7 @@ def test_freezing_leaves_the_other_parts_trainable():
 def test_what_the_language_model_never_reads_of_the_tower_is_frozen():
     model, processor = tiny_llava()
 
-    frozen = freeze_unused_layers(model, processor)
+    frozen = freeze_unread_layers(model, processor.image_processor)
 
     # Layer -2 of three layers: the third and the norm of the pooled vector are unused.
     assert frozen and all("layers.2." in name or "post_layernorm" in name for name in frozen)
@@ -78,7 +78,7 @@ def test_lora_goes_on_the_linear_layers_of_the_named_parts_alone():
     )
 
     wrapped = add_lora(model, arguments)
-    freeze_unused_layers(wrapped, processor)
+    freeze_unread_layers(wrapped, processor.image_processor)
 
     trainable = [name for name, parameter in wrapped.named_parameters() if parameter.requires_grad]
     for part in ("language_model", "vision_tower"):
