@@ -43,7 +43,7 @@ def pictures_of(processor, pixels):
     return (pixels - black) / (white - black)
 
 
-def by_hand(rows, conversations, weight=50.0):
+def by_hand(rows, conversations, weight=50.0, counts=1):
     """Oracle: gradients of the language model's loss and of the feedback's, and the feedback loss of each image."""
     model, processor = tiny_llava()
     callback = undrawn_callback()
@@ -54,7 +54,7 @@ def by_hand(rows, conversations, weight=50.0):
     errors = UndrawnFeedback(pixel_generator().denoiser)(
         2 * pictures_of(processor, pixels) - 1, callback.conditioner(tokens)
     )
-    (model(**batch).loss + weight * errors.sum() / conversations).backward()
+    (model(**batch).loss + weight * (errors * torch.tensor(counts)).sum() / conversations).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, errors.detach()
 
 

@@ -1,0 +1,378 @@
+"""Nothing goes wrong in silence: broken numbers, wrong statistics, towers that cannot learn, pictures missed."""
+
+import logging
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlavaForConditionalGeneration, Trainer, TrainerCallback
+
+from deem_plugin.feedback import DiffusionFeedbackCallback, FeedbackConfig
+from deem_plugin.feedback.second_view import augment
+
+from ..tiny import IMAGE_SIZE, tiny_llava
+from .helpers import CONFIG, pixel_generator, relative_difference
+from .runs import UndrawnFeedback, logged, make_trainer, normalized, run, scenes, undrawn_callback
+from .test_weight import by_hand
+
+EXACT = 1e-5
+LOGGER = "deem_plugin.feedback.callback"
+
+
+# Numbers that are not finite
+
+
+class BrokenFeedback(UndrawnFeedback):
+    """Breaks the loss of the first pictures of the calls in `breaking`."""
+
+    breaking, rows = (0,), 1
+
+    def __init__(self, denoiser):
+        super().__init__(denoiser)
+        self.calls = 0
+
+    def __call__(self, latents, context, **options):
+        errors = super().__call__(latents, context, **options)
+        count = self.rows if self.calls in self.breaking else 0
+        self.calls += 1
+        return torch.cat([self.broken(errors[:count], context[:count]), errors[count:]])
+
+
+class NanLoss(BrokenFeedback):
+    def broken(self, errors, context):
+        return errors * float("nan")
+
+
+class InfiniteLoss(BrokenFeedback):
+    def broken(self, errors, context):
+        return errors * float("inf")
+
+
+class NanGradient(BrokenFeedback):
+    """The loss is finite and its gradient is not: the root of 0."""
+
+    def broken(self, errors, context):
+        return errors + (context.flatten(1).sum(dim=1) * 0).sqrt()
+
+
+class OwnNanLoss:
+    """An objective of the user's own, which shows no frozen denoiser, so that its gradient is not taken at once."""
+
+    def __init__(self, denoiser):
+        self.inner = NanLoss(denoiser)
+        self.context_dim = denoiser.context_dim
+
+    def __call__(self, latents, context, **options):
+        return self.inner(latents, context, **options)
+
+
+class OwnNanGradient(OwnNanLoss):
+    def __init__(self, denoiser):
+        super().__init__(denoiser)
+        self.inner = NanGradient(denoiser)
+
+
+BROKEN = [NanLoss, InfiniteLoss, NanGradient]
+
+
+@pytest.mark.parametrize("objective", BROKEN)
+def test_a_picture_whose_feedback_is_not_finite_is_left_out(tmp_path, objective):
+    """The gradient is that of the other three; the fourth's share of the language model's loss stays."""
+    _, processor = tiny_llava()
+    expected, errors = _by_hand_without_the_first(scenes(processor))
+    callback = undrawn_callback(objective)
+
+    trainer, (gradients,) = run(tmp_path, callback)
+
+    assert relative_difference(expected, gradients) < EXACT
+    assert relative_difference(expected, gradients, "feedback_conditioner") < EXACT
+    assert all(value.isfinite().all() for value in trainer.model.parameters())
+    assert all(value.isfinite().all() for value in callback.conditioner.parameters())
+    assert logged(trainer, "feedback_nonfinite") == [1]
+    assert logged(trainer, "feedback_loss") == [pytest.approx(errors[1:].mean().item(), rel=1e-5)]
+
+
+def _by_hand_without_the_first(rows):
+    whole, errors = by_hand(rows, conversations=4)
+    without = by_hand(rows, conversations=4, counts=[0, 1, 1, 1])[0]
+    assert relative_difference(whole, without, "feedback_conditioner") > 0.01
+    return without, errors
+
+
+def test_a_denoiser_that_overflows_once_does_not_ruin_the_model(tmp_path):
+    """As a UNet in half precision does: the output for one picture is NaN in the second step."""
+    callback = undrawn_callback()
+    network = callback.diffusion_model.denoiser.model
+    calls = []
+
+    def overflow(module, args, output):
+        calls.append(1)
+        if len(calls) == 2:
+            output.sample[0] = float("nan")
+        return output
+
+    network.register_forward_hook(overflow)
+
+    trainer, steps = run(tmp_path, callback, max_steps=3)
+
+    assert all(value.isfinite().all() for step in steps for value in step.values())
+    assert all(value.isfinite().all() for value in trainer.model.parameters())
+    assert logged(trainer, "feedback_nonfinite") == [1]
+    assert len(logged(trainer, "feedback_loss")) == 3
+
+
+@pytest.mark.parametrize("objective", [OwnNanLoss, OwnNanGradient])
+def test_an_objective_of_ones_own_is_guarded_too(tmp_path, objective):
+    _, processor = tiny_llava()
+    expected, _ = _by_hand_without_the_first(scenes(processor))
+
+    trainer, (gradients,) = run(tmp_path, undrawn_callback(objective))
+
+    assert relative_difference(expected, gradients) < EXACT
+    assert logged(trainer, "feedback_nonfinite") == [1]
+
+
+def test_finite_feedback_logs_no_count(tmp_path):
+    trainer, _ = run(tmp_path, undrawn_callback(), max_steps=2)
+
+    assert not logged(trainer, "feedback_nonfinite") and not logged(trainer, "feedback_blank")
+
+
+@pytest.mark.parametrize("objective", BROKEN)
+def test_training_stops_where_the_feedback_keeps_breaking(tmp_path, objective):
+    always = type("Always", (objective,), {"breaking": range(1000), "rows": 2})
+    trainer, _ = make_trainer(tmp_path, undrawn_callback(always), max_steps=100)
+
+    with pytest.raises(RuntimeError, match=r"of \d+ pictures was not finite"):
+        trainer.train()
+
+    assert trainer.state.global_step < 20
+    assert all(value.isfinite().all() for value in trainer.model.parameters())
+
+
+def test_training_stops_where_no_feedback_is_finite(tmp_path):
+    always = type("Always", (NanLoss,), {"breaking": range(1000), "rows": 4})
+
+    with pytest.raises(RuntimeError, match="4 of 4 pictures was not finite"):
+        run(tmp_path, undrawn_callback(always), max_steps=100)
+
+
+def test_a_rare_break_does_not_stop_the_training(tmp_path):
+    rare = type("Rare", (NanLoss,), {"breaking": range(9, 1000, 10)})
+
+    trainer, _ = run(tmp_path, undrawn_callback(rare), max_steps=20, logging_steps=10)
+
+    assert trainer.state.global_step == 20
+    assert logged(trainer, "feedback_nonfinite") == [1, 1]
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -1.0])
+def test_a_weight_that_is_no_number_is_refused(weight):
+    with pytest.raises(ValueError, match="weight.*must be a finite number"):
+        FeedbackConfig(denoiser="x", weight=weight)
+
+
+# Pictures
+
+
+def test_a_picture_of_one_colour_gets_no_feedback_and_is_counted(tmp_path):
+    """Frameworks put a blank picture into batches of text alone."""
+    _, processor = tiny_llava()
+    rows = scenes(processor)
+    rows[0]["pixel_values"] = normalized(processor, torch.ones(3, IMAGE_SIZE, IMAGE_SIZE))
+    expected, errors = by_hand(rows, conversations=4, counts=[0, 1, 1, 1])
+
+    trainer, (gradients,) = run(tmp_path, undrawn_callback(), rows=rows)
+
+    assert relative_difference(expected, gradients) < EXACT
+    assert logged(trainer, "feedback_blank") == [1] and not logged(trainer, "feedback_nonfinite")
+    assert logged(trainer, "feedback_loss") == [pytest.approx(errors[1:].mean().item(), rel=1e-5)]
+
+
+WRONG_STATISTICS = {
+    "bytes": lambda picture, given: picture * 255,
+    "other statistics": lambda picture, given: picture * 4 - 2,
+    "normalised twice": lambda picture, given: given * 4 - 1,
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_STATISTICS.values(), ids=WRONG_STATISTICS)
+def test_pictures_of_other_statistics_are_refused_at_the_first_step(tmp_path, wrong):
+    _, processor = tiny_llava()
+    rows = scenes(processor)
+    for row in rows:
+        row["pixel_values"] = wrong(torch.rand(3, IMAGE_SIZE, IMAGE_SIZE), row["pixel_values"])
+
+    with pytest.raises(ValueError, match=r"outside \[0, 1\].*image_mean"):
+        run(tmp_path, undrawn_callback(), rows=rows)
+
+
+def test_statistics_that_are_set_wrongly_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"outside \[0, 1\].*image_std"):
+        run(tmp_path, undrawn_callback(image_mean=[0.5] * 3, image_std=[0.5] * 3))
+
+
+class WithVideos(LlavaForConditionalGeneration):
+    """Takes videos, which never reach the vision tower."""
+
+    def forward(self, pixel_values_videos=None, **kwargs):
+        return super().forward(**kwargs)
+
+
+def test_pictures_that_the_tower_never_saw_are_reported(tmp_path, caplog):
+    torch.manual_seed(0)
+    llava, processor = tiny_llava()
+    rows = scenes(processor, with_images=False)
+    rows = [{**row, "pixel_values_videos": torch.rand(2, 3, IMAGE_SIZE, IMAGE_SIZE)} for row in rows]
+
+    with caplog.at_level(logging.WARNING, LOGGER):
+        run(tmp_path, undrawn_callback(), model=WithVideos(llava.config), rows=rows, max_steps=2)
+
+    reports = [record.getMessage() for record in caplog.records if "never saw" in record.getMessage()]
+    assert len(reports) == 2 and "CLIPVisionModel" in reports[0]
+
+
+@pytest.mark.parametrize("with_images", [True, False])
+def test_nothing_is_reported_where_nothing_is_missed(tmp_path, caplog, with_images):
+    _, processor = tiny_llava()
+
+    with caplog.at_level(logging.WARNING, LOGGER):
+        run(tmp_path, undrawn_callback(), rows=scenes(processor, with_images=with_images))
+
+    assert not [record for record in caplog.records if record.name == LOGGER]
+
+
+# Towers that cannot learn
+
+
+def test_a_tower_of_which_only_an_unread_layer_trains_is_refused():
+    """LLaVA reads the second-last layer; with the last one alone trainable, the conditioner alone would learn."""
+    model, processor = tiny_llava()
+    tower = model.model.vision_tower
+    tower.requires_grad_(False)
+    tower.encoder.layers[-1].requires_grad_(True)
+
+    with pytest.raises(ValueError, match="CLIPVisionModel.*does not influence the tokens"):
+        undrawn_callback().attach(model, processor)
+
+
+def test_a_frozen_tower_is_refused():
+    model, processor = tiny_llava()
+    model.model.vision_tower.requires_grad_(False)
+
+    with pytest.raises(ValueError, match="CLIPVisionModel.*is frozen.*Unfreeze"):
+        undrawn_callback().attach(model, processor)
+
+
+def test_a_tower_that_lora_leaves_frozen_is_refused():
+    model, processor = tiny_llava()
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=r".*language_model.*q_proj"))
+
+    with pytest.raises(ValueError, match="is frozen"):
+        undrawn_callback().attach(model, processor)
+
+
+@pytest.mark.parametrize("part", ["the tower", "all but the last layer"])
+def test_a_tower_that_is_frozen_after_attach_stops_the_first_step(tmp_path, part):
+    model, processor = tiny_llava()
+    callback = undrawn_callback()
+    callback.attach(model, processor)
+    tower = model.model.vision_tower
+    tower.requires_grad_(False)
+    tower.encoder.layers[-1].requires_grad_(part != "the tower")
+
+    with pytest.raises(RuntimeError, match="No trainable parameter of the vision tower.*Unfreeze"):
+        run(tmp_path, callback, model=model)
+
+
+def test_a_conditioner_alone_trains_where_it_is_asked_for(tmp_path):
+    model, _ = tiny_llava()
+    model.model.vision_tower.requires_grad_(False)
+
+    trainer, (gradients,) = run(tmp_path, undrawn_callback(conditioner_only=True), model=model)
+
+    assert any(value.any() for name, value in gradients.items() if "feedback_conditioner" in name)
+    assert not any("vision_tower" in name for name in gradients)
+    assert len(logged(trainer, "feedback_loss")) == 1
+
+
+class NoGradientTrainer(Trainer):
+    """Leaves the picture's part out of the loss."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return loss.detach() + sum(parameter.sum() for parameter in model.lm_head.parameters()) * 0
+
+
+def test_feedback_whose_gradient_never_enters_the_backward_pass_is_an_error(tmp_path):
+    with pytest.raises(RuntimeError, match="1 of 1 feedback losses never reached the vision tower"):
+        run(tmp_path, undrawn_callback(), trainer_class=NoGradientTrainer)
+
+
+# Random numbers
+
+
+@pytest.fixture
+def cuda_seeds(monkeypatch):
+    """The seeds that all GPUs were given."""
+    seeds = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    monkeypatch.setattr(torch.cuda, "manual_seed", seeds.append)
+    return seeds
+
+
+DRAWING = [{}, {"objective": "contrastive"}, {"condition": "cls+patches", "num_patches": 4}]
+
+
+@pytest.mark.parametrize("settings", DRAWING, ids=["mse", "contrastive", "patches"])
+def test_no_global_generator_is_touched(cuda_seeds, settings):
+    """By attaching and by a step of training."""
+    model, processor = tiny_llava()
+    callback = DiffusionFeedbackCallback(FeedbackConfig(**CONFIG, **settings), pixel_generator())
+    batch = {name: torch.stack([row[name] for row in scenes(processor)]) for name in scenes(processor)[0]}
+    cuda_seeds.clear()
+    before = torch.get_rng_state()
+
+    callback.attach(model, processor)
+    callback.hook.state.scale = 1.0
+    model.train()(**batch).loss.backward()
+
+    assert callback.conditioner.head.weight.grad is not None
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not cuda_seeds
+
+
+def test_an_augmentation_touches_no_global_generator(cuda_seeds):
+    before = torch.get_rng_state()
+
+    augment(torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.Generator().manual_seed(0))
+
+    assert torch.equal(torch.get_rng_state(), before) and not cuda_seeds
+
+
+class StateProbe(TrainerCallback):
+    """Keeps the state of the global generator after each step."""
+
+    def __init__(self):
+        self.states = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.states.append(torch.get_rng_state())
+
+
+def test_a_training_draws_as_one_without_feedback_does(tmp_path):
+    """With dropout in the language model, which draws in each step."""
+
+    def states(callback):
+        model, _ = tiny_llava()
+        for layer in model.model.language_model.layers:
+            layer.self_attn.attention_dropout = 0.1
+        probe = StateProbe()
+        run(tmp_path, callback, model=model, callbacks=[probe], max_steps=2)
+        return probe.states
+
+    plain = states(None)
+    with_feedback = states(DiffusionFeedbackCallback(FeedbackConfig(**CONFIG), pixel_generator()))
+
+    assert not torch.equal(plain[0], plain[1])
+    assert all(torch.equal(*pair) for pair in zip(plain, with_feedback, strict=True))
