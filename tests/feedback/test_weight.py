@@ -162,6 +162,31 @@ def test_the_shorter_last_accumulation_of_an_epoch_is_weighted_right(tmp_path):
     assert_same(by_hand(rows[4:], conversations=2)[0], steps[1])
 
 
+@pytest.mark.parametrize(
+    "batch, accumulation, counts", [(4, 1, [4, 2]), (4, 2, [6]), (2, 2, [4, 2])], ids=["batch", "cut", "accumulation"]
+)
+def test_the_smaller_last_batch_of_an_epoch_is_weighted_right(tmp_path, batch, accumulation, counts):
+    """Six samples: the conversations of a step are those that it reads."""
+    _, processor = tiny_llava()
+    rows = scenes(processor, 6)
+
+    _, steps = run(
+        tmp_path,
+        undrawn_callback(),
+        rows=rows,
+        max_steps=2 * len(counts),
+        learning_rate=0.0,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+    )
+
+    for epoch in (steps[: len(counts)], steps[len(counts) :]):
+        first = 0
+        for gradients, count in zip(epoch, counts, strict=True):
+            assert_same(by_hand(rows[first : first + count], conversations=count)[0], gradients)
+            first += count
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pictures", "text rank", "text micro-batch"])
 def test_two_ranks_give_the_feedback_of_one(tmp_path, kind):
