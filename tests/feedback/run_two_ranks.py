@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerControl, TrainerState
 
 from deem_plugin.feedback import load_conditioner, save_conditioner
-from tests.feedback.helpers import arguments
-from tests.feedback.runs import collate, logged, run, scenes, undrawn_callback
+from tests.feedback.helpers import arguments, samples
+from tests.feedback.runs import collate, logged, run, undrawn_callback
 from tests.feedback.test_weight import rows_of_ranks
 from tests.tiny import tiny_llava
 
@@ -62,7 +62,7 @@ def train_by_fsdp(folder):
     model, callback, processor = attached()
     assert any(isinstance(value, DTensor) for value in callback.conditioner.parameters())
     callback.hook.state.scale = callback.config.weight / 2  # conversations of a rank, whose gradients are averaged
-    model(**collate(scenes(processor)[2 * rank : 2 * rank + 2])).loss.backward()
+    model(**collate(samples(processor)[2 * rank : 2 * rank + 2])).loss.backward()
     callback.hook.check_injected()
     gradients = {name: whole(value.grad) for name, value in model.named_parameters() if value.grad is not None}
 
@@ -101,7 +101,7 @@ def train_by_events(folder, start=0, shard=True):
     args = arguments(folder, per_device_train_batch_size=4 // ranks, resume_from_checkpoint=None)
     rank = args.process_index
     model, callback, processor = attached(shard)
-    rows = scenes(processor)[rank * 4 // ranks : (rank + 1) * 4 // ranks]
+    rows = samples(processor)[rank * 4 // ranks : (rank + 1) * 4 // ranks]
     loader = torch.utils.data.DataLoader(rows, batch_size=len(rows))
     optimizer = torch.optim.SGD(callback.conditioner.parameters(), lr=1e-3)
     state, control = TrainerState(global_step=start, train_batch_size=len(rows)), TrainerControl()

@@ -11,7 +11,7 @@ from transformers import Trainer
 
 from deem_plugin.feedback import DiffusionFeedback, FeedbackConfig
 
-from ..tiny import IMAGE_SIZE, tiny_llava
+from ..tiny import tiny_llava
 from .helpers import CONFIG, GradientProbe, LoudCallback, arguments, pixel_generator, samples
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,18 +40,9 @@ def normalized(processor, picture):
     return (picture - mean.view(3, 1, 1)) / std.view(3, 1, 1)
 
 
-def scenes(processor, count=4, with_images=True):
-    """Samples of equal length, each with a picture of its own, or of text alone."""
-    rows = samples(processor, count, with_images)
-    generator = torch.Generator().manual_seed(2)
-    for row in rows if with_images else ():
-        row["pixel_values"] = normalized(processor, torch.rand(3, IMAGE_SIZE, IMAGE_SIZE, generator=generator))
-    return rows
-
-
 def mixed(processor, count=4):
     """Samples with a picture and samples of text alone, by turns."""
-    pairs = zip(scenes(processor, count), scenes(processor, count, with_images=False), strict=True)
+    pairs = zip(samples(processor, count), samples(processor, count, with_images=False), strict=True)
     return [row for pair in pairs for row in pair]
 
 
@@ -82,7 +73,7 @@ def make_trainer(
     trainer = trainer_class(
         **given,
         args=arguments(folder, **settings),
-        train_dataset=scenes(processor) if rows is None else rows,
+        train_dataset=samples(processor) if rows is None else rows,
         eval_dataset=eval_dataset,
         data_collator=data_collator,
         processing_class=processor,

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from ..tiny import tiny_llava
-from .helpers import relative_difference
+from .helpers import relative_difference, samples
 from .run_two_ranks import train_by_events
-from .runs import run_two_ranks, scenes
+from .runs import run_two_ranks
 from .test_weight import by_hand
 
 pytestmark = pytest.mark.slow
@@ -25,7 +25,7 @@ def shards(tmp_path_factory):
 
 
 def test_sharded_gradients_are_those_of_one_process(shards):
-    expected, _ = by_hand(scenes(tiny_llava()[1]), conversations=4)
+    expected, _ = by_hand(samples(tiny_llava()[1]), conversations=4)
     gradients = {name: shards["gradients"][name] for name in expected}
 
     assert relative_difference(expected, gradients) < EXACT

@@ -6,14 +6,16 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlavaForConditionalGeneration, Trainer, TrainerCallback
+from transformers.modeling_outputs import BaseModelOutput
 
 from deem_plugin.feedback import DiffusionFeedbackCallback, FeedbackConfig
 from deem_plugin.feedback.second_view import augment
+from deem_plugin.training.trainer import EncoderTrainer
 
 from ..tiny import IMAGE_SIZE, tiny_llava
-from .helpers import CONFIG, pixel_generator, relative_difference
-from .runs import UndrawnFeedback, logged, make_trainer, normalized, run, scenes, undrawn_callback
-from .test_weight import by_hand
+from .helpers import CONFIG, pixel_generator, relative_difference, samples
+from .runs import UndrawnFeedback, logged, make_trainer, normalized, run, undrawn_callback
+from .test_weight import by_hand, pictures_of
 
 EXACT = 1e-5
 LOGGER = "deem_plugin.feedback.callback"
@@ -79,7 +81,7 @@ BROKEN = [NanLoss, InfiniteLoss, NanGradient]
 def test_a_picture_whose_feedback_is_not_finite_is_left_out(tmp_path, objective):
     """The gradient is that of the other three; the fourth's share of the language model's loss stays."""
     _, processor = tiny_llava()
-    expected, errors = _by_hand_without_the_first(scenes(processor))
+    expected, errors = _by_hand_without_the_first(samples(processor))
     callback = undrawn_callback(objective)
 
     trainer, (gradients,) = run(tmp_path, callback)
@@ -124,7 +126,7 @@ def test_a_denoiser_that_overflows_once_does_not_ruin_the_model(tmp_path):
 @pytest.mark.parametrize("objective", [OwnNanLoss, OwnNanGradient])
 def test_an_objective_of_ones_own_is_guarded_too(tmp_path, objective):
     _, processor = tiny_llava()
-    expected, _ = _by_hand_without_the_first(scenes(processor))
+    expected, _ = _by_hand_without_the_first(samples(processor))
 
     trainer, (gradients,) = run(tmp_path, undrawn_callback(objective))
 
@@ -178,7 +180,7 @@ def test_a_weight_that_is_no_number_is_refused(weight):
 def test_a_picture_of_one_colour_gets_no_feedback_and_is_counted(tmp_path):
     """Frameworks put a blank picture into batches of text alone."""
     _, processor = tiny_llava()
-    rows = scenes(processor)
+    rows = samples(processor)
     rows[0]["pixel_values"] = normalized(processor, torch.ones(3, IMAGE_SIZE, IMAGE_SIZE))
     expected, errors = by_hand(rows, conversations=4, counts=[0, 1, 1, 1])
 
@@ -199,7 +201,7 @@ WRONG_STATISTICS = {
 @pytest.mark.parametrize("wrong", WRONG_STATISTICS.values(), ids=WRONG_STATISTICS)
 def test_pictures_of_other_statistics_are_refused_at_the_first_step(tmp_path, wrong):
     _, processor = tiny_llava()
-    rows = scenes(processor)
+    rows = samples(processor)
     for row in rows:
         row["pixel_values"] = wrong(torch.rand(3, IMAGE_SIZE, IMAGE_SIZE), row["pixel_values"])
 
@@ -222,7 +224,7 @@ class WithVideos(LlavaForConditionalGeneration):
 def test_pictures_that_the_tower_never_saw_are_reported(tmp_path, caplog):
     torch.manual_seed(0)
     llava, processor = tiny_llava()
-    rows = scenes(processor, with_images=False)
+    rows = samples(processor, with_images=False)
     rows = [{**row, "pixel_values_videos": torch.rand(2, 3, IMAGE_SIZE, IMAGE_SIZE)} for row in rows]
 
     with caplog.at_level(logging.WARNING, LOGGER):
@@ -237,7 +239,7 @@ def test_nothing_is_reported_where_nothing_is_missed(tmp_path, caplog, with_imag
     _, processor = tiny_llava()
 
     with caplog.at_level(logging.WARNING, LOGGER):
-        run(tmp_path, undrawn_callback(), rows=scenes(processor, with_images=with_images))
+        run(tmp_path, undrawn_callback(), rows=samples(processor, with_images=with_images))
 
     assert not [record for record in caplog.records if record.name == LOGGER]
 
@@ -309,6 +311,37 @@ def test_feedback_whose_gradient_never_enters_the_backward_pass_is_an_error(tmp_
         run(tmp_path, undrawn_callback(), trainer_class=NoGradientTrainer)
 
 
+def test_a_denoiser_that_trains_gets_its_gradient():
+    """Its gradient cannot be taken early at the conditions alone."""
+    model, processor = tiny_llava()
+    callback = undrawn_callback()
+    network = callback.diffusion_model.denoiser.model.requires_grad_(True)
+    callback.attach(model, processor)
+    callback.hook.state.scale = 2.0
+    batch = {name: torch.stack([row[name] for row in samples(processor)]) for name in samples(processor)[0]}
+
+    model.train()(**batch).loss.backward()
+
+    gradients = {name: value.grad.clone() for name, value in network.named_parameters()}
+    network.zero_grad()
+    pixels = batch["pixel_values"]
+    tokens = model.model.vision_tower.forward(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+    errors = callback.objective(2 * pictures_of(processor, pixels) - 1, callback.conditioner(tokens))
+    (2.0 * errors.sum()).backward()
+    expected = {name: value.grad for name, value in network.named_parameters()}
+    assert relative_difference(expected, gradients) < EXACT
+
+
+def test_a_step_of_an_encoder_without_feedback_has_a_finite_loss():
+    """Where a token overflows, as in half precision: 0 * inf is no number."""
+    tokens = torch.ones(1, 4, 8, requires_grad=True)
+    tokens = torch.where(torch.arange(8) == 0, tokens * float("inf"), tokens)
+
+    loss = EncoderTrainer.compute_loss(None, lambda: BaseModelOutput(last_hidden_state=tokens), {})
+
+    assert loss.item() == 0.0 and loss.requires_grad
+
+
 # Random numbers
 
 
@@ -329,7 +362,7 @@ def test_no_global_generator_is_touched(cuda_seeds, settings):
     """By attaching and by a step of training."""
     model, processor = tiny_llava()
     callback = DiffusionFeedbackCallback(FeedbackConfig(**CONFIG, **settings), pixel_generator())
-    batch = {name: torch.stack([row[name] for row in scenes(processor)]) for name in scenes(processor)[0]}
+    batch = {name: torch.stack([row[name] for row in samples(processor)]) for name in samples(processor)[0]}
     cuda_seeds.clear()
     before = torch.get_rng_state()
 

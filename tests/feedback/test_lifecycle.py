@@ -10,10 +10,11 @@ from transformers import LlavaForConditionalGeneration, Trainer, TrainerCallback
 
 from deem_plugin.feedback import DiffusionFeedbackCallback, FeedbackConfig, load_conditioner, save_conditioner
 from deem_plugin.feedback.checkpoint import FILE_NAME
+from deem_plugin.training.checkpoint import last_complete_checkpoint
 
 from ..tiny import tiny_llava
-from .helpers import CONFIG, pixel_generator, relative_difference
-from .runs import UndrawnFeedback, hooks_of, is_of_transformers, logged, make_trainer, run, scenes, undrawn_callback
+from .helpers import CONFIG, pixel_generator, relative_difference, samples
+from .runs import UndrawnFeedback, hooks_of, is_of_transformers, logged, make_trainer, run, undrawn_callback
 
 EXACT = 1e-5
 CONDITIONER = "feedback_conditioner"
@@ -21,7 +22,8 @@ CONDITIONER = "feedback_conditioner"
 
 def state_of(model):
     """What a callback may have changed of a model."""
-    return list(model.state_dict()), hooks_of(model), model._keys_to_ignore_on_save, set(vars(model))
+    own = {name for name in vars(model) if "feedback" in name}
+    return list(model.state_dict()), hooks_of(model), model._keys_to_ignore_on_save, own
 
 
 # Attaching
@@ -194,7 +196,7 @@ def test_a_second_trainer_with_a_new_callback_has_the_gradient_of_the_first(tmp_
 def test_a_second_trainer_gets_its_targets(tmp_path):
     """A second stage on the same model restores the targets of its own batches."""
     model, processor = tiny_llava()
-    rows = [{**row, "target_pixel_values": torch.full((3, 32, 32), 0.5)} for row in scenes(processor)]
+    rows = [{**row, "target_pixel_values": torch.full((3, 32, 32), 0.5)} for row in samples(processor)]
     rows = [{**row, "target_pixel_values": row["target_pixel_values"] + 0.01 * row["pixel_values"]} for row in rows]
 
     (first,) = run(tmp_path, undrawn_callback(), model=model, rows=rows, learning_rate=0.0)[1]
@@ -316,7 +318,7 @@ class NotedFeedback(UndrawnFeedback):
 def test_the_targets_of_one_batch_never_serve_another(tmp_path):
     """Evaluation has targets, training has none: it restores its own pictures."""
     _, processor = tiny_llava()
-    rows = scenes(processor)
+    rows = samples(processor)
     generator = torch.Generator().manual_seed(3)
     targets = [{**row, "target_pixel_values": 0.7 + 0.1 * torch.rand(3, 32, 32, generator=generator)} for row in rows]
     settings = {"max_steps": 3, "learning_rate": 0.0}
@@ -340,7 +342,7 @@ def test_the_best_conditioner_is_kept_beside_the_best_model(tmp_path, better):
         tmp_path,
         undrawn_callback(),
         max_steps=3,
-        eval_dataset=scenes(processor),
+        eval_dataset=samples(processor),
         eval_strategy="steps",
         eval_steps=1,
         save_strategy="steps",
@@ -370,6 +372,50 @@ def test_the_anchor_of_a_resumed_run_is_the_tower_of_its_beginning(tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
     assert logged(resumed, "anchor_loss") == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("better", ["greater", "smaller"])
+def test_the_best_model_itself_is_loaded(tmp_path, better):
+    """Also where transformers stores the weights under other names than they have in memory, as LLaVA's."""
+    model, processor = tiny_llava()
+
+    trainer, _ = run(
+        tmp_path,
+        undrawn_callback(),
+        model=model,
+        max_steps=2,
+        eval_dataset=samples(processor),
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=better == "greater",
+    )
+
+    best = LlavaForConditionalGeneration.from_pretrained(trainer.state.best_model_checkpoint).state_dict()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, best[name], atol=0, rtol=0, msg=name)
+
+
+class KilledCallback(DiffusionFeedbackCallback):
+    """Is killed between the Trainer's save and its own, in the second checkpoint."""
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+        super().on_save(args, state, control, **kwargs)
+
+
+def test_a_checkpoint_without_its_conditioner_is_not_complete(tmp_path):
+    callback = KilledCallback(FeedbackConfig(**CONFIG), pixel_generator())
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, callback, max_steps=3, save_strategy="steps", save_steps=1)
+
+    assert (tmp_path / "checkpoint-2/trainer_state.json").is_file()
+    assert last_complete_checkpoint(tmp_path, files=[FILE_NAME]) == tmp_path / "checkpoint-1"
 
 
 # Trackers
@@ -447,7 +493,7 @@ def evaluated(folder, eval_dataset, **settings):
 
 def test_each_evaluation_set_has_a_feedback_loss_of_its_own(tmp_path):
     _, processor = tiny_llava()
-    rows = scenes(processor, 8)
+    rows = samples(processor, 8)
     alone = [evaluated(tmp_path, part) for part in (rows[:4], rows[4:])]
     expected = [logged(trainer, "eval_feedback_loss")[0] for trainer in alone]
     assert expected[0] != pytest.approx(expected[1], rel=1e-4)
@@ -461,7 +507,7 @@ def test_each_evaluation_set_has_a_feedback_loss_of_its_own(tmp_path):
 
 def test_an_evaluation_by_hand_under_another_name_is_logged_and_leaves_nothing(tmp_path):
     _, processor = tiny_llava()
-    rows = scenes(processor, 8)
+    rows = samples(processor, 8)
     callback = DiffusionFeedbackCallback(FeedbackConfig(**CONFIG, in_eval=True), pixel_generator())
     trainer, _ = make_trainer(tmp_path, callback, prediction_loss_only=True)
 
@@ -478,7 +524,7 @@ def test_an_evaluation_by_hand_under_another_name_is_logged_and_leaves_nothing(t
 def test_the_same_weights_have_the_same_feedback_loss_at_each_evaluation(tmp_path):
     _, processor = tiny_llava()
 
-    trainer = evaluated(tmp_path, scenes(processor), max_steps=4, learning_rate=0.0)
+    trainer = evaluated(tmp_path, samples(processor), max_steps=4, learning_rate=0.0)
 
     losses = logged(trainer, "eval_feedback_loss")
     assert len(losses) == 4 and losses == [losses[0]] * 4
@@ -487,7 +533,7 @@ def test_the_same_weights_have_the_same_feedback_loss_at_each_evaluation(tmp_pat
 def test_evaluation_computes_no_feedback_unless_asked(tmp_path):
     _, processor = tiny_llava()
     callback = undrawn_callback(NotedFeedback)
-    trainer, _ = make_trainer(tmp_path, callback, eval_dataset=scenes(processor))
+    trainer, _ = make_trainer(tmp_path, callback, eval_dataset=samples(processor))
 
     trainer.evaluate()
 
@@ -503,7 +549,7 @@ def test_evaluation_leaves_the_training_as_it_is(tmp_path):
         return run(tmp_path, callback, max_steps=3, **settings)
 
     plain, expected = trained()
-    trainer, steps = trained(eval_dataset=scenes(processor), eval_strategy="steps", eval_steps=1)
+    trainer, steps = trained(eval_dataset=samples(processor), eval_strategy="steps", eval_steps=1)
 
     assert logged(trainer, "feedback_loss") == pytest.approx(logged(plain, "feedback_loss"), rel=1e-6)
     assert all(relative_difference(*pair) < EXACT for pair in zip(expected, steps, strict=True))
@@ -514,7 +560,7 @@ def test_generation_is_no_evaluation():
     callback = undrawn_callback(NotedFeedback, in_eval=True)
     callback.attach(model, processor)
     model.eval()
-    row = scenes(processor, 1)[0]
+    row = samples(processor, 1)[0]
     prompt = {name: row[name][None] for name in ("input_ids", "attention_mask", "pixel_values")}
 
     with torch.no_grad():

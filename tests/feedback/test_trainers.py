@@ -6,8 +6,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerState
 
 from ..tiny import tiny_image, tiny_llava
-from .helpers import GradientProbe, arguments, relative_difference
-from .runs import collate, logged, make_trainer, run, scenes, undrawn_callback
+from .helpers import GradientProbe, arguments, relative_difference, samples
+from .runs import collate, logged, make_trainer, run, undrawn_callback
 from .test_weight import by_hand
 
 EXACT = 1e-5
@@ -30,7 +30,7 @@ class CrampedTrainer(Trainer):
 @pytest.mark.parametrize("failing", [1, 2])
 def test_a_batch_size_is_found(tmp_path, failing):
     """The search ends at two samples a batch, whose gradient is that of a run which had two from the outset."""
-    rows = scenes(tiny_llava()[1], 8)
+    rows = samples(tiny_llava()[1], 8)
     settings = {"gradient_accumulation_steps": 2, "learning_rate": 0.0, "rows": rows}
     expected, steps = run(tmp_path, undrawn_callback(), per_device_train_batch_size=2, **settings)
     trainer, probe = make_trainer(
@@ -78,7 +78,7 @@ def test_a_stream_of_samples_trains_alike(tmp_path):
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     (expected,) = run(tmp_path, undrawn_callback(), **settings)[1]
 
-    (gradients,) = run(tmp_path, undrawn_callback(), rows=Stream(scenes(tiny_llava()[1])), **settings)[1]
+    (gradients,) = run(tmp_path, undrawn_callback(), rows=Stream(samples(tiny_llava()[1])), **settings)[1]
 
     assert relative_difference(expected, gradients) < EXACT
     assert relative_difference(expected, gradients, CONDITIONER) < EXACT
@@ -100,7 +100,7 @@ def test_a_compiled_model_has_the_same_feedback(tmp_path):
 def test_the_loss_scale_of_float16_scales_the_feedback_alike(tmp_path, scale):
     """As Accelerate does under `fp16`: the optimizer carries the scaler."""
     model, processor = tiny_llava()
-    expected, _ = by_hand(scenes(processor), conversations=4)
+    expected, _ = by_hand(samples(processor), conversations=4)
     callback = undrawn_callback()
     callback.attach(model, processor)
     model.train()
@@ -109,13 +109,13 @@ def test_the_loss_scale_of_float16_scales_the_feedback_alike(tmp_path, scale):
     optimizer.scaler = scaler
     scaler.scale(torch.ones(1))  # makes its scale
     args = arguments(tmp_path)
-    loader = torch.utils.data.DataLoader(scenes(processor), batch_size=4)
+    loader = torch.utils.data.DataLoader(samples(processor), batch_size=4)
     state = TrainerState()
     state.train_batch_size = 4
 
     callback.on_step_begin(args, state, None, optimizer=optimizer, train_dataloader=loader)
     with torch.autocast("cpu", torch.float16):
-        loss = model(**collate(scenes(processor))).loss
+        loss = model(**collate(samples(processor))).loss
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
     callback.on_step_end(args, state, None)

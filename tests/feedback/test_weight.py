@@ -20,7 +20,7 @@ from ..tiny import (
     tiny_llava,
     tiny_tokenizer,
 )
-from .helpers import relative_difference
+from .helpers import relative_difference, samples
 from .runs import (
     UndrawnFeedback,
     collate,
@@ -30,7 +30,6 @@ from .runs import (
     pixel_generator,
     run,
     run_two_ranks,
-    scenes,
     undrawn_callback,
 )
 
@@ -84,7 +83,7 @@ class FineCutTrainer(CutTrainer):
 
 def test_the_gradient_is_that_of_the_sum_over_the_images_by_the_conversations(tmp_path):
     _, processor = tiny_llava()
-    expected, errors = by_hand(scenes(processor), conversations=4)
+    expected, errors = by_hand(samples(processor), conversations=4)
 
     trainer, (gradients,) = run(tmp_path, undrawn_callback())
 
@@ -106,7 +105,7 @@ def test_the_gradient_is_that_of_the_sum_over_the_images_by_the_conversations(tm
 )
 def test_the_cut_of_a_batch_does_not_change_its_feedback(tmp_path, settings):
     _, processor = tiny_llava()
-    expected, errors = by_hand(scenes(processor), conversations=4)
+    expected, errors = by_hand(samples(processor), conversations=4)
 
     trainer, (gradients,) = run(tmp_path, undrawn_callback(), **settings)
 
@@ -139,7 +138,7 @@ def test_text_beside_pictures_does_not_change_their_weight(tmp_path, batch, accu
 def test_the_log_is_the_mean_over_the_images_of_all_steps_since_the_last(tmp_path):
     """A step with four pictures and one with two, logged once: six images, not two steps."""
     _, processor = tiny_llava()
-    pictures, text = scenes(processor, 6), scenes(processor, 2, with_images=False)
+    pictures, text = samples(processor, 6), samples(processor, 2, with_images=False)
     settings = {"max_steps": 2, "learning_rate": 0.0, "logging_steps": 2}
 
     trainer, _ = run(tmp_path, undrawn_callback(), rows=[*pictures, *text], **settings)
@@ -151,7 +150,7 @@ def test_the_log_is_the_mean_over_the_images_of_all_steps_since_the_last(tmp_pat
 def test_the_shorter_last_accumulation_of_an_epoch_is_weighted_right(tmp_path):
     """Six samples in accumulations of four: the second step holds two micro-batches of one."""
     _, processor = tiny_llava()
-    rows = scenes(processor, 6)
+    rows = samples(processor, 6)
     settings = {"max_steps": 2, "learning_rate": 0.0, "rows": rows}
 
     _, steps = run(
@@ -168,7 +167,7 @@ def test_the_shorter_last_accumulation_of_an_epoch_is_weighted_right(tmp_path):
 def test_the_smaller_last_batch_of_an_epoch_is_weighted_right(tmp_path, batch, accumulation, counts):
     """Six samples: the conversations of a step are those that it reads."""
     _, processor = tiny_llava()
-    rows = scenes(processor, 6)
+    rows = samples(processor, 6)
 
     _, steps = run(
         tmp_path,
@@ -203,8 +202,8 @@ def test_two_ranks_give_the_feedback_of_one(tmp_path, kind):
 def rows_of_ranks(processor, kind):
     """Four samples, of which rank 0 gets the first and third, in two micro-batches, rank 1 the others."""
     if kind == "pictures":
-        return scenes(processor)
-    picture, text = scenes(processor), scenes(processor, with_images=False)
+        return samples(processor)
+    picture, text = samples(processor), samples(processor, with_images=False)
     if kind == "text rank":
         return [picture[0], text[1], picture[2], text[3]]
     return [picture[0], picture[1], text[2], text[3]]
