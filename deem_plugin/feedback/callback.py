@@ -13,7 +13,7 @@ from .config import FeedbackConfig
 from .factory import build_feedback
 from .offload import pin
 from .reporting import Reporter
-from .state import StepState
+from .state import StepState, Sums
 
 logger = logging.getLogger(__name__)
 
@@ -301,6 +301,10 @@ class DiffusionFeedbackCallback(TrainerCallback):
         """Lets the next evaluation draw the same noise."""
         self.hook.eval_state = StepState()
 
+    def on_predict(self, args, state, control, **kwargs):
+        """Forgets what a prediction, which logs nothing, has summed up and drawn."""
+        self.hook.eval_state, self.hook.eval_sums = StepState(), Sums()
+
     def on_save(self, args, state, control, **kwargs):
         """Writes the conditioner beside the checkpoint that was just saved."""
         folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
@@ -331,7 +335,7 @@ class Attachment:
         self.model = model
         self.feedback = feedback
         self.handles = []
-        self.ignored = set()
+        self.ignored = None  # what `_keys_to_ignore_on_save` of the model was
         self.began = False  # a training has begun since
 
     @property
@@ -349,9 +353,8 @@ class Attachment:
         # It trains and resumes with the model, yet a saved VLM holds no key that its own class does not know.
         if isinstance(model, PreTrainedModel):
             names = {f"{CONDITIONER_NAME}.{name}" for name in conditioner.state_dict()}
-            kept = set(model._keys_to_ignore_on_save or ())
-            self.ignored = names - kept
-            model._keys_to_ignore_on_save = kept | names
+            self.ignored = model._keys_to_ignore_on_save
+            model._keys_to_ignore_on_save = set(self.ignored or ()) | names
         self.handles = hook.register(model)
 
     def detach(self):
@@ -362,7 +365,9 @@ class Attachment:
             delattr(self.model, CONDITIONER_NAME)
             del self.model.feedback_attachment
             if isinstance(self.model, PreTrainedModel):
-                self.model._keys_to_ignore_on_save = set(self.model._keys_to_ignore_on_save) - self.ignored or None
+                self.model._keys_to_ignore_on_save = self.ignored
+            # The losses of a step that was interrupted hold its graph.
+            self.feedback.hook.state = StepState()
         self.handles = []
 
 
@@ -421,7 +426,7 @@ def _conversations(args, state, train_dataloader) -> int:
     conversations = _micro_batches(args, state, train_dataloader) * size
     try:
         batches, examples = len(train_dataloader), len(train_dataloader.dataset)
-    except TypeError:
+    except (TypeError, AttributeError):  # a stream, or a loader of another library
         return conversations
     steps = -(-batches // args.gradient_accumulation_steps)
     if args.world_size > 1 or (state.global_step + 1) % steps or not 0 < batches * size - examples < size:

@@ -2,6 +2,7 @@
 
 import torch
 
+from .finite import zero_unless_finite
 from .injection import Injection
 from .state import StepState, Sums
 
@@ -101,7 +102,10 @@ class FeedbackHook:
 
     def register(self, model):
         """Puts hooks on the model and on the module that is read; returns their handles."""
+        # What trains within the denoiser has no gradient that could be looked at early.
+        guarded = [] if self.loss.is_frozen else list(self.conditioner().parameters())
         return [
+            *(parameter.register_hook(zero_unless_finite) for parameter in guarded),
             # First among the hooks, so that it runs before FSDP reshards the tower.
             self.source.module.register_forward_hook(self, prepend=True, with_kwargs=True),
             model.register_forward_pre_hook(self._begin_call, with_kwargs=True),
@@ -153,6 +157,7 @@ class FeedbackHook:
                 (state if training else self.eval_state).generator(device),
                 scale=state.scale if training else 1.0,
                 targets=targets,
+                on_nonfinite=lambda count: self.sums.add(nonfinite=count),
             )
         if not training:
             self.eval_sums.add(loss=losses.per_image.sum(), images=losses.counted.sum())

@@ -10,6 +10,7 @@ from .conditions import attached_maps, condition_of
 from .config import FeedbackConfig
 from .denoisers import Denoiser
 from .early_gradient import early_gradient
+from .finite import FiniteGate
 from .pictures import fit, latent_mask
 from .second_view import augmented_views
 
@@ -68,7 +69,9 @@ class FeedbackLoss:
             return False
         return not any(parameter.requires_grad for parameter in denoiser.model.parameters())
 
-    def __call__(self, views: list[View], conditioner, generator, *, scale=1.0, targets=None) -> ImageLosses:
+    def __call__(
+        self, views: list[View], conditioner, generator, *, scale=1.0, targets=None, on_nonfinite=None
+    ) -> ImageLosses:
         """
         Args:
             views (`list[View]`): At least one.
@@ -78,6 +81,8 @@ class FeedbackLoss:
                 The gradient is taken with it, so that float16 does not underflow.
             targets (`torch.Tensor`, *optional*): What must be restored in place of the pictures, `(views, 3, h, w)` in
                 [0, 1].
+            on_nonfinite (`Callable`, *optional*): Is given, in the backward pass, the number of views whose gradient
+                turns out not to be finite there, where the denoiser trains.
 
         Raises:
             ValueError: If there is not one target a view.
@@ -104,8 +109,9 @@ class FeedbackLoss:
         if self.is_frozen:
             total, errors, finite = early_gradient(errors_of, weights, scale, *conditions)
         else:
-            errors = errors_of(*conditions)
-            finite = errors.isfinite()
+            gate = FiniteGate(on_nonfinite)
+            errors = errors_of(*map(gate.through, conditions))
+            finite = gate.finite = errors.isfinite()
             total = (torch.where(finite, errors, 0.0) * weights).sum()
         return summarise(views, total, errors.detach(), finite | blank, blank, weights)
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ..vision.views import View
+from .finite import FiniteGate
 from .hook import check_range
 from .loss import ImageLosses, summarise
 
@@ -105,7 +106,9 @@ class RossLoss:
     # The denoiser trains with the model, so its activations are needed in the backward pass.
     is_frozen = False
 
-    def __call__(self, views: list[View], denoiser, generator, *, scale=1.0, targets=None) -> ImageLosses:
+    def __call__(
+        self, views: list[View], denoiser, generator, *, scale=1.0, targets=None, on_nonfinite=None
+    ) -> ImageLosses:
         """As [`FeedbackLoss`]; `denoiser` is the [`TokenDenoiser`]. Pictures of one size are judged together."""
         if targets is not None:
             views = [replace(view, picture=target) for view, target in zip(views, targets, strict=True)]
@@ -119,8 +122,10 @@ class RossLoss:
         errors = [None] * len(views)
         for grid, members in groups.items():
             latents = self._latents([views[index].picture for index in members], grid, generator)
-            context = torch.stack([views[index].tokens for index in members])
+            gate = FiniteGate(on_nonfinite)
+            context = gate.through(torch.stack([views[index].tokens for index in members]))
             own = self.objective(latents, context, generator=generator)
+            gate.finite = own.isfinite()
             for index, error in zip(members, own, strict=True):
                 errors[index] = error
         errors = torch.stack(errors)

@@ -394,8 +394,24 @@ def _see(model, tower, inputs):
     names = list(result.keys()) if hasattr(result, "keys") else None
     if names is None:
         return result
-    made = [result[name] for name in names if name not in _PASSED_ON and result[name] is not None]
-    return made if result.get("pooler_output") is not None else [result["last_hidden_state"]]
+    features = result.get("pooler_output")
+    if features is None:
+        return [result["last_hidden_state"]]
+    # What else the language model gets has as many tokens (DeepStack); other fields are the tower's own affair.
+    others = [result[name] for name in names if name not in (*_PASSED_ON, "pooler_output")]
+    return [features, *(other for other in _tensors(others) if _count(other) == _count(features))]
+
+
+def _tensors(values) -> list[torch.Tensor]:
+    """Returns all tensors within an output."""
+    tensors = []
+    _mapped(values, lambda path, tensor: tensors.append(tensor) or tensor)
+    return tensors
+
+
+def _count(values) -> int:
+    """Returns the number of tokens within an output."""
+    return sum(tensor.numel() // tensor.shape[-1] for tensor in _tensors(values) if tensor.dim() > 1)
 
 
 def _known(function, inputs) -> dict:
@@ -410,9 +426,7 @@ def _known(function, inputs) -> dict:
 
 def _gradients(result, copies) -> dict:
     """Returns the gradient at each of `copies` that `result` depends on."""
-    tensors = []
-    _mapped(result, lambda path, tensor: tensors.append(tensor) or tensor)
-    tensors = [tensor for tensor in tensors if tensor.requires_grad]
+    tensors = [tensor for tensor in _tensors(result) if tensor.requires_grad]
     if not tensors:
         return {}
     # Random, since the sum of what a layer norm gives has no gradient.

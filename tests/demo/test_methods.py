@@ -43,7 +43,7 @@ def feedback_of(name, folder):
         return seen["loss"]
 
     recording.second_view = getattr(scorer, "second_view", False)
-    recording.denoiser = scorer.denoiser
+    recording.denoiser, recording.official_defects = scorer.denoiser, False
     callback.hook.loss.objective, callback.hook.state = recording, StepState(1.0)
     image = torch.full((4, 8), model.config.image_token_id)
     words = torch.full((4, 3), processor.tokenizer.convert_tokens_to_ids("red"))

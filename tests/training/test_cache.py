@@ -51,11 +51,11 @@ def test_a_second_filling_finds_all_there(parts, tmp_path):
 
 
 def test_an_interrupted_filling_keeps_what_it_had_and_goes_on(parts, tmp_path, monkeypatch):
-    from deem_plugin.feedback.diffusion_model import DiffusionModel
+    from deem_plugin.feedback import VaeCodec
 
     given = recipe(parts, tmp_path, feedback__latent_cache=tmp_path / "cache")
     with monkeypatch.context() as patch:
-        calls, posterior = [], DiffusionModel.posterior
+        calls, posterior = [], VaeCodec.posterior
 
         def interrupted(self, pictures):
             calls.append(len(pictures))
@@ -63,7 +63,7 @@ def test_an_interrupted_filling_keeps_what_it_had_and_goes_on(parts, tmp_path, m
                 raise KeyboardInterrupt
             return posterior(self, pictures)
 
-        patch.setattr(DiffusionModel, "posterior", interrupted)
+        patch.setattr(VaeCodec, "posterior", interrupted)
         with pytest.raises(KeyboardInterrupt):
             cache_latents(given, batch_size=4)
 

@@ -65,9 +65,9 @@ def test_in_stage_two_the_adapters_learn_and_nothing_else_moves(name, parts, tmp
     callbacks = []
     attach = DiffusionFeedbackCallback.attach
 
-    def watched(callback, *arguments):
+    def watched(callback, *arguments, **options):
         callbacks.append(callback)
-        attach(callback, *arguments)
+        attach(callback, *arguments, **options)
 
     monkeypatch.setattr(DiffusionFeedbackCallback, "attach", watched)
     monkeypatch.setattr(DiffusionFeedbackCallback, "on_pre_optimizer_step", probe.on_pre_optimizer_step)
@@ -85,6 +85,10 @@ def test_in_stage_two_the_adapters_learn_and_nothing_else_moves(name, parts, tmp
     fresh = load_encoder(recipe_for(name, parts, tmp_path).model, reads_pooled=True)
     untouched = DiffusionFeedbackCallback(callback.config)
     attach(untouched, fresh[1], fresh[2])
-    for part in (lambda c: c.conditioner, lambda c: c.generator.denoiser.model, lambda c: c.generator.codec.vae):
+    for part in (
+        lambda c: c.conditioner,
+        lambda c: c.diffusion_model.denoiser.model,
+        lambda c: c.diffusion_model.codec.vae,
+    ):
         was, is_now = part(untouched).state_dict(), part(callback).state_dict()
         assert all(torch.equal(is_now[key], value) for key, value in was.items())

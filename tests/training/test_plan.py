@@ -89,8 +89,14 @@ def run_one_step(recipe):
         lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1] if "input_ids" in kwargs else 0),
         with_kwargs=True,
     )
+    attached = tensors_of(trainer.model), count_parameters(trainer.model)
     trainer.train()
-    return probe, trainer, lengths[0]
+    return probe, trainer, lengths[0], attached
+
+
+def tensors_of(model):
+    """What there is of a model: the conditioner is a part of it while it trains."""
+    return [(name, p.shape, p.dtype, p.requires_grad) for name, p in model.named_parameters()]
 
 
 def quick(case):
@@ -102,18 +108,15 @@ def quick(case):
 def test_the_plan_is_what_a_real_step_counts_and_weighs(case, parts, pictures_only, tmp_path):
     recipe = recipe_of(case, parts, tmp_path, pictures_only)
     skeleton = build_skeleton(copy.deepcopy(recipe))
-    probe, trainer, tokens = run_one_step(copy.deepcopy(recipe))
+    probe, _, tokens, attached = run_one_step(copy.deepcopy(recipe))
 
     plan = make_plan(recipe, gpus=[1], tokens=tokens or None)
 
-    def tensors(model):
-        return [(name, p.shape, p.dtype, p.requires_grad) for name, p in model.named_parameters()]
-
-    assert tensors(skeleton.model) == tensors(trainer.model)
+    assert tensors_of(skeleton.model) == attached[0]
     parameters = {
         part: row for part, row in plan.parameters.items() if part not in ("denoiser", "autoencoder", "anchor")
     }
-    assert parameters == count_parameters(trainer.model)
+    assert parameters == attached[1]
     assert sum(row[0] for row in plan.parameters.values()) == probe.trained
     assert plan.flops.total == probe.flops
     memory = plan.rows[0].memory
@@ -124,7 +127,7 @@ def test_the_plan_is_what_a_real_step_counts_and_weighs(case, parts, pictures_on
 def test_the_share_of_the_feedback_is_what_it_adds_to_a_step_without(parts, pictures_only, tmp_path):
     with_feedback = recipe_of("full", parts, tmp_path, pictures_only)
     without = recipe_of("full", parts, tmp_path, pictures_only, feedback__weight=0)
-    probe, _, tokens = run_one_step(without)
+    probe, _, tokens, _ = run_one_step(without)
 
     flops = make_plan(with_feedback, gpus=[1], tokens=tokens).flops
 

@@ -96,7 +96,7 @@ def test_a_chat_template_beside_the_recipe_is_found(write, tmp_path):
         (["model.model=null", "model.language_model=x"], "`model.language_model` needs `model.vision_tower`"),
         (["model.image_size=3"], "`model.image_size` belongs to `model.vision_tower`, which is not set"),
         (["data.path=null"], "does not say what to train on. Set `data.path`"),
-        (["feedback.weight=-1"], "`weight` must be zero or positive, got -1"),
+        (["feedback.weight=-1"], "`weight` must be a finite number, zero or positive, got -1"),
     ],
 )
 def test_wrong_settings_are_errors_that_say_what_is_expected(write, overrides, message):
