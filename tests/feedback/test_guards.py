@@ -5,14 +5,16 @@ import logging
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlavaForConditionalGeneration, Trainer, TrainerCallback
 from transformers.modeling_outputs import BaseModelOutput
 
 from deem_plugin.feedback import DiffusionFeedbackCallback, FeedbackConfig
 from deem_plugin.feedback.second_view import augment
 from deem_plugin.training.trainer import EncoderTrainer
+from deem_plugin.vision.grids import sincos_position_embedding
 
-from ..tiny import IMAGE_SIZE, tiny_llava
+from ..tiny import IMAGE_SIZE, tiny_llava, tiny_sd_folder
 from .helpers import CONFIG, pixel_generator, relative_difference, samples
 from .runs import UndrawnFeedback, logged, make_trainer, normalized, run, undrawn_callback
 from .test_weight import by_hand, pictures_of
@@ -131,6 +133,30 @@ def test_an_objective_of_ones_own_is_guarded_too(tmp_path, objective):
     trainer, (gradients,) = run(tmp_path, undrawn_callback(objective))
 
     assert relative_difference(expected, gradients) < EXACT
+    assert logged(trainer, "feedback_nonfinite") == [1]
+
+
+def test_a_synchroniser_is_guarded_too(tmp_path):
+    """It trains inside the run of the denoiser that overflows for one picture."""
+    folder = tiny_sd_folder(tmp_path / "sd")
+    settings = {**CONFIG, "condition": "queries+dense", "denoiser": str(folder)}
+    callback = DiffusionFeedbackCallback(FeedbackConfig(**settings))
+    model, processor = tiny_llava()
+    callback.attach(model, processor)
+    calls = []
+
+    def overflow(module, args, output):
+        calls.append(1)
+        if len(calls) == 2:
+            output.sample[0] = float("nan")
+        return output
+
+    callback.diffusion_model.denoiser.model.register_forward_hook(overflow)
+
+    trainer, steps = run(tmp_path / "run", callback, model=model, max_steps=3)
+
+    assert all(value.isfinite().all() for step in steps for value in step.values())
+    assert all(value.isfinite().all() for value in callback.conditioner.parameters())
     assert logged(trainer, "feedback_nonfinite") == [1]
 
 
@@ -409,3 +435,41 @@ def test_a_training_draws_as_one_without_feedback_does(tmp_path):
 
     assert not torch.equal(plain[0], plain[1])
     assert all(torch.equal(*pair) for pair in zip(plain, with_feedback, strict=True))
+
+
+# Devices
+
+
+class NoDoubles(TorchDispatchMode):
+    """Raises at operations on a device that give float64, which Apple's GPUs do not have."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device = device
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(value, torch.Tensor) and value.device.type == self.device:
+                assert value.dtype != torch.float64, function
+        return result
+
+
+def test_a_step_needs_no_double_precision():
+    model, processor = tiny_llava()
+    callback = DiffusionFeedbackCallback(FeedbackConfig(**CONFIG), pixel_generator())
+    callback.attach(model, processor)
+    callback.hook.state.scale = 1.0
+    batch = {name: torch.stack([row[name] for row in samples(processor)]) for name in samples(processor)[0]}
+
+    with NoDoubles("cpu"):
+        model.train()(**batch).loss.backward()
+
+    assert callback.conditioner.head.weight.grad is not None
+
+
+def test_the_own_towers_positions_need_no_double_precision_on_the_device():
+    with NoDoubles("meta"):
+        positions = sincos_position_embedding(8, 3, 3, device="meta")
+
+    assert positions.device.type == "meta" and positions.shape == (9, 8)
