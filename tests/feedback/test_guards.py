@@ -313,6 +313,14 @@ def test_a_tower_that_is_frozen_after_attach_stops_the_first_step(tmp_path, part
         run(tmp_path, callback, model=model)
 
 
+def test_a_tower_that_is_frozen_between_two_trainings_stops_the_second(tmp_path):
+    trainer, _ = run(tmp_path, undrawn_callback())
+    trainer.model.model.vision_tower.requires_grad_(False)
+
+    with pytest.raises(RuntimeError, match="No trainable parameter of the vision tower.*Unfreeze"):
+        trainer.train()
+
+
 def test_a_conditioner_alone_trains_where_it_is_asked_for(tmp_path):
     model, _ = tiny_llava()
     model.model.vision_tower.requires_grad_(False)

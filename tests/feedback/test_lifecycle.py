@@ -300,6 +300,41 @@ def test_an_interrupted_run_resumes_in_the_same_trainer(tmp_path):
     assert logged(trainer, "feedback_loss") == pytest.approx(losses, rel=1e-5) and len(losses) == 3
 
 
+def test_a_run_that_is_interrupted_twice_resumes_from_its_checkpoint_each_time(tmp_path):
+    """Both times after a step that the checkpoint does not hold. The conditioner alone trains."""
+    steps = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+
+    def settings():
+        model = tiny_llava()[0].requires_grad_(False)
+        return {"model": model, "callback": undrawn_callback(conditioner_only=True), **steps}
+
+    run(tmp_path / "whole", **settings())
+    trainer, _ = interrupted(tmp_path / "cut", error=KeyboardInterrupt(), failing=4, **settings())
+    trainer.failing = 2
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(resume_from_checkpoint=True)
+
+    trainer.train(resume_from_checkpoint=True)
+
+    expected = load_conditioner(tmp_path / "whole")[0].state_dict()
+    for name, value in load_conditioner(tmp_path / "cut")[0].state_dict().items():
+        torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("end", ["interrupted", "ended"])
+def test_an_older_trainer_cannot_train_beside_a_newer_one(tmp_path, end):
+    """Else two hooks would give their feedback."""
+    model, _ = tiny_llava()
+    if end == "interrupted":
+        older, _ = interrupted(tmp_path, undrawn_callback(), KeyboardInterrupt(), model=model, **STILL)
+    else:
+        older, _ = run(tmp_path, undrawn_callback(), model=model, **STILL)
+    make_trainer(tmp_path, undrawn_callback(), model=model, **STILL)
+
+    with pytest.raises(ValueError, match="another DiffusionFeedbackCallback"):
+        older.train()
+
+
 # Batches
 
 
