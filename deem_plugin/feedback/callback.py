@@ -317,6 +317,8 @@ class DiffusionFeedbackCallback(TrainerCallback):
         """
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self.start_from(state.best_model_checkpoint)
+            if not args.fsdp and not args.deepspeed:
+                _load_best_weights(self.model, state.best_model_checkpoint)
         save_conditioner(self.conditioner, self.config, args.output_dir, write=args.should_save)
         self.hook.reset()
         self.detach()
@@ -389,6 +391,24 @@ def _read_conditioner(folder, feedback):
             f"conditioner, move the file {FILE_NAME} out of that folder."
         )
     return loaded.state_dict()
+
+
+def _load_best_weights(model, folder):
+    """
+    Loads a checkpoint's weights by the model's own `from_pretrained`, where a Trainer finds them under other names.
+
+    LLaVA and its kin are stored under other names than they have in memory. `Trainer` loads the best checkpoint by
+    name, finds none of them and only warns, so that the last weights would stay (seen with transformers 5.24).
+    """
+    if not isinstance(model, PreTrainedModel) or not os.path.isfile(os.path.join(folder, "config.json")):
+        return  # an adapter, which is loaded by its own names
+    stored = type(model).from_pretrained(folder, dtype=model.dtype).state_dict()
+    missing, unexpected = model.load_state_dict(stored, strict=False)
+    missing = [name for name in missing if not name.startswith(f"{CONDITIONER_NAME}.")]
+    if missing or unexpected:
+        raise ValueError(
+            f"The best checkpoint {folder} is not of this model: missing {missing[:3]}, unexpected {unexpected[:3]}."
+        )
 
 
 def _check_run(args):

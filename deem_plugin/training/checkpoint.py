@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -42,20 +42,25 @@ def _checkpoints(folder: str | os.PathLike) -> list[Path]:
     return sorted(found, key=lambda path: int(_CHECKPOINT.match(path.name)[1]))
 
 
-def last_complete_checkpoint(folder: str | os.PathLike) -> Path | None:
-    """Returns the newest checkpoint that was written to its end, or None."""
-    complete = [path for path in _checkpoints(folder) if (path / _LAST_FILE).is_file()]
+def _is_complete(checkpoint: Path, files: Iterable[str]) -> bool:
+    return all((checkpoint / name).is_file() for name in (_LAST_FILE, *files))
+
+
+def last_complete_checkpoint(folder: str | os.PathLike, files: Iterable[str] = ()) -> Path | None:
+    """Returns the newest checkpoint with all that the Trainer writes and the further `files` of callbacks, or None."""
+    complete = [path for path in _checkpoints(folder) if _is_complete(path, files)]
     return complete[-1] if complete else None
 
 
-def set_aside_incomplete(folder: str | os.PathLike):
+def set_aside_incomplete(folder: str | os.PathLike, files: Iterable[str] = ()):
     """
     Renames checkpoints that a failed save left half-written, so that nothing takes them for the newest.
 
-    A Trainer writes straight into `checkpoint-<step>`, its state last, and `get_last_checkpoint` looks at names only.
+    A Trainer writes straight into `checkpoint-<step>`, its state last, and `get_last_checkpoint` looks at names only;
+    the further `files` are those that callbacks write after it.
     """
     for path in _checkpoints(folder):
-        if not (path / _LAST_FILE).is_file():
+        if not _is_complete(path, files):
             aside = path.with_name(f"incomplete-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
@@ -98,13 +103,33 @@ def save_in_one_piece(
     return folder
 
 
-def train_or_set_aside(trainer):
-    """Trains and writes the log of the losses; a run that fails leaves no half-written checkpoint as the newest."""
+def check_finite(model):
+    """
+    Raises a `RuntimeError` if a trained weight is NaN or infinite, so that no such model is saved as a result.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not parameter.isfinite().all():
+            raise RuntimeError(
+                f"The training has ended with weights that are not finite (first {name}), so nothing is saved as its "
+                f"result. Look in the log for the step where `loss` or `grad_norm` became NaN, lower "
+                f"`training.learning_rate` or set `training.max_grad_norm`, and resume from a checkpoint before it."
+            )
+
+
+def train_or_set_aside(trainer, files: Iterable[str] = ()):
+    """
+    Trains and writes the log of the losses; a run that fails leaves no half-written checkpoint as the newest.
+
+    Args:
+        trainer (`Trainer`): What is to be trained.
+        files (`Iterable[str]`, *optional*): What callbacks add to each checkpoint.
+    """
     args = trainer.args
     try:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     except BaseException:
         if args.should_save:
-            set_aside_incomplete(args.output_dir)
+            set_aside_incomplete(args.output_dir, files)
         raise
     trainer.save_state()
+    check_finite(trainer.model)

@@ -54,17 +54,19 @@ def train(recipe: Recipe, make_feedback: Callable | None = None) -> Path:
     from transformers import set_seed
     from transformers.trainer import TRAINING_ARGS_NAME
 
+    from deem_plugin.feedback.checkpoint import FILE_NAME as CONDITIONER_FILE
     from deem_plugin.training.card import write_card
 
     args = recipe.training
     _check(recipe)
     check_writable(args.output_dir)
-    resolve_resume(args)
+    files = [] if recipe.feedback is None else [CONDITIONER_FILE]
+    resolve_resume(args, files)
     # New weights (projector, LoRA) are drawn before the Trainer exists, which seeds only itself.
     set_seed(args.seed)
     prepare = _prepare_encoder if recipe.model.encoder else _prepare_vlm
     trainer, save = prepare(recipe, make_feedback)
-    train_or_set_aside(trainer)
+    train_or_set_aside(trainer, files)
     final = Path(args.output_dir) / FINAL_NAME
 
     def save_with_card(folder: str):
@@ -107,10 +109,10 @@ def _check(recipe: Recipe):
         args.ddp_find_unused_parameters = True
 
 
-def resolve_resume(args):
+def resolve_resume(args, files=()):
     """Puts the folder of the checkpoint to resume from into the arguments, where the callbacks look for it too."""
     if args.resume_from_checkpoint == RESUME_LAST:
-        last = last_complete_checkpoint(args.output_dir)
+        last = last_complete_checkpoint(args.output_dir, files)
         logger.info("Resuming from %s.", last or "nothing: there is no complete checkpoint yet")
         args.resume_from_checkpoint = None if last is None else str(last)
     elif args.resume_from_checkpoint and not Path(args.resume_from_checkpoint).is_dir():

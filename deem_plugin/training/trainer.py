@@ -168,9 +168,9 @@ class EncoderTrainer(RecipeTrainer):
     """A Trainer for an encoder alone, without text, whose loss is the feedback in the output."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Returns the feedback; a zero that depends on the tokens in a step without."""
+        """Returns the feedback; a zero with a graph in a step without."""
         outputs = model(**inputs)
         loss = outputs.get("feedback_loss")
         if loss is None:
-            loss = 0.0 * outputs.last_hidden_state.float().sum()
+            loss = outputs.last_hidden_state[:0].float().sum()
         return (loss, outputs) if return_outputs else loss

@@ -16,6 +16,8 @@ from .views import View, bars
 
 # Fields of an output that pass on what the tower gave, beside what was made of it for the language model.
 _PASSED_ON = ("last_hidden_state", "hidden_states", "attentions")
+# Class and register tokens that a tower may have, where they can be told by their number only.
+_MOST_SPECIAL_TOKENS = 8
 # Side of the picture that measures a tower without a fixed size, in pixels.
 _PROBE_SIZE = 224
 
@@ -289,6 +291,7 @@ class _Call:
     outputs: dict  # path of each tensor of the output -> the tensor, on the tower's graph
     read: dict  # path of each tensor that the language model reads -> gradient at it
     options: dict  # arguments that are no pictures
+    features: int  # tokens that the language model gets
 
 
 def _show(model, tower, layout, image_processor) -> _Call:
@@ -373,7 +376,7 @@ def _measure(model, tower, inputs) -> _Call:
             f"({type(tower).__name__}), so that feedback there could teach it nothing."
         )
     options = {name: value for name, value in arguments.items() if _is_option(value)}
-    return _Call(arguments, tensors, read, options)
+    return _Call(arguments, tensors, read, options, _count(result))
 
 
 def _see(model, tower, inputs):
@@ -448,8 +451,11 @@ def _reading_of(call: _Call, layout: Layout) -> Reading:
     paths = [path for path, shape in shapes.items() if shape == most]
     reading = Reading(paths)
     gradients = [_tokens_last(call.read[path]) for path in paths]
-    if not layout.fixed_rows or gradients[0].is_meta:
+    if not layout.fixed_rows:
         return reading
+    if gradients[0].is_meta:  # without values: so many of the first are left out as the language model gets fewer
+        surplus = gradients[0].shape[1] - call.features
+        return Reading(paths, first=surplus if 0 < surplus <= _MOST_SPECIAL_TOKENS else 0)
     read = torch.stack([(gradient != 0).any(dim=-1) for gradient in gradients]).flatten(0, -2).any(dim=0)
     if not read.any():  # a projector that starts at zero passes no gradient yet
         return reading

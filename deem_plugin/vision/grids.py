@@ -22,9 +22,10 @@ def sincos_position_embedding(
     Returns:
         `torch.Tensor`: Shape `(height * width, dim)`, float32.
     """
-    frequencies = 10000 ** -(torch.arange(dim // 4, device=device, dtype=torch.float64) / (dim // 4))
-    angles = torch.arange(grid, device=device, dtype=torch.float64)[:, None] * frequencies
-    axis = torch.cat([angles.sin(), angles.cos()], dim=1).float()  # (grid, dim / 2)
+    # In double precision on the CPU: Apple's GPUs have none.
+    frequencies = 10000 ** -(torch.arange(dim // 4, device="cpu", dtype=torch.float64) / (dim // 4))
+    angles = torch.arange(grid, device="cpu", dtype=torch.float64)[:, None] * frequencies
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1).float().to(device)  # (grid, dim / 2)
     columns = axis[None, :].expand(grid, -1, -1)
     rows = axis[:, None].expand(-1, grid, -1)
     embedding = torch.cat([rows, columns], dim=2).permute(2, 0, 1)[None]
