@@ -190,12 +190,13 @@ class DiffusionFeedbackCallback(TrainerCallback):
             if not isinstance(folder, str | os.PathLike):
                 folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
             try:
-                self.load(folder)
+                self.start_from(folder)
             except FileNotFoundError as error:
                 raise FileNotFoundError(
                     f"The run resumes at step {state.global_step}, but {folder} holds no conditioner. Call "
                     f"`callback.load(folder)` with the checkpoint's folder before `trainer.train(...)`."
                 ) from error
+        self._resume_from = None
         self._begin_anchor(args, state)
 
     def _begin_anchor(self, args, state):
@@ -282,7 +283,9 @@ class DiffusionFeedbackCallback(TrainerCallback):
         self.hook.views += sums["views"]
         self.hook.nonfinite += sums["nonfinite"]
         share = self.hook.nonfinite / max(self.hook.views, 1)
-        if share > NONFINITE_SHARE and (self.hook.nonfinite >= NONFINITE_VIEWS or share == 1):
+        if share > NONFINITE_SHARE and (
+            self.hook.nonfinite >= NONFINITE_VIEWS or (share == 1 and self.hook.views > 1)
+        ):
             raise RuntimeError(
                 f"The feedback of {self.hook.nonfinite:.0f} of {self.hook.views:.0f} pictures was not finite. They "
                 f"were left out, and the weights are unharmed; but the denoiser or the autoencoder overflows. Set "
@@ -349,6 +352,12 @@ class Attachment:
         """Puts all of it on the model; does nothing where it is."""
         if self.active:
             return
+        other = getattr(self.model, "feedback_attachment", None)
+        if other is not None:
+            raise ValueError(
+                "This model has the feedback of another DiffusionFeedbackCallback, attached later. Call `detach()` on that one "
+                "before this Trainer trains again, or go on with the newer Trainer."
+            )
         model, hook, conditioner = self.model, self.feedback.hook, self.feedback.conditioner
         model.add_module(CONDITIONER_NAME, conditioner)
         model.feedback_attachment = self

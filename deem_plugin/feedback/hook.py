@@ -77,7 +77,7 @@ class FeedbackHook:
         loss (`FeedbackLoss` or `RossLoss`): `(views, conditioner, generator, *, scale, targets) -> ImageLosses`.
         conditioner (`Callable`): Returns the conditioner; asked at each call, since wrappers may replace it.
         in_eval (`bool`): Whether evaluation computes it too.
-        checks (`bool`): Whether the first views of a training are checked.
+        checks (`bool`): Whether the first views of each training are checked.
         anchor (`Anchor`, *optional*): What the tower should not move away from.
         anchor_weight (`float`): Factor on the distance to it.
     """
@@ -88,6 +88,7 @@ class FeedbackHook:
         self.conditioner = conditioner
         self.in_eval = in_eval
         self.checks = checks
+        self.checked = False
         self.anchor = anchor
         self.anchor_weight = anchor_weight
         # Set by trainings that own their loop: the loss is put into the output and not injected.
@@ -99,6 +100,7 @@ class FeedbackHook:
         self.state, self.eval_state = StepState(), StepState()
         self.sums, self.eval_sums = Sums(), Sums()
         self.views = self.nonfinite = 0.0  # of the whole training
+        self.checked = False
 
     def register(self, model):
         """Puts hooks on the model and on the module that is read; returns their handles."""
@@ -145,9 +147,9 @@ class FeedbackHook:
         views = self.source.views(args, kwargs, output, state)
         if not views:
             return output
-        if training and self.checks:
+        if training and self.checks and not self.checked:
             self.source.check(views)
-            self.checks = False
+            self.checked = True
         device = views[0].tokens.device
         targets = None if targets is None else targets.to(device).float().clamp(-1, 1) / 2 + 0.5
         with self.loss.diffusion_model.on_device(device):

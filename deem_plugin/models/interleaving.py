@@ -190,6 +190,6 @@ def sincos_positions(length, dim, device=None):
         `torch.Tensor`: Shape `(length, dim)`, float32.
     """
     half = dim // 2
-    frequencies = 10000 ** -(torch.arange(half, device=device, dtype=torch.float64) / half)
-    angles = torch.arange(length, device=device, dtype=torch.float64)[:, None] * frequencies
-    return torch.cat([angles.sin(), angles.cos()], dim=1).float()
+    frequencies = 10000 ** -(torch.arange(half, device="cpu", dtype=torch.float64) / half)
+    angles = torch.arange(length, device="cpu", dtype=torch.float64)[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1).float().to(device)

@@ -96,7 +96,7 @@ class RecipeTrainer(Trainer):
             for name in NAMED_LOSSES:
                 if (value := outputs.get(name)) is not None:
                     # Stays on the device until it is logged, so that no step waits for it.
-                    self._named_losses[name] = self._named_losses.get(name, 0.0) + value.detach().double()
+                    self._named_losses[name] = self._named_losses.get(name, 0.0) + value.detach().float()
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs, start_time=None):

@@ -6,9 +6,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerState
 
 from ..tiny import tiny_image, tiny_llava
-from .helpers import GradientProbe, arguments, relative_difference, samples
-from .runs import collate, logged, make_trainer, run, undrawn_callback
-from .test_weight import by_hand
+from .helpers import GradientProbe, arguments, pixel_generator, relative_difference, samples
+from .runs import UndrawnFeedback, collate, logged, make_trainer, run, undrawn_callback
+from .test_weight import by_hand, pictures_of
 
 EXACT = 1e-5
 CONDITIONER = "feedback_conditioner"
@@ -238,9 +238,6 @@ def test_dpo_has_the_feedback_of_the_cut_batch(tmp_path):
 @pytest.mark.slow
 def test_dpo_counts_each_picture_that_it_shows(tmp_path):
     """Oracle: eight pictures among four conversations."""
-    from .runs import UndrawnFeedback, pixel_generator
-    from .test_weight import pictures_of
-
     trainer, gradients, _ = _train_by_dpo(tmp_path, undrawn_callback())
 
     model, processor = tiny_llava()
