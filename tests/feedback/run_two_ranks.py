@@ -15,8 +15,7 @@ from transformers import TrainerControl, TrainerState
 
 from deem_plugin.feedback import load_conditioner, save_conditioner
 from tests.feedback.helpers import arguments, samples
-from tests.feedback.runs import collate, logged, run, undrawn_callback
-from tests.feedback.test_weight import rows_of_ranks
+from tests.feedback.runs import collate, logged, rows_of_ranks, run, undrawn_callback
 from tests.tiny import tiny_llava
 
 

@@ -40,6 +40,12 @@ def normalized(processor, picture):
     return (picture - mean.view(3, 1, 1)) / std.view(3, 1, 1)
 
 
+def pictures_of(processor, pixels):
+    """Undoes the normalisation of pixel values."""
+    black, white = (normalized(processor, torch.full((3, 1, 1), value)) for value in (0.0, 1.0))
+    return (pixels - black) / (white - black)
+
+
 def mixed(processor, count=4):
     """Samples with a picture and samples of text alone, by turns."""
     pairs = zip(samples(processor, count), samples(processor, count, with_images=False), strict=True)
@@ -89,6 +95,21 @@ def run(folder, callback=None, **settings):
     return trainer, probe.steps
 
 
+def by_hand(rows, conversations, weight=50.0, counts=1):
+    """Oracle: gradients of the language model's loss and of the feedback's, and the feedback loss of each image."""
+    model, processor = tiny_llava()
+    callback = undrawn_callback()
+    callback.attach(model, processor)
+    batch = collate(rows)
+    pixels = batch["pixel_values"]
+    tokens = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+    errors = UndrawnFeedback(pixel_generator().denoiser)(
+        2 * pictures_of(processor, pixels) - 1, callback.conditioner(tokens)
+    )
+    (model(**batch).loss + weight * (errors * torch.tensor(counts)).sum() / conversations).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, errors.detach()
+
+
 def logged(trainer, name):
     """Returns the values of a name in the order in which they were logged."""
     return [row[name] for row in trainer.state.log_history if name in row]
@@ -106,6 +127,16 @@ def hooks_of(model):
 def is_of_transformers(hook):
     """Tells hooks apart that transformers puts on any tower at its first call with `output_hidden_states`."""
     return hook.__module__ == "transformers.utils.output_capturing"
+
+
+def rows_of_ranks(processor, kind):
+    """Four samples, of which rank 0 gets the first and third, in two micro-batches, rank 1 the others."""
+    if kind == "pictures":
+        return samples(processor)
+    picture, text = samples(processor), samples(processor, with_images=False)
+    if kind == "text rank":
+        return [picture[0], text[1], picture[2], text[3]]
+    return [picture[0], picture[1], text[2], text[3]]
 
 
 def run_two_ranks(folder, mode):

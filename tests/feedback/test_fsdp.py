@@ -6,8 +6,7 @@ import torch
 from ..tiny import tiny_llava
 from .helpers import relative_difference, samples
 from .run_two_ranks import train_by_events
-from .runs import run_two_ranks
-from .test_weight import by_hand
+from .runs import by_hand, run_two_ranks
 
 pytestmark = pytest.mark.slow
 EXACT = 1e-5

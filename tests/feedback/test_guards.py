@@ -16,8 +16,7 @@ from deem_plugin.vision.grids import sincos_position_embedding
 
 from ..tiny import IMAGE_SIZE, tiny_llava, tiny_sd_folder
 from .helpers import CONFIG, pixel_generator, relative_difference, samples
-from .runs import UndrawnFeedback, logged, make_trainer, normalized, run, undrawn_callback
-from .test_weight import by_hand, pictures_of
+from .runs import UndrawnFeedback, by_hand, logged, make_trainer, normalized, pictures_of, run, undrawn_callback
 
 EXACT = 1e-5
 LOGGER = "deem_plugin.feedback.callback"

@@ -7,8 +7,7 @@ from transformers import Trainer, TrainerState
 
 from ..tiny import tiny_image, tiny_llava
 from .helpers import GradientProbe, arguments, pixel_generator, relative_difference, samples
-from .runs import UndrawnFeedback, collate, logged, make_trainer, run, undrawn_callback
-from .test_weight import by_hand, pictures_of
+from .runs import UndrawnFeedback, by_hand, collate, logged, make_trainer, pictures_of, run, undrawn_callback
 
 EXACT = 1e-5
 CONDITIONER = "feedback_conditioner"

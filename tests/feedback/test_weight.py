@@ -23,38 +23,18 @@ from ..tiny import (
 from .helpers import relative_difference, samples
 from .runs import (
     UndrawnFeedback,
-    collate,
+    by_hand,
     logged,
     mixed,
-    normalized,
+    pictures_of,
     pixel_generator,
+    rows_of_ranks,
     run,
     run_two_ranks,
     undrawn_callback,
 )
 
 EXACT = 1e-5
-
-
-def pictures_of(processor, pixels):
-    """Undoes the normalisation of pixel values."""
-    black, white = (normalized(processor, torch.full((3, 1, 1), value)) for value in (0.0, 1.0))
-    return (pixels - black) / (white - black)
-
-
-def by_hand(rows, conversations, weight=50.0, counts=1):
-    """Oracle: gradients of the language model's loss and of the feedback's, and the feedback loss of each image."""
-    model, processor = tiny_llava()
-    callback = undrawn_callback()
-    callback.attach(model, processor)
-    batch = collate(rows)
-    pixels = batch["pixel_values"]
-    tokens = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
-    errors = UndrawnFeedback(pixel_generator().denoiser)(
-        2 * pictures_of(processor, pixels) - 1, callback.conditioner(tokens)
-    )
-    (model(**batch).loss + weight * (errors * torch.tensor(counts)).sum() / conversations).backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, errors.detach()
 
 
 def assert_same(expected, gradients):
@@ -197,16 +177,6 @@ def test_two_ranks_give_the_feedback_of_one(tmp_path, kind):
 
     assert_same(expected, {name: two["gradients"][name] for name in expected})
     assert two["feedback_loss"] == pytest.approx(errors.mean().item(), rel=1e-5)
-
-
-def rows_of_ranks(processor, kind):
-    """Four samples, of which rank 0 gets the first and third, in two micro-batches, rank 1 the others."""
-    if kind == "pictures":
-        return samples(processor)
-    picture, text = samples(processor), samples(processor, with_images=False)
-    if kind == "text rank":
-        return [picture[0], text[1], picture[2], text[3]]
-    return [picture[0], picture[1], text[2], text[3]]
 
 
 def tiny_llava_next():
