@@ -88,7 +88,7 @@ def cache_latents(recipe: Recipe, batch_size: int = 16, generator=None) -> Count
                 means, deviations = generator.codec.posterior(fitted * 2 - 1)
                 for place, key in enumerate(new):
                     deviation = None if deviations is None else deviations[place]
-                    if not means[place].isfinite().all():
+                    if not all(value.isfinite().all() for value in (means[place], deviation) if value is not None):
                         raise ValueError(
                             f"The autoencoder of `feedback.denoiser: {config.denoiser}` gives latents of a picture "
                             f"(key {key[:16]}) that are not finite. None of them are kept: use an autoencoder whose "
