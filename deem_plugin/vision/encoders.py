@@ -1,6 +1,6 @@
 """Encoders behind one contract: `pixel_values (batch, 3, height, width)` in, [`EncoderOutput`] out."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import timm
@@ -119,6 +119,23 @@ class OpenClipConvNeXt(OpenClipEncoder):
         return EncoderOutput(tokens, (tokens,), pooled, maps)
 
 
+# Options of open_clip's vision transformer that `OpenClipViT` follows, or that do not concern it.
+_HONOURED = ("image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio", "ls_init_value", "no_ln_pre")
+_INDIFFERENT = ("output_tokens",)
+
+
+def _check_honoured(cfg: CLIPVisionCfg):
+    """Raises a `ValueError` if an option is set that would silently change nothing."""
+    for option in fields(CLIPVisionCfg):
+        ours = option.name in (*_HONOURED, *_INDIFFERENT) or option.name.startswith("timm_")
+        if not ours and getattr(cfg, option.name) != option.default:
+            raise ValueError(
+                f"The open_clip model sets `{option.name}={getattr(cfg, option.name)!r}`, which the tower does not "
+                f"support: its tokens would be others than open_clip's. Supported are "
+                f"{', '.join(_HONOURED)}; choose a model with the default of `{option.name}` ({option.default!r})."
+            )
+
+
 class OpenClipViT(OpenClipEncoder):
     """
     Vision transformer of open_clip.
@@ -134,6 +151,7 @@ class OpenClipViT(OpenClipEncoder):
         cfg = dict(config.open_clip_config)
         act_layer = QuickGELU if cfg.pop("quick_gelu", False) else nn.GELU
         cfg = CLIPVisionCfg(**cfg)
+        _check_honoured(cfg)
         self.trunk = VisionTransformer(
             image_size=cfg.image_size,
             patch_size=cfg.patch_size,
@@ -142,7 +160,6 @@ class OpenClipViT(OpenClipEncoder):
             heads=cfg.width // cfg.head_width,
             mlp_ratio=cfg.mlp_ratio,
             ls_init_value=cfg.ls_init_value,
-            patch_dropout=cfg.patch_dropout,
             no_ln_pre=cfg.no_ln_pre,
             act_layer=act_layer,
             norm_layer=LayerNorm,
@@ -157,7 +174,7 @@ class OpenClipViT(OpenClipEncoder):
         patches = trunk.conv1(pixel_values).flatten(2).transpose(1, 2)
         class_token = trunk.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
         embeddings = torch.cat([class_token, patches], dim=1) + trunk.positional_embedding.to(patches.dtype)
-        embeddings = trunk.ln_pre(trunk.patch_dropout(embeddings))
+        embeddings = trunk.ln_pre(embeddings)
 
         last, states = trunk.transformer.forward_intermediates(embeddings)
         layers = tuple(Tokens(state[:, :1], state[:, 1:]) for state in (embeddings, *states))
