@@ -65,7 +65,8 @@ class ConversationCollator:
                     f"A conversation has {marks} {IMAGE_MARK} mark(s) but {len(example.get('images') or [])} "
                     f"image(s): {example['messages'][0]['content'][:80]!r}. Expected as many marks as images."
                 )
-            images += [load_image(image) for image in example.get("images") or []]
+            # One list for each text: some processors (Gemma 3, SmolVLM, LFM2-VL, Llama 3.2) count them by text.
+            images.append([load_image(image) for image in example.get("images") or []])
         rendered = [self._render_cached(_freeze(example["messages"])) for example in examples]
         encoded = self._encode([text for text, _ in rendered], images)
 
@@ -92,17 +93,19 @@ class ConversationCollator:
         bos = self.tokenizer.bos_token
         encoded = self.processor(
             text=texts,
-            images=images or None,
+            images=images if any(images) else None,
             text_kwargs={
                 "add_special_tokens": not (bos and texts[0].startswith(bos)),
                 "padding": False,
                 "return_offsets_mapping": True,
+                # Pixtral's and Janus's processors ask for tensors unasked, which unpadded texts cannot be.
+                "return_tensors": None,
             },
             images_kwargs={"return_tensors": "pt"},
             return_text_replacement_offsets=True,
         )
         encoded = dict(encoded)
-        missing = {"offset_mapping", "text_replacement_offsets"} - set(encoded) if images else set()
+        missing = {"offset_mapping", "text_replacement_offsets"} - set(encoded) if any(images) else set()
         if "offset_mapping" not in encoded or missing:
             raise ValueError(
                 f"{type(self.processor).__name__} does not tell where its tokens lie in the text, so the answers "

@@ -355,8 +355,8 @@ class Attachment:
         other = getattr(self.model, "feedback_attachment", None)
         if other is not None:
             raise ValueError(
-                "This model has the feedback of another DiffusionFeedbackCallback, attached later. Call `detach()` on that "
-                "one before this Trainer trains again, or go on with the newer Trainer."
+                "This model has the feedback of another DiffusionFeedbackCallback, attached later. Call `detach()` on "
+                "that one before this Trainer trains again, or go on with the newer Trainer."
             )
         model, hook, conditioner = self.model, self.feedback.hook, self.feedback.conditioner
         model.add_module(CONDITIONER_NAME, conditioner)

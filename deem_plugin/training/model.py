@@ -6,7 +6,7 @@ from torch import nn
 
 from deem_plugin.training.arguments import DeemArguments, ModelArguments
 from deem_plugin.training.interleaved import load_deem
-from deem_plugin.training.parts import find, freeze, matches
+from deem_plugin.training.parts import find, freeze, matches, resolve
 
 
 def make_model(arguments: ModelArguments, deem: DeemArguments | None = None):
@@ -85,6 +85,7 @@ def add_lora(model, arguments: ModelArguments):
 
     for pattern in arguments.lora_modules:
         find(model, pattern, "model.lora_modules")
+    lora_modules = [resolve(model, pattern) for pattern in arguments.lora_modules]
     # torch's MultiheadAttention reads the weight of its `out_proj` itself, past any adapter around the layer.
     opaque = {
         f"{name}.out_proj" for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)
@@ -96,11 +97,12 @@ def add_lora(model, arguments: ModelArguments):
         if isinstance(module, nn.Linear)
         and module is not head
         and name not in opaque
-        and any(matches(pattern, name) for pattern in arguments.lora_modules)
+        and any(matches(pattern, name) for pattern in lora_modules)
     ]
     full = []
     for pattern in arguments.lora_full:
         find(model, pattern, "model.lora_full")
+        pattern = resolve(model, pattern)
         full += [name for name, _ in model.named_modules() if name == pattern or name.endswith(f".{pattern}")]
     overlap = sorted(name for name in targets if any(name == part or name.startswith(f"{part}.") for part in full))
     if overlap:

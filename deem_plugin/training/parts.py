@@ -6,6 +6,10 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from deem_plugin.vision.towers import find_tower, without_peft
+
+# Stands for the vision tower in a pattern.
+TOWER = "@tower"
 # What wrappers (PEFT, DDP, FSDP) and the base model put before a part's own name.
 _WRAPPERS = re.compile(r"^(module\.|_fsdp_wrapped_module\.|base_model\.model\.|model\.)+")
 
@@ -18,6 +22,19 @@ def part_of(name: str) -> str:
 def list_parts(model: nn.Module) -> list[str]:
     """Returns the names of the model's parts in the order of its parameters."""
     return list(dict.fromkeys(part_of(name) for name, _ in model.named_parameters()))
+
+
+def resolve(model: nn.Module, pattern: str) -> str:
+    """
+    Returns a pattern with `@tower` at its beginning replaced by the dotted name of the model's vision tower, so that
+    one recipe serves every family: `@tower`, `@tower.encoder.layers.0`.
+    """
+    if pattern != TOWER and not pattern.startswith(f"{TOWER}."):
+        return pattern
+    base = without_peft(model)
+    tower = find_tower(base)
+    name = next(name for name, module in base.named_modules(remove_duplicate=False) if module is tower)
+    return name + pattern.removeprefix(TOWER)
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -38,7 +55,8 @@ def find(model: nn.Module, pattern: str, setting: str) -> list[str]:
     Raises:
         ValueError: If it means none; lists the parts.
     """
-    found = [name for name, _ in model.named_parameters() if matches(pattern, name)]
+    resolved = resolve(model, pattern)
+    found = [name for name, _ in model.named_parameters() if matches(resolved, name)]
     if not found:
         raise ValueError(
             f"The pattern {pattern!r} of `{setting}` matches no parameter. The parts of this "

@@ -10,7 +10,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from deem_plugin.data.shard_stream import ShardStream
 from deem_plugin.feedback.callback import DiffusionFeedbackCallback
-from deem_plugin.training.parts import find, matches
+from deem_plugin.training.parts import find, matches, resolve
 
 # What the interleaved model returns beside its loss; logged under these names.
 NAMED_LOSSES = ("lm_loss", "image_loss", "feedback_loss")
@@ -28,7 +28,7 @@ class RecipeTrainer(Trainer):
 
     def __init__(self, *args, learning_rates: dict[str, float] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.learning_rates = learning_rates or {}
+        self.learning_rates = {resolve(self.model, pattern): rate for pattern, rate in (learning_rates or {}).items()}
         self._named_losses: dict[str, torch.Tensor] = {}
         self._named_since = 0
         for pattern in self.learning_rates:

@@ -103,3 +103,16 @@ def test_the_table_counts_every_parameter_once():
     assert rows["language_model"][0] == "0"
     total = sum(int(value.replace(",", "")) for value in rows["total"])
     assert total == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "with LoRA"])
+def test_the_tower_has_a_name_of_its_own_in_every_family(wrapped):
+    """A LLaVA calls it `vision_tower`, a Qwen-VL `visual`."""
+    model, _ = tiny_llava()
+    if wrapped:
+        model = add_lora(model, ModelArguments(model="m", lora_r=2, lora_modules=["@tower"]))
+    names = find(model, "@tower", "model.freeze")
+    assert names and names == find(model, "vision_tower", "model.freeze")
+    assert find(model, "@tower.embeddings", "model.freeze") == find(model, "vision_tower.embeddings", "model.freeze")
+    freeze(model, ["@tower"])
+    assert not any(parameter.requires_grad for name, parameter in model.named_parameters() if "vision_tower" in name)
