@@ -2,6 +2,7 @@
 
 import bisect
 import logging
+import re
 from functools import lru_cache
 from typing import Any
 
@@ -105,13 +106,25 @@ class ConversationCollator:
             return_text_replacement_offsets=True,
         )
         encoded = dict(encoded)
-        missing = {"offset_mapping", "text_replacement_offsets"} - set(encoded) if any(images) else set()
-        if "offset_mapping" not in encoded or missing:
-            raise ValueError(
-                f"{type(self.processor).__name__} does not tell where its tokens lie in the text, so the answers "
-                f"cannot be found in it. Use a processor with a fast tokenizer and the common `ProcessorMixin` call."
-            )
+        if any(images) and "text_replacement_offsets" not in encoded:
+            # Llama 3.2's processor leaves the text as it is: an image is one token in it.
+            encoded["text_replacement_offsets"] = [_unreplaced(text, self.processor.image_token) for text in texts]
+        self._check_offsets(texts, encoded)
         return encoded
+
+    def _check_offsets(self, texts: list[str], encoded: dict[str, Any]):
+        """Raises a `ValueError` if offsets of tokens are missing, or count characters of another text than ours."""
+        offsets = encoded.get("offset_mapping")
+        replacements = encoded.get("text_replacement_offsets") or [[]] * len(texts)
+        for index, (text, replaced) in enumerate(zip(texts, replacements, strict=True)):
+            gained = sum(len(item["replacement"]) - len(item["text"]) for item in replaced)
+            if offsets is None or max(end for _, end in offsets[index]) > len(text) + gained:
+                raise ValueError(
+                    f"{type(self.processor).__name__} does not tell where its tokens lie in the text, so the answers "
+                    f"cannot be found in it: it gives no offsets, or adds to the text (a BOS token that the chat "
+                    f"template does not write). Use a processor with a fast tokenizer, and set `model.chat_template` "
+                    f"to a template that writes all of the text."
+                )
 
     def _render(self, frozen: tuple[tuple[str, str], ...]) -> tuple[str, list[Span]]:
         """Renders a conversation; returns its text and the characters of its answers with their end of turn."""
@@ -167,7 +180,9 @@ class ConversationCollator:
         longest = max(lengths)
         batch = {}
         for name, value in encoded.items():
-            if isinstance(value, list):
+            if name == "cross_attention_mask":  # (batch, tokens, images, tiles), padded already
+                value = torch.as_tensor(value)[:, :longest]
+            elif isinstance(value, list):
                 rows = zip(value, lengths, strict=True)
                 value = torch.tensor([list(row[:n]) + [fill.get(name, 0)] * (longest - n) for row, n in rows])
             batch[name] = value
@@ -219,6 +234,13 @@ class ImageCollator:
 def _freeze(messages: list[dict[str, str]]) -> tuple[tuple[str, str], ...]:
     """Returns messages in a form that can be a key."""
     return tuple((message["role"], message["content"]) for message in messages)
+
+
+def _unreplaced(text: str, image_token: str) -> list[dict]:
+    """Returns where images lie in a text that keeps its image tokens, as processors tell it that replace them."""
+    spans = [match.span() for match in re.finditer(re.escape(image_token), text)]
+    same = {"text": image_token, "replacement": image_token}
+    return [{"span": span, "new_span": span, **same} for span in spans]
 
 
 def _label(ids: list[int], offsets: list[Span], spans: list[Span], replaced: list[dict]) -> list[int]:
