@@ -52,12 +52,16 @@ class ConversationCollator:
 
         Returns:
             `dict`: `input_ids`, `attention_mask` and `labels` of shape `(batch, tokens)`, padded on the right, and
-            what the processor makes of the images (`pixel_values`, ...), concatenated over the batch.
+            what the processor makes of the images (`pixel_values`, ...), concatenated over the batch. The first
+            example with images comes first.
 
         Raises:
             ValueError: If images and marks do not agree, an image is unreadable, the template renders an answer
                 differently once it is history, or `max_length` leaves no answer or would cut an image.
         """
+        # Llama 3.2's image processor takes the device of the first text's first image: there must be one.
+        first = next((index for index, example in enumerate(examples) if example.get("images")), 0)
+        examples = [examples[first], *examples[:first], *examples[first + 1 :]]
         images = []
         for example in examples:
             marks = sum(message["content"].count(IMAGE_MARK) for message in example["messages"])

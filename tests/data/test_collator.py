@@ -1,7 +1,16 @@
 import pytest
 import torch
 from PIL import Image
-from transformers import LlavaNextImageProcessor, LlavaNextProcessor
+from transformers import (
+    Gemma3ImageProcessor,
+    Gemma3Processor,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
+    MllamaImageProcessor,
+    MllamaProcessor,
+    PixtralImageProcessor,
+    PixtralProcessor,
+)
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from deem_plugin.data.chat import render_chat, to_parts
@@ -261,3 +270,81 @@ def test_a_crop_without_a_target_has_the_encoders_size():
     batch = ImageCollator(tiny_image_processor(), crop_area=0.9)([{"image": tiny_image(0, (90, 60))}])
 
     assert set(batch) == {"pixel_values"} and batch["pixel_values"].shape == (1, 3, IMAGE_SIZE, IMAGE_SIZE)
+
+
+def family_processor(name):
+    """Makes the processor of a family that counts images by text, with a tokenizer that knows its special tokens."""
+    specials = {
+        "gemma3": {"boi_token": "<boi>", "eoi_token": "<eoi>", "image_token": "<soft>"},
+        "mllama": {"image_token": "<|image|>"},
+        "pixtral": {"image_token": "[IMG]"},
+    }[name]
+    tokenizer = tiny_tokenizer()
+    tokenizer.padding_side = "left"  # as their published tokenizers have it
+    tokenizer.add_special_tokens({"extra_special_tokens": [*specials.values(), "[IMG_BREAK]", "[IMG_END]"]})
+    for key, token in specials.items():
+        setattr(tokenizer, key, token)
+        setattr(tokenizer, f"{key}_id", tokenizer.convert_tokens_to_ids(token))
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    template = CHAT_TEMPLATE.replace("<image>", specials.get("boi_token", specials["image_token"]))
+    if name == "gemma3":
+        return Gemma3Processor(Gemma3ImageProcessor(size=size), tokenizer, template, image_seq_length=4)
+    if name == "mllama":
+        return MllamaProcessor(MllamaImageProcessor(size=size, max_image_tiles=4), tokenizer, template)
+    patches = PixtralImageProcessor(size={"longest_edge": IMAGE_SIZE}, patch_size=PATCH_SIZE)
+    return PixtralProcessor(patches, tokenizer, patch_size=PATCH_SIZE, chat_template=template)
+
+
+def pictured():
+    """Conversations with one and with two images, of different lengths."""
+    return [examples()[2], examples()[0]]
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mllama", "pixtral"])
+def test_processors_that_count_images_by_text_learn_the_answers(name):
+    processor = family_processor(name)
+
+    batch = ConversationCollator(processor)(pictured())
+
+    assert [decode_labels(processor, row) for row in batch["labels"]] == [
+        "x<|im_end|>",
+        "A réd 🙂.<|im_end|>yes<|im_end|>",
+    ]
+    longest = int(batch["attention_mask"].sum(dim=1).max())
+    per_token = {"input_ids", "attention_mask", "labels", "token_type_ids", "cross_attention_mask"} & set(batch)
+    assert all(batch[key].shape[:2] == (2, longest) for key in per_token)
+    assert (batch["attention_mask"][0].diff() <= 0).all()  # padded on the right, whatever the tokenizer does alone
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mllama"])
+@pytest.mark.parametrize("text_first", [False, True])
+def test_text_alone_may_stand_beside_images_where_these_are_counted_by_text(name, text_first):
+    processor = family_processor(name)
+    pair = [examples()[2], examples()[1]]
+
+    batch = ConversationCollator(processor)(pair[::-1] if text_first else pair)
+
+    # A conversation with images comes first.
+    assert [decode_labels(processor, row) for row in batch["labels"]] == [
+        "x<|im_end|>",
+        "Hello <b>you</b>!<|im_end|>",
+    ]
+    if name == "mllama":
+        assert batch["cross_attention_mask"][0].any() and not batch["cross_attention_mask"][1].any()
+
+
+def test_the_cross_attention_of_llama_follows_the_cut():
+    collator, short = (ConversationCollator(family_processor("mllama"), max_length) for max_length in (None, 23))
+
+    whole, cut = collator(pictured()[:1]), short(pictured()[:1])
+
+    assert cut["input_ids"].shape[1] == 23 < whole["input_ids"].shape[1]
+    assert torch.equal(cut["cross_attention_mask"], whole["cross_attention_mask"][:, :23])
+
+
+def test_a_processor_that_adds_to_the_text_unasked_is_an_error():
+    processor = family_processor("mllama")
+    processor.chat_template = processor.chat_template.replace("{{ bos_token }}", "")
+
+    with pytest.raises(ValueError, match="adds to the text .*set `model.chat_template`"):
+        ConversationCollator(processor)(pictured())
