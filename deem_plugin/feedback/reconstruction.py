@@ -31,7 +31,7 @@ def reconstruct_files(checkpoint, image_files, out, denoiser=None, steps=50):
     from torchvision.utils import save_image
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    import deem_plugin.vision  # noqa: F401  (registers the tower with the Auto classes)
+    import deem_plugin.vision.auto  # noqa: F401  # so that checkpoints with our tower load
 
     conditioner, settings = load_conditioner(checkpoint)
     if settings.get("source") == "llm":

@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from ..vision import auto  # noqa: F401  # a checkpoint holds our tower
 from .assembly import assemble_deem
 from .configuration import DeemConfig
 from .deem import DeemForConditionalGeneration, DeemOutput

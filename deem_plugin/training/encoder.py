@@ -64,8 +64,7 @@ def load_encoder(arguments: ModelArguments, reads_pooled: bool = False):
     """
     from transformers import AutoImageProcessor, AutoModel
 
-    # Registers our classes with transformers, so that our own towers load.
-    import deem_plugin.vision  # noqa: F401
+    import deem_plugin.vision.auto  # noqa: F401  # so that our own towers load
 
     options = {"dtype": arguments.dtype}
     if arguments.attn_implementation is not None:

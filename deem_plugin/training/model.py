@@ -48,7 +48,7 @@ def _load(arguments: ModelArguments):
     """Loads the VLM, or assembles it of a language model and a tower."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-    # Registers our classes with transformers, so that checkpoints with our tower load.
+    import deem_plugin.vision.auto  # noqa: F401  # so that checkpoints with our tower load
     from deem_plugin.vision import build_vision_tower
     from deem_plugin.vision.hosts import assemble_llava, crops_class_token, mount_tower
 

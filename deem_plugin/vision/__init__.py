@@ -1,37 +1,43 @@
-"""What the language model sees: vision tower, encoders, resampler, images, and the models that hold it."""
+"""
+What the language model sees: vision tower, encoders, resampler, images, and the models that hold it.
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
+The names below are loaded on first use, for the feedback needs `towers`, `layouts`, `views` and `eyes` only, which ask
+for torch and transformers. Our own tower asks for the extra `train`; its first use registers it with the Auto classes
+(see `deem_plugin.vision.auto`).
+"""
 
-from .build import build_vision_tower
-from .configuration import DeemVisionConfig
-from .encoders import EncoderOutput
-from .hosts import HOSTS, assemble_llava, check_host, mount_tower
-from .image_processing import DeemImageProcessor, build_image_processor
-from .llava import LlavaTower
-from .resampler import PerceiverResampler
-from .tower import DeemVisionOutput, DeemVisionTower
-from .towers import find_tower
+from importlib import import_module
 
-# So that `from_pretrained` of the Auto classes, and every VLM whose `vision_config` is ours, finds the tower.
-AutoConfig.register(DeemVisionConfig.model_type, DeemVisionConfig, exist_ok=True)
-AutoModel.register(DeemVisionConfig, DeemVisionTower, exist_ok=True)
-AutoImageProcessor.register(
-    DeemVisionConfig, image_processor_classes={"torchvision": DeemImageProcessor}, exist_ok=True
-)
+# Public name -> module that defines it.
+_PUBLIC = {
+    "HOSTS": "hosts",
+    "DeemImageProcessor": "image_processing",
+    "DeemVisionConfig": "configuration",
+    "DeemVisionOutput": "tower",
+    "DeemVisionTower": "tower",
+    "EncoderOutput": "encoders",
+    "LlavaTower": "llava",
+    "PerceiverResampler": "resampler",
+    "assemble_llava": "hosts",
+    "build_image_processor": "image_processing",
+    "build_vision_tower": "build",
+    "check_host": "hosts",
+    "find_tower": "towers",
+    "mount_tower": "hosts",
+}
+# Modules that know nothing of our own tower.
+_CORE = ("resampler", "towers")
 
-__all__ = [
-    "HOSTS",
-    "DeemImageProcessor",
-    "DeemVisionConfig",
-    "DeemVisionOutput",
-    "DeemVisionTower",
-    "EncoderOutput",
-    "LlavaTower",
-    "PerceiverResampler",
-    "assemble_llava",
-    "build_image_processor",
-    "build_vision_tower",
-    "check_host",
-    "find_tower",
-    "mount_tower",
-]
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    if _PUBLIC[name] not in _CORE:
+        import_module(f"{__name__}.auto")
+    return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+
+
+def __dir__():
+    return [*globals(), *__all__]
