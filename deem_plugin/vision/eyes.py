@@ -18,6 +18,8 @@ from .views import View, bars
 _PASSED_ON = ("last_hidden_state", "hidden_states", "attentions")
 # Class and register tokens that a tower may have, where they can be told by their number only.
 _MOST_SPECIAL_TOKENS = 8
+# Mean difference between the picture that is shown and the one that comes back: more than resizing makes.
+_PICTURE_TOLERANCE = 0.06
 # Side of the picture that measures a tower without a fixed size, in pixels.
 _PROBE_SIZE = 224
 
@@ -118,6 +120,8 @@ class Eyes:
             options=call.options,
         )
         views = eyes._split(call.inputs, call.outputs)
+        if not (tokens.is_meta or isinstance(layout, Grid) or image_processor is None):
+            _check_pictures([eyes.unnormalize(view.picture) for view in views], tower)
         if isinstance(layout, Grid) and not is_encoder(base) and len(views) > 1 and not tokens.is_meta:
             eyes.tiles = True
             eyes.thumbnail = _find_thumbnail(views)
@@ -309,12 +313,32 @@ def _show(model, tower, layout, image_processor) -> _Call:
 
 
 def _processed(image_processor, width, height) -> dict:
-    """Returns what an image processor makes of a picture, dark on the left and bright on the right."""
+    """Returns what an image processor makes of the probe's picture."""
     from PIL import Image
 
-    image = Image.new("RGB", (width, height))
-    image.paste((255, 255, 255), (width // 2, 0, width, height))
-    return process_image(image_processor, image)
+    pixels = (_probe_picture(height, width) * 255).round().byte()
+    return process_image(image_processor, Image.fromarray(pixels.permute(1, 2, 0).numpy()))
+
+
+def _probe_picture(height, width):
+    """Returns a picture `(3, height, width)` in [0, 1], dark on the left, bright on the right, with slopes in both."""
+    x = torch.linspace(0, 1, width).expand(height, width)
+    y = torch.linspace(0, 1, height)[:, None].expand(height, width)
+    half = (x > 0.5).float() * 0.6
+    return torch.stack([half + 0.4 * x, half + 0.4 * y, half + 0.4 * (1 - y)])
+
+
+def _check_pictures(pictures, tower):
+    """Raises a `ValueError` if pictures that were taken out of a call are not the one that was shown."""
+    for picture in pictures:
+        shown = _probe_picture(*picture.shape[-2:]).to(picture)
+        difference = (picture - shown).abs().mean().item()
+        if difference > _PICTURE_TOLERANCE:
+            raise ValueError(
+                f"The pictures in a call of the vision tower ({type(tower).__name__}) cannot be put together: the one "
+                f"that was shown comes back with a mean difference of {difference:.2f} (of 1). Its patches are laid "
+                f"out in an order that the feedback does not know."
+            )
 
 
 def process_image(image_processor, image) -> dict:
@@ -390,6 +414,8 @@ def _see(model, tower, inputs):
         output = model(input_ids=token, attention_mask=torch.ones_like(token), **_known(model.forward, inputs))
         return [output.logits]
     given = _known(owner.get_image_features, inputs)
+    if owner is model and hasattr(model.base_model, "get_image_features"):  # which may pass more on
+        given = {**_known(model.base_model.get_image_features, inputs), **given}
     for name, parameter in inspect.signature(owner.get_image_features).parameters.items():
         if parameter.default is parameter.empty and name.endswith("input_ids"):
             given[name] = token

@@ -63,8 +63,12 @@ class Layout(ABC):
 class Grid(Layout):
     """One picture a row, `(images, 3, height, width)`; with `patch_attention_mask` each fills a corner of its row."""
 
-    fixed_rows = True
     needs_positions = False
+
+    @property
+    def fixed_rows(self):
+        """Not where a mask tells which tokens are padding."""
+        return "patch_attention_mask" not in self.names
 
     def split(self, inputs, tokens):
         """As [`Layout.split`]; tokens `(images, tokens, dim)`."""

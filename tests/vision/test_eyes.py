@@ -8,6 +8,7 @@ from transformers import AutoModel, CLIPVisionModel, LlavaForConditionalGenerati
 from deem_plugin.vision.eyes import Eyes
 from deem_plugin.vision.towers import find_tower
 
+from ..families.builders import build
 from ..tiny import tiny_clip_config, tiny_llava
 
 STATISTICS = {"mean": [0.5] * 3, "std": [0.5] * 3}
@@ -115,3 +116,21 @@ def test_the_image_processor_is_found_where_the_model_came_from(tmp_path):
     model = LlavaForConditionalGeneration.from_pretrained(tmp_path)
 
     assert Eyes.of(model, processor.tokenizer).mean == processor.image_processor.image_mean
+
+
+def test_a_layout_whose_pictures_come_back_scrambled_is_refused():
+    """Patches in an order that is not known make a picture that nobody was shown, and no error by themselves."""
+    case = build("qwen2_vl")
+
+    class Reordered:
+        image_mean, image_std = case.image_processor.image_mean, case.image_processor.image_std
+
+        def __call__(self, **options):
+            made = case.image_processor(**options)
+            return {**made, "pixel_values": made["pixel_values"].flip(0)}
+
+    assert Eyes.of(case.model, case.image_processor)
+    with pytest.raises(
+        ValueError, match="cannot be put together.*laid out in an order that the feedback does not know"
+    ):
+        Eyes.of(case.model, Reordered())
