@@ -4,6 +4,18 @@ import argparse
 import sys
 from pathlib import Path
 
+# Package that a command imports -> the extra of deem-plugin that installs it, in a version that the command needs.
+EXTRAS = {
+    "datasets": "train",
+    "open_clip": "train",
+    "timm": "train",
+    "transformers": "train",
+    "yaml": "train",
+    "lmms_eval": "lmms",
+    "sklearn": "lmms",
+    "matplotlib": "demo",
+}
+
 
 def _train(arguments) -> int:
     from .training.run import main
@@ -43,6 +55,8 @@ def _plan(arguments) -> int:
 
 
 def _eval(arguments) -> int:
+    import lmms_eval  # noqa: F401  # runs in a process of its own, which cannot say what to install
+
     from .evaluation.run import evaluate
 
     evaluate(
@@ -402,6 +416,13 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         return arguments.run(arguments)
+    except ImportError as error:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        remedy = f'This command needs more than the callback does: `pip install "deem-plugin[{extra}]"`.'
+        print(f"deem {arguments.command}: {error}. {remedy}", file=sys.stderr)
+        return 1
     except (ValueError, OSError, RuntimeError) as error:
         print(f"deem {arguments.command}: {error}", file=sys.stderr)
         return 1
