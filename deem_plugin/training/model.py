@@ -141,7 +141,9 @@ def freeze_unread_layers(model, image_processor=None) -> list[str]:
     trainable = {name: value for name, value in tower.named_parameters() if value.requires_grad}
     if not trainable:
         return []
-    read = Eyes.of(model, image_processor, mean=[0.0] * 3, std=[1.0] * 3).read_parameters
+    # Without an image processor, whatever the normalisation is, what is read is the same.
+    statistics = {"mean": [0.0] * 3, "std": [1.0] * 3} if image_processor is None else {}
+    read = Eyes.of(model, image_processor, **statistics).read_parameters
     unread = [name for name in trainable if name not in read]
     for name in unread:
         trainable[name].requires_grad_(False)
