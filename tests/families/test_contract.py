@@ -1,19 +1,23 @@
 """What the feedback must be to every vision-language family of transformers: the right pictures, tokens, gradients."""
 
+import copy
 from functools import cache
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from deem_plugin.vision.eyes import Eyes, _mapped, _tokens_last
 
 from ..feedback.helpers import begin_step, keyed_callback, relative_difference
 from .builders import FAMILIES, build
+from .outcomes import BROKEN, REFUSED, UNBUILT, WITHOUT_TOWER
 
-# Feedback would train one of their two towers only.
-REFUSED = {"deepseek_vl_hybrid": "two vision towers"}
-TRAINED = [name for name in FAMILIES if name not in REFUSED]
+TRAINED = [name for name in FAMILIES if name not in {**REFUSED, **BROKEN}]
+# Towers of hundreds of modules, which no configuration makes few.
+HEAVY = ("gemma3n",)
+CASES = [pytest.param(name, marks=pytest.mark.slow) if name in HEAVY else name for name in TRAINED]
 WEIGHT = 100.0
 
 
@@ -53,11 +57,19 @@ def views_of_call(case, eyes, **options):
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_refused_is_refused_when_the_feedback_is_attached(name):
     case = build(name)
-    with pytest.raises(ValueError, match=REFUSED[name]):
+    with pytest.raises(ValueError, match=REFUSED[name][0]):
         keyed_callback().attach(case.model, case.image_processor)
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_transformers_cannot_run_is_still_broken(name):
+    """Fails once it is mended; the family then belongs to those that keep the contract."""
+    case = build(name)
+    with pytest.raises(AttributeError, match=BROKEN[name]):
+        case.model(**case.batch)
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_pictures_are_the_source_and_tokens_those_that_the_language_model_reads(name):
     case, eyes = measured(name)
     case.model.zero_grad()
@@ -81,7 +93,7 @@ def test_pictures_are_the_source_and_tokens_those_that_the_language_model_reads(
             assert not rows[:, ~chosen].any()
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", CASES)
 def test_the_tokens_of_a_view_depend_on_its_own_picture(name):
     case, eyes = measured(name)
     pixels = next(key for key in case.batch if key.startswith("pixel_values"))
@@ -100,9 +112,12 @@ def _share_of_first(gradient, case, eyes, views, first):
     """How much of a gradient at the pixels lies in the first picture."""
     mass = gradient.abs()
     if "image_grid_thw" in case.batch:
-        count = int(case.batch["image_grid_thw"][0].prod())
-        mass = mass.flatten(0, -2) if mass.dim() == 2 else mass.reshape(-1, mass.shape[-1])
-        return (mass[:count].sum() / mass.sum()).item()
+        counts = case.batch["image_grid_thw"].prod(dim=1)
+        mass = mass.reshape(int(counts.sum()), -1)
+        return (mass[: counts[0]].sum() / mass.sum()).item()
+    if "target_sizes" in case.batch:
+        width = case.batch["target_sizes"][0].prod() * mass.shape[2]
+        return (mass[..., :width].sum() / mass.sum()).item()
     if len(mass) == 2:
         return (mass[0].sum() / mass.sum()).item()
     count = sum(view.image == first for view in views)
@@ -116,7 +131,7 @@ def gradients(model, loss):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", CASES)
 def test_the_gradient_is_that_of_the_sum_of_both_losses(name):
     case, _ = measured(name)
     callback = keyed_callback()
@@ -144,7 +159,7 @@ def test_the_gradient_is_that_of_the_sum_of_both_losses(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", CASES)
 def test_gradient_checkpointing_changes_nothing(name):
     case, _ = measured(name)
     if not case.model.supports_gradient_checkpointing:
@@ -170,7 +185,35 @@ def test_gradient_checkpointing_changes_nothing(name):
         assert relative_difference(results[0], {name: result[name] for name in results[0]}) < 1e-5
 
 
-def test_most_classes_with_a_tower_train():
-    """Of the families that are built here; the others are listed in the docs as not tried."""
-    assert set(FAMILIES) <= set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
-    assert len(TRAINED) / len(FAMILIES) >= 0.9
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_the_feedback_reaches_lora_in_the_tower(name):
+    case, eyes = measured(name)
+    layers = {module for module in eyes.tower.modules() if type(module) is torch.nn.Linear}
+    # Of a model of its own: PEFT changes the one that it is given.
+    model = copy.deepcopy(case.model)
+    targets = [own for own, module in case.model.named_modules() if module in layers]
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    callback = keyed_callback()
+    callback.attach(model, case.image_processor)
+    begin_step(callback, scale=WEIGHT)
+    both = gradients(model, model(**case.batch).loss)
+    callback.hook.check_injected()
+    begin_step(callback, scale=0.0)
+    alone = gradients(model, model(**case.batch).loss)
+
+    names = [own for own in alone if "lora_" in own]
+    changed = [own for own in names if relative_difference({own: alone[own]}, {own: both[own]}) > 1e-8]
+    assert names and len(changed) >= 0.9 * len(names)
+
+
+def test_every_class_of_transformers_has_been_looked_at():
+    """A new release of transformers shows up here: build its classes, or say why they cannot be."""
+    known = {**FAMILIES, **UNBUILT, **WITHOUT_TOWER}
+    assert sorted(set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - set(known)) == []
+
+
+@pytest.mark.xfail(strict=True, reason="layouts of a quarter of the classes are not known yet, see outcomes.REFUSED")
+def test_nine_classes_in_ten_with_a_tower_train():
+    names = [name for name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if name not in WITHOUT_TOWER]
+    assert sum(name in TRAINED for name in names) >= 0.9 * len(names)

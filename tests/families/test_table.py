@@ -6,8 +6,8 @@ import pytest
 from transformers import __version__
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from .builders import FAMILIES
-from .test_contract import REFUSED, measured
+from .outcomes import BROKEN, REFUSED, UNBUILT, WITHOUT_TOWER
+from .test_contract import TRAINED, measured
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 LAYOUTS = {
@@ -25,22 +25,29 @@ BEGIN, END = "<!-- begin of the generated table -->", "<!-- end of the generated
 def table() -> str:
     """The rows of all classes in transformers' mapping for images and text."""
     lines = ["| `model_type` | class | tower | layout | the language model reads |", "|---|---|---|---|---|"]
-    untried = []
-    for name, model_class in sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items()):
-        if name in REFUSED:
-            lines.append(f"| {name} | {model_class} | refused: {REFUSED[name]} | | |")
-        elif name in FAMILIES:
+    reasons = {
+        **{name: f"refused: {why}" for name, (_, why) in REFUSED.items()},
+        **dict.fromkeys(BROKEN, "not tried: transformers itself cannot run it with a picture"),
+        **{name: f"no tower: {why}" for name, why in WITHOUT_TOWER.items()},
+        **{name: f"not tried: {why}" for name, why in UNBUILT.items()},
+    }
+    mapping = sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items())
+    for name, model_class in mapping:
+        if name in TRAINED:
             _, eyes = measured(name)
             read = ", ".join(sorted({f"`{path[0]}`" for path in eyes.reading.paths}))
             tiles = ", cut into tiles" if eyes.tiles else ""
             layout = LAYOUTS[type(eyes.layout).__name__] + tiles
             lines.append(f"| {name} | {model_class} | {type(eyes.tower).__name__} | {layout} | {read} |")
-        else:
-            untried.append(f"`{name}`")
+    others = [f"| {name} | {model_class} | {reasons[name]} |" for name, model_class in mapping if name in reasons]
+    towers = sum(name not in WITHOUT_TOWER for name, _ in mapping)
+    trained = sum(name in TRAINED for name, _ in mapping)
     tried = (
-        f"Tried with transformers {__version__}: {len(FAMILIES) - len(REFUSED)} classes train, {len(REFUSED)} refused."
+        f"Tried with transformers {__version__}: of its {len(mapping)} classes for images and text {towers} have a "
+        f"vision tower, and {trained} of these train."
     )
-    return "\n".join([tried, "", *lines, "", "Not tried: " + ", ".join(untried) + ".", ""])
+    heads = ["The others:", "", "| `model_type` | class | result |", "|---|---|---|"]
+    return "\n".join([tried, "", *lines, "", *heads, *others, ""])
 
 
 @pytest.mark.slow
