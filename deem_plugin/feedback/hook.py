@@ -162,11 +162,11 @@ class FeedbackHook:
                 on_nonfinite=lambda count: self.sums.add(nonfinite=count),
             )
         if not training:
-            self.eval_sums.add(loss=losses.per_image.sum(), images=losses.counted.sum())
+            self.eval_sums.add(loss=losses.per_image.sum(), images=losses.images)
             return output
         self.sums.add(
             loss=losses.per_image.sum(),
-            images=losses.counted.sum(),
+            images=losses.images,
             views=len(views),
             nonfinite=losses.nonfinite,
             blank=losses.blank,

@@ -24,6 +24,8 @@ class ImageLosses:
         total (`torch.Tensor`): Sum over the images of the mean over their views, a scalar with its graph.
         per_image (`torch.Tensor`): The loss of each image, detached, `(images,)`; 0 where it was left out.
         counted (`torch.Tensor`): Whether each image counts, bool, `(images,)`: not those that were left out.
+        images (`torch.Tensor`): Number of images that count, a scalar; of those with views in another call of the
+            tower, too, only the share in this one.
         nonfinite (`torch.Tensor`): Views whose loss or gradient was not finite and is left out, a scalar.
         blank (`torch.Tensor`): Views of one colour, which are left out, a scalar.
     """
@@ -31,6 +33,7 @@ class ImageLosses:
     total: torch.Tensor
     per_image: torch.Tensor
     counted: torch.Tensor
+    images: torch.Tensor
     nonfinite: torch.Tensor
     blank: torch.Tensor
 
@@ -153,4 +156,12 @@ def summarise(views, total, errors, finite, blank, weights) -> ImageLosses:
     kept = torch.where(finite & ~blank, errors.float(), 0.0) * weights
     zeros = torch.zeros(len(images), device=errors.device)
     counted = zeros.index_add(0, index, (finite & ~blank).float()) > 0
-    return ImageLosses(total, zeros.index_add(0, index, kept), counted, (~finite).sum(), blank.sum())
+    shares = torch.tensor([view.weight for view in views], device=errors.device)
+    return ImageLosses(
+        total=total,
+        per_image=zeros.index_add(0, index, kept),
+        counted=counted,
+        images=(zeros.index_add(0, index, shares) * counted).sum(),
+        nonfinite=(~finite).sum(),
+        blank=blank.sum(),
+    )

@@ -59,7 +59,7 @@ class GeneratorTraining(nn.Module):
         with torch.no_grad():
             views = eyes.views(inputs, tower(**inputs))
         losses = loss(views, self.conditioner, generator)
-        return {"loss": losses.total / losses.counted.sum().clamp(min=1)}
+        return {"loss": losses.total / losses.images.clamp(min=1)}
 
 
 class _StepSeeds(TrainerCallback):

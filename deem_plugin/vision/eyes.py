@@ -8,10 +8,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from .layouts import Grid, Layout, call_arguments, layout_of
-from .towers import find_tower, is_encoder, without_peft
+from .towers import find_tower, is_encoder, vision_encoders, without_peft
 from .views import View, bars
 
 # Fields of an output that pass on what the tower gave, beside what was made of it for the language model.
@@ -20,6 +19,8 @@ _PASSED_ON = ("last_hidden_state", "hidden_states", "attentions")
 _MOST_SPECIAL_TOKENS = 8
 # Mean difference between the picture that is shown and the one that comes back: more than resizing makes.
 _PICTURE_TOLERANCE = 0.06
+# Tells how many tiles of each picture are in a second call of the tower, the first of which has the thumbnails.
+_LOCAL_COUNTS, _LOCAL_PIXELS = "num_local_patches", "pixel_values_local"
 # Side of the picture that measures a tower without a fixed size, in pixels.
 _PROBE_SIZE = 224
 
@@ -119,9 +120,9 @@ class Eyes:
             image_token_id=_image_token_id(base.config),
             options=call.options,
         )
+        if not (tokens.is_meta or image_processor is None):
+            eyes.layout = eyes._layout_of_shown(call, layout.candidates(call.inputs, tokens))
         views = eyes._split(call.inputs, call.outputs)
-        if not (tokens.is_meta or isinstance(layout, Grid) or image_processor is None):
-            _check_pictures([eyes.unnormalize(view.picture) for view in views], tower)
         if isinstance(layout, Grid) and not is_encoder(base) and len(views) > 1 and not tokens.is_meta:
             eyes.tiles = True
             eyes.thumbnail = _find_thumbnail(views)
@@ -149,7 +150,10 @@ class Eyes:
         """
         views = self._split(inputs, output)
         if isinstance(self.layout, Grid) and model_inputs is not None:
-            views = self._grouped(views, model_inputs)
+            if model_inputs.get(_LOCAL_COUNTS) is not None:
+                views = self._of_two_calls(views, inputs, model_inputs)
+            else:
+                views = self._grouped(views, model_inputs)
         if "patch_attention_mask" in self.layout.names:
             # SmolVLM sends a picture of zeros where there is none.
             views = [view for view in views if view.picture.any()]
@@ -213,6 +217,22 @@ class Eyes:
     def _statistic(values, like):
         return torch.as_tensor(values, device=like.device, dtype=torch.float32).view(-1, 1, 1)
 
+    def _layout_of_shown(self, call, candidates):
+        """Returns the layout by which the picture comes back that was shown; raises a `ValueError` if none does."""
+        differences = []
+        for layout in candidates:
+            views = replace(self, layout=layout)._split(call.inputs, call.outputs)
+            differences.append(max(_difference(self.unnormalize(view.picture)) for view in views))
+        least = min(differences)
+        # A grid has pictures of any cut, of which the right order comes closest.
+        if least > _PICTURE_TOLERANCE and not isinstance(self.layout, Grid):
+            raise ValueError(
+                f"The pictures in a call of the vision tower ({type(self.tower).__name__}) cannot be put together: the "
+                f"one that was shown comes back with a mean difference of {least:.2f} (of 1). Its patches are laid out "
+                f"in an order that the feedback does not know."
+            )
+        return candidates[differences.index(least)]
+
     def _split(self, inputs, output):
         tokens = self.reading.select(output)
         views = self.layout.split(inputs, tokens)
@@ -239,6 +259,23 @@ class Eyes:
                 kinds[self.thumbnail] = "thumbnail"
             grouped += [replace(view, image=image, kind=own) for view, own in zip(rows, kinds, strict=True)]
         return grouped
+
+
+    def _of_two_calls(self, views, inputs, model_inputs):
+        """Tells, in a call for thumbnails or for tiles, which image each row belongs to (DeepSeek-OCR 2)."""
+        counts = torch.as_tensor(model_inputs[_LOCAL_COUNTS]).tolist()
+        tiles = model_inputs.get(_LOCAL_PIXELS)
+        shown = inputs[self.layout.pixels]
+        if tiles is not None and shown.shape == tiles.shape and torch.equal(shown, tiles.to(shown)):
+            images = [image for image, count in enumerate(counts) for _ in range(count)]
+            return [
+                replace(view, image=image, kind="tile", elsewhere=1)
+                for view, image in zip(views, images, strict=True)
+            ]
+        return [
+            replace(view, kind="thumbnail" if count else "image", elsewhere=count)
+            for view, count in zip(views, counts, strict=True)
+        ]
 
 
 def find_image_processor(model, processor):
@@ -277,6 +314,11 @@ def normalization(image_processor, processor, mean=None, std=None):
     if image_processor is not None and getattr(image_processor, "do_normalize", True) is False:
         return [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]
     mean, std = getattr(image_processor, "image_mean", None), getattr(image_processor, "image_std", None)
+    if mean is None and hasattr(image_processor, "do_normalize"):
+        raise ValueError(
+            f"{type(image_processor).__name__} normalises each picture by statistics of its own, which the feedback "
+            f"cannot undo to get the picture that the diffusion model must restore. It does not support such models."
+        )
     if mean is None or std is None:
         raise ValueError(
             f"The pictures that the diffusion model must restore are made of `pixel_values`, whose normalisation is "
@@ -300,7 +342,8 @@ class _Call:
 
 def _show(model, tower, layout, image_processor) -> _Call:
     """Shows a picture to the model: a wide one, or, where its processor does not resize, one of the tower's size."""
-    size = getattr(tower.config, "image_size", None) or _PROBE_SIZE
+    size = getattr(tower.config, "image_size", None) if isinstance(layout, Grid) else None
+    size = size or _PROBE_SIZE
     size = min(min(size) if isinstance(size, list | tuple) else size, 2 * _PROBE_SIZE)
     if image_processor is None:
         return _measure(model, tower, layout.pack([torch.zeros(3, size, size)]))
@@ -328,17 +371,9 @@ def _probe_picture(height, width):
     return torch.stack([half + 0.4 * x, half + 0.4 * y, half + 0.4 * (1 - y)])
 
 
-def _check_pictures(pictures, tower):
-    """Raises a `ValueError` if pictures that were taken out of a call are not the one that was shown."""
-    for picture in pictures:
-        shown = _probe_picture(*picture.shape[-2:]).to(picture)
-        difference = (picture - shown).abs().mean().item()
-        if difference > _PICTURE_TOLERANCE:
-            raise ValueError(
-                f"The pictures in a call of the vision tower ({type(tower).__name__}) cannot be put together: the one "
-                f"that was shown comes back with a mean difference of {difference:.2f} (of 1). Its patches are laid "
-                f"out in an order that the feedback does not know."
-            )
+def _difference(picture) -> float:
+    """Returns the mean difference of a picture and the probe's at its size."""
+    return (picture - _probe_picture(*picture.shape[-2:]).to(picture)).abs().mean().item()
 
 
 def process_image(image_processor, image) -> dict:
@@ -369,7 +404,7 @@ def _measure(model, tower, inputs) -> _Call:
         return output
 
     handles = [tower.register_forward_hook(leaves, with_kwargs=True)]
-    for name, module in _other_towers(model, tower):
+    for name, module in _other_towers(model, tower).items():
         handles.append(module.register_forward_pre_hook(lambda *_, name=name: seen.append(name)))
     try:
         with torch.enable_grad(), _quiet(model):
@@ -387,13 +422,19 @@ def _measure(model, tower, inputs) -> _Call:
             f"A {type(model).__name__} looks at each picture by two vision towers, {type(tower).__name__} and "
             f"`{seen[0]}`, and the feedback would train one of them only. It does not support such models."
         )
-    if len(calls) != 1:
+    if len(calls) != 1 and (not calls or inputs.get(_LOCAL_COUNTS) is None):
         raise ValueError(
             f"A {type(model).__name__} called its vision tower ({type(tower).__name__}) {len(calls)} times for one "
-            f"picture; the feedback expects one call."
+            f"picture; the feedback expects one call, or one for thumbnails and one for tiles with `{_LOCAL_COUNTS}`."
         )
-    ((arguments, tensors, copies),) = calls
-    read = _gradients(result, copies)
+    reads = [_gradients(result, copies) for _, _, copies in calls]
+    arguments, tensors, _ = calls[0]
+    read = reads[0]
+    if any(set(other) != set(read) for other in reads):
+        raise ValueError(
+            f"A {type(model).__name__} reads other outputs of its vision tower ({type(tower).__name__}) in its second "
+            f"call for a picture than in its first; the feedback expects the same."
+        )
     if not read:
         raise ValueError(
             f"What a {type(model).__name__} makes of a picture does not depend on the output of its vision tower "
@@ -411,8 +452,13 @@ def _see(model, tower, inputs):
     # Where a text is asked for, too: one token.
     token = torch.ones(1, 1, dtype=torch.long, device=next(model.parameters()).device)
     if owner is None:
-        output = model(input_ids=token, attention_mask=torch.ones_like(token), **_known(model.forward, inputs))
-        return [output.logits]
+        names = inspect.signature(model.forward).parameters
+        text = {"input_ids": token, "attention_mask": torch.ones_like(token), "decoder_input_ids": token}
+        if "image_attention_mask" in names:  # Idefics: which token sees which image
+            text["image_attention_mask"] = token[..., None]
+            inputs = {**inputs, "pixel_values": inputs["pixel_values"][None]}
+        text = {name: value for name, value in text.items() if name in names}
+        return [model(**text, **_known(model.forward, inputs)).logits]
     given = _known(owner.get_image_features, inputs)
     if owner is model and hasattr(model.base_model, "get_image_features"):  # which may pass more on
         given = {**_known(model.base_model.get_image_features, inputs), **given}
@@ -424,11 +470,11 @@ def _see(model, tower, inputs):
     if names is None:
         return result
     features = result.get("pooler_output")
-    if features is None:
-        return [result["last_hidden_state"]]
     # What else the language model gets has as many tokens (DeepStack); other fields are the tower's own affair.
-    others = [result[name] for name in names if name not in (*_PASSED_ON, "pooler_output")]
-    return [features, *(other for other in _tensors(others) if _count(other) == _count(features))]
+    others = _tensors([result[name] for name in names if name not in (*_PASSED_ON, "pooler_output")])
+    if features is None:
+        return others or [result["last_hidden_state"]]
+    return [features, *(other for other in others if _count(other) == _count(features))]
 
 
 def _tensors(values) -> list[torch.Tensor]:
@@ -466,7 +512,7 @@ def _gradients(result, copies) -> dict:
         else torch.randn(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
         for tensor in tensors
     ]
-    gradients = torch.autograd.grad(tensors, list(copies.values()), directions, allow_unused=True)
+    gradients = torch.autograd.grad(tensors, list(copies.values()), directions, allow_unused=True, retain_graph=True)
     return {path: gradient for path, gradient in zip(copies, gradients, strict=True) if gradient is not None}
 
 
@@ -477,7 +523,7 @@ def _reading_of(call: _Call, layout: Layout) -> Reading:
     paths = [path for path, shape in shapes.items() if shape == most]
     reading = Reading(paths)
     gradients = [_tokens_last(call.read[path]) for path in paths]
-    if not layout.fixed_rows:
+    if not layout.fixed_rows or gradients[0].dim() < 3:
         return reading
     if gradients[0].is_meta:  # without values: so many of the first are left out as the language model gets fewer
         surplus = gradients[0].shape[1] - call.features
@@ -503,19 +549,20 @@ def _parameters_of(tower, tensors) -> set[str]:
 
 
 def _other_towers(model, tower):
-    """Returns vision models within a model, by name, that are neither its tower nor a part of it nor around it."""
+    """Returns vision encoders within a model, by name, that are neither its tower nor a part of it nor around it."""
     own = set(tower.modules())
-    found = []
-    for name, module in model.named_modules():
-        if module is model or module in own or not isinstance(module, PreTrainedModel):
-            continue
-        if module.main_input_name == "pixel_values" and not any(part is tower for part in module.modules()):
-            found.append((name, module))
-    return found
+    return {
+        name: module
+        for name, module in vision_encoders(model).items()
+        if module not in own and not any(part is tower for part in module.modules())
+    }
 
 
 def _rows_per_image(model_inputs, rows, eyes):
     """Returns how many rows of a grid belong to each image, and whether they are tiles or frames; None if one each."""
+    crops = model_inputs.get("image_num_crops")
+    if crops is not None and int(crops.sum()) == rows:
+        return crops.tolist(), "tile"
     for name, pixels in model_inputs.items():
         if name.startswith("pixel_values") and isinstance(pixels, torch.Tensor) and pixels.dim() == 5:
             kind = "frame" if "video" in name else "tile"

@@ -6,10 +6,12 @@ pictures. Pictures are normalised as the tower gets them, on both sides. Nothing
 pictures.
 """
 
+import copy
 import inspect
 import math
 from abc import ABC, abstractmethod
-from itertools import accumulate, pairwise
+from dataclasses import dataclass
+from itertools import accumulate, pairwise, product
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +41,13 @@ class Layout(ABC):
         self.patch = _one(getattr(config, "patch_size", None) or 1)
         self.config = config
 
+    def candidates(self, inputs: dict, tokens: torch.Tensor) -> list["Layout"]:
+        """
+        Returns the layouts that a call might have, where its shapes alone do not tell: the one whose pictures are
+        those that were shown is right. Arguments as of [`split`], of a call with one picture.
+        """
+        return [self]
+
     @abstractmethod
     def split(self, inputs: dict, tokens: torch.Tensor) -> list[View]:
         """
@@ -60,10 +69,44 @@ class Layout(ABC):
         """Makes the arguments of a call of pictures, each `(3, height, width)`, normalised."""
 
 
+@dataclass(frozen=True)
+class PatchOrder:
+    """
+    In which order the values of packed patches follow each other.
+
+    Args:
+        axes (`str`): Axes of a patch, from the outside in: channels `c`, time `t`, rows `y`, columns `x`.
+        merge (`int`): Side of the blocks in which the patches follow each other; 1 for raster order.
+    """
+
+    axes: str = "ctyx"
+    merge: int = 1
+
+
+# Axes of a patch, the usual ones first.
+PATCH_AXES = ("ctyx", "tcyx", "yxct")
+
+
 class Grid(Layout):
-    """One picture a row, `(images, 3, height, width)`; with `patch_attention_mask` each fills a corner of its row."""
+    """
+    One picture a row, `(images, 3, height, width)`, or the patches of a square, `(images, patches, values)` (Molmo 2);
+    with `patch_attention_mask` each picture fills a corner of its row.
+    """
 
     needs_positions = False
+
+    def __init__(self, tower):
+        super().__init__(tower)
+        self.order = None
+
+    def candidates(self, inputs, tokens):
+        """As [`Layout.candidates`]: the orders of a patch's values where patches are what the tower gets."""
+        if inputs[self.pixels].dim() != 3:
+            return [self]
+        layouts = [copy.copy(self) for _ in PATCH_AXES]
+        for layout, axes in zip(layouts, PATCH_AXES, strict=True):
+            layout.order = PatchOrder(axes)
+        return layouts
 
     @property
     def fixed_rows(self):
@@ -73,11 +116,17 @@ class Grid(Layout):
     def split(self, inputs, tokens):
         """As [`Layout.split`]; tokens `(images, tokens, dim)`."""
         pixel_values = inputs[self.pixels]
+        if self.order is not None and pixel_values.dim() == 3:
+            side = math.isqrt(pixel_values.shape[1])
+            pictures = [unpack_patches(own, (1, side, side), self.patch, self.order)[0, 0] for own in pixel_values]
+            pixel_values = torch.stack(pictures)
         if pixel_values.dim() != 4 or pixel_values.shape[1] != 3:
             raise ValueError(
                 f"The vision tower was called with `{self.pixels}` of shape {tuple(pixel_values.shape)}; the feedback "
                 f"expects (images, 3, height, width)."
             )
+        if tokens.dim() == 2 and len(tokens) % len(pixel_values) == 0:  # those of all pictures in one row
+            tokens = tokens.unflatten(0, (len(pixel_values), -1))
         if tokens.dim() != 3 or len(tokens) != len(pixel_values):
             raise ValueError(
                 f"The vision tower gave tokens of shape {tuple(tokens.shape)} for {len(pixel_values)} pictures; the "
@@ -103,20 +152,29 @@ class Grid(Layout):
 
     def pack(self, pictures):
         """As [`Layout.pack`]; all of one size."""
+        if self.order is not None:
+            pictures = [pack_patches(picture, self.patch, self.order, 1) for picture in pictures]
         return {self.pixels: torch.stack(pictures)}
 
 
 class Packed(Layout):
     """
-    The patches of all pictures in one row and `grid_thw` beside them (the Qwen-VL family): patches in blocks that are
-    merged, or, where they come as `(patches, 3, p, p)`, in raster order; a batch dimension of 1 may stand before them.
+    The patches of all pictures in one row and their grids beside them (the Qwen-VL family), `(patches, values)` or
+    `(patches, 3, p, p)`; a batch dimension of 1 may stand before them.
+
+    The order of the values is that of which the picture comes back that was shown. A tower may add tokens of its own
+    to each row and to each picture (their ends); they belong to the picture.
     """
 
     def __init__(self, tower):
         super().__init__(tower)
         self.grid_name = next(name for name in self.names if name in PACKED_NAMES)
-        # Where it is no tensor of `split`'s arguments, patches are those of the first call that was seen.
-        self.shape = None
+        # As measured: the order of a patch's values, None for the usual one, and tokens that the tower adds.
+        self.order = None
+        self.row_ends = self.picture_ends = 0
+        # Shape of a patch's values and whether a batch dimension stands before, as in the last call, for `pack`.
+        self.values = (3, self.patch, self.patch)
+        self.batched = False
 
     @property
     def merge(self) -> int:
@@ -126,29 +184,66 @@ class Packed(Layout):
                 return _one(value)
         return 1
 
+    def candidates(self, inputs, tokens):
+        """As [`Layout.candidates`]: the usual order first."""
+        self.values = tuple(_unbatched(inputs[self.pixels]).shape[1:])
+        ((_, height, width),) = self._grids(inputs)
+        rows, count = height // self.merge, tokens.flatten(0, -2).shape[0]
+        surplus = count - rows * (width // self.merge)
+        ends = (0, 0)
+        if surplus > 0 and height * width % count and count % (height * width):
+            ends = divmod(surplus, rows)
+        usual = self._usual_order()
+        axes = [usual.axes] if len(self.values) == 3 else PATCH_AXES
+        merges = dict.fromkeys((usual.merge, 1, self.merge))
+        layouts = []
+        for own_axes, merge in product(axes, merges):
+            layout = copy.copy(self)
+            layout.order = PatchOrder(own_axes, merge)
+            layout.row_ends, layout.picture_ends = ends
+            layouts.append(layout)
+        return layouts
+
+    def _usual_order(self):
+        if len(self.values) == 3:
+            return PatchOrder("cyx" if self.values[0] == 3 else "yxc")
+        return PatchOrder("ctyx", self.merge)
+
+    def _grids(self, inputs):
+        """Returns steps of time, rows and columns of each picture."""
+        grids = torch.as_tensor(inputs[self.grid_name]).tolist()
+        return [(1, *grid) if len(grid) == 2 else tuple(grid) for grid in grids]
+
+    def _lengths(self, inputs, grids, merges, tokens):
+        """Returns how many of the tokens each picture has, and whether a video has those of one frame."""
+        if self.row_ends or self.picture_ends:
+            lengths = [
+                t * (h // m) * (w // m + self.row_ends) + self.picture_ends
+                for (t, h, w), m in zip(grids, merges, strict=True)
+            ]
+            return lengths, False
+        # With merges of its own for each picture, tokens are in proportion to the merged patches.
+        own = inputs.get("merge_sizes") is not None
+        shares = [t * h * w // (m * m if own else 1) for (t, h, w), m in zip(grids, merges, strict=True)]
+        # Kimi averages over time: a video has the tokens of one frame.
+        count = max(tokens.flatten(0, -2).shape[0], 1)
+        still = _in_blocks(tokens) or sum(shares) % count > 0
+        if still:
+            shares = [share // t for share, (t, _, _) in zip(shares, grids, strict=True)]
+        ratio = max(sum(shares) // count, 1)
+        return [share // ratio for share in shares], still
+
     def split(self, inputs, tokens):
         """As [`Layout.split`]; tokens `(tokens, dim)`, `(1, tokens, dim)` or `(blocks, tokens of a block, dim)`."""
-        patches = inputs[self.pixels].detach()
-        self.shape = patches.shape
-        # The number of frames goes in front; a batch dimension is taken off.
-        patches = patches.squeeze(0) if patches.dim() in (3, 5) else patches
-        raster = patches.dim() == 4
-        grids = torch.as_tensor(inputs[self.grid_name]).tolist()
+        patches = _unbatched(inputs[self.pixels].detach())
+        self.values, self.batched = tuple(patches.shape[1:]), patches.dim() < inputs[self.pixels].dim()
+        order = self.order or self._usual_order()
+        grids = self._grids(inputs)
         merges = inputs.get("merge_sizes")
         merges = [self.merge] * len(grids) if merges is None else torch.as_tensor(merges).tolist()
         flat = tokens.flatten(0, -2)
+        lengths, still = self._lengths(inputs, grids, merges, tokens)
         counts = [t * h * w for t, h, w in grids]
-        # Without merges of its own for each picture, as many patches a token everywhere.
-        per_token = [m * m if inputs.get("merge_sizes") is not None else 1 for m in merges]
-        shares = [count // each for count, each in zip(counts, per_token, strict=True)]
-        averaged = [share // t for share, (t, _, _) in zip(shares, grids, strict=True)]
-        # Kimi averages over time: a video has the tokens of one frame.
-        blocks = tokens.dim() == 3 and tokens.shape[0] > 1
-        still = blocks or sum(shares) % len(flat) > 0
-        shares = averaged if still else shares
-        token_merge = self.merge if blocks else 1 if raster else None
-        ratio = sum(shares) // max(len(flat), 1)
-        lengths = [share // max(ratio, 1) for share in shares]
         if sum(lengths) != len(flat) or sum(counts) != len(patches):
             raise ValueError(
                 f"The vision tower gave {len(flat)} tokens of {len(patches)} patches, whose `{self.grid_name}` is "
@@ -159,25 +254,39 @@ class Packed(Layout):
         for index, (own, packed, (t, h, w), merge) in enumerate(pieces):
             if still and t > 1:
                 continue  # no frame has tokens of its own
-            frames = unpack_patches(packed, (t, h, w), self.patch, 1 if raster else merge)
+            blocked = order if order.merge == 1 else PatchOrder(order.axes, merge)
+            frames = unpack_patches(packed, (t, h, w), self._side, blocked)
+            # Tokens of single patches follow each other as the patches do.
+            token_merge = merge if _in_blocks(tokens) else blocked.merge
+            places = self._positions(len(own) // t, h, w, merge, token_merge, own.device)
             for frame, picture in zip(own.chunk(t), frames, strict=True):
-                places = _packed_positions(len(frame), h, w, token_merge or merge, frame.device)
                 views.append(View(frame, picture[0], index, "image" if t == 1 else "frame", places))
         return views
 
+    @property
+    def _side(self):
+        """Side of a patch in pixels."""
+        return self.values[1] if len(self.values) == 3 else self.patch
+
+    def _positions(self, count, h, w, merge, token_merge, device):
+        """Returns the positions of a picture's tokens; those that the tower adds stand at the ends of rows."""
+        if self.row_ends or self.picture_ends:
+            places = grid_positions(h // merge, w // merge + self.row_ends, device)
+            before = self.picture_ends // 2
+            return F.pad(places.T, (before, self.picture_ends - before)).T
+        return _packed_positions(count, h, w, token_merge, device)
+
     def pack(self, pictures):
         """As [`Layout.pack`]."""
-        shape = self.shape
-        raster = shape is None or len(shape) >= 4
-        merge = 1 if raster else self.merge
-        depth = 1 if raster else shape[-1] // (3 * self.patch**2)
-        packed = [pack_patches(picture, self.patch, merge, depth) for picture in pictures]
-        patches = torch.cat(packed)
-        if raster:
-            patches = patches.unflatten(1, (3, self.patch, self.patch))
-        if shape is not None and len(shape) in (3, 5):
-            patches = patches[None]
-        sizes = [(1, p.shape[1] // self.patch, p.shape[2] // self.patch) for p in pictures]
+        side = self._side
+        depth = math.prod(self.values) // (3 * side * side)
+        order = self.order or self._usual_order()
+        patches = torch.cat([pack_patches(picture, side, order, depth) for picture in pictures])
+        patches = patches.unflatten(1, self.values)
+        patches = patches[None] if self.batched else patches
+        sizes = [(1, p.shape[1] // side, p.shape[2] // side) for p in pictures]
+        if self.grid_name == "image_grid_hw":
+            sizes = [size[1:] for size in sizes]
         inputs = {self.pixels: patches, self.grid_name: torch.tensor(sizes, device=patches.device)}
         if "merge_sizes" in self.names:
             inputs["merge_sizes"] = torch.tensor([self.merge] * len(pictures), device=patches.device)
@@ -350,7 +459,7 @@ class AttendingTiles(Layout):
         }
 
 
-PACKED_NAMES = ("grid_thw", "image_grid_thw")
+PACKED_NAMES = ("grid_thw", "image_grid_thw", "image_grid_hw")
 # Names in a signature and the layout that they tell. `patch_attention_mask` is a crop within the grid.
 LAYOUTS = {
     **dict.fromkeys(PACKED_NAMES, Packed),
@@ -385,32 +494,56 @@ def layout_of(tower) -> Layout:
     return Grid(tower)
 
 
-def unpack_patches(patches, grid, patch, merge):
+def unpack_patches(patches, grid, side, order):
     """
     Puts the patches of one picture or video together.
 
     Args:
-        patches (`torch.Tensor`): Shape `(t * h * w, 3 * T * p * p)`, or `(t * h * w, 3, p, p)`.
+        patches (`torch.Tensor`): Shape `(t * h * w, ...)`: the values of each patch.
         grid (`tuple[int, int, int]`): Steps of time, rows and columns `t`, `h`, `w`.
-        patch (`int`): Side of a patch `p`, in pixels.
-        merge (`int`): Side of the blocks in which the patches follow each other; 1 for raster order.
+        side (`int`): Side of a patch, in pixels.
+        order (`PatchOrder`): How the values follow each other.
 
     Returns:
-        `torch.Tensor`: Frames, shape `(t, T, 3, h * p, w * p)`.
+        `torch.Tensor`: Frames, shape `(t, T, 3, h * side, w * side)`; `T` is the depth of a patch in time.
     """
     t, h, w = grid
-    patches = patches.flatten(1)
-    depth = patches.shape[1] // (3 * patch * patch)
-    blocks = patches.reshape(t, h // merge, w // merge, merge, merge, 3, depth, patch, patch)
-    return blocks.permute(0, 6, 5, 1, 3, 7, 2, 4, 8).reshape(t, depth, 3, h * patch, w * patch)
+    depth = patches[0].numel() // (3 * side * side)
+    axes, sizes = _axes(order, grid, side, depth)
+    frames = patches.reshape([sizes[axis] for axis in axes]).permute([axes.index(axis) for axis in _PICTURE if axis in axes])
+    return frames.reshape(t, depth, 3, h * side, w * side)
 
 
-def pack_patches(picture, patch, merge, depth):
+def pack_patches(picture, side, order, depth):
     """Undoes [`unpack_patches`] for one picture `(3, height, width)`, shown `depth` times: `(h * w, 3 depth p^2)`."""
-    h, w = picture.shape[1] // patch, picture.shape[2] // patch
-    blocks = picture.reshape(3, h // merge, merge, patch, w // merge, merge, patch)
-    blocks = blocks.permute(1, 4, 2, 5, 0, 3, 6)[..., None, :, :].expand(-1, -1, -1, -1, -1, depth, -1, -1)
-    return blocks.reshape(h * w, -1)
+    h, w = picture.shape[1] // side, picture.shape[2] // side
+    axes, sizes = _axes(order, (1, h, w), side, depth)
+    own = [axis for axis in _PICTURE if axis in axes]
+    values = picture.expand(depth, *picture.shape).reshape([sizes[axis] for axis in own])
+    return values.permute([own.index(axis) for axis in axes]).reshape(h * w, -1)
+
+
+# Axes of pictures in patches: steps of time, depth in time, channels; blocks, patches of a block and pixels, down and
+# across.
+_PICTURE = "TtcHiyWjx"
+
+
+def _axes(order, grid, side, depth):
+    """Returns the axes of packed patches, from the outside in, and the size of each."""
+    t, h, w = grid
+    m = order.merge
+    sizes = {"T": t, "H": h // m, "W": w // m, "i": m, "j": m, "c": 3, "t": depth, "y": side, "x": side}
+    return "THWij" + order.axes, sizes
+
+
+def _in_blocks(tokens) -> bool:
+    """Whether tokens come in blocks, `(blocks, tokens of a block, dim)` (Kimi)."""
+    return tokens.dim() == 3 and tokens.shape[0] > 1
+
+
+def _unbatched(patches):
+    """Takes a batch dimension of 1 off packed patches."""
+    return patches.squeeze(0) if patches.dim() in (3, 5) else patches
 
 
 def grid_positions(rows, columns, device=None):

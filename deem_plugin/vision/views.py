@@ -24,6 +24,7 @@ class View:
         maps (`dict[str, torch.Tensor]`, *optional*): The tower's multi-scale maps, each `(dim, height, width)`.
         mask (`torch.Tensor`, *optional*): True where the picture is content and no letterbox bar, `(height, width)`.
         weight (`float`): Share of the view in the loss of its image; those of one image sum to 1.
+        elsewhere (`int`): Views of its image that are in another call of the tower.
     """
 
     tokens: torch.Tensor
@@ -35,6 +36,7 @@ class View:
     maps: dict[str, torch.Tensor] | None = None
     mask: torch.Tensor | None = None
     weight: float = 1.0
+    elsewhere: int = 0
 
 
 def sample_views(views: list[View], limit: int | None, generator=None) -> list[View]:
@@ -46,7 +48,8 @@ def sample_views(views: list[View], limit: int | None, generator=None) -> list[V
 
     Args:
         views (`list[View]`): Of one call.
-        limit (`int`, *optional*): Views an image; all by default.
+        limit (`int`, *optional*): Views an image, those in another call among them; all by default. Of each call one
+            view stays.
         generator (`torch.Generator`, *optional*): Draws them; on any device.
     """
     by_image: dict[int, list[View]] = {}
@@ -54,18 +57,20 @@ def sample_views(views: list[View], limit: int | None, generator=None) -> list[V
         by_image.setdefault(view.image, []).append(view)
     chosen = []
     for group in by_image.values():
+        total = len(group) + group[0].elsewhere
         kept = [view for view in group if view.kind == "thumbnail"] if limit is not None else []
         others = [view for view in group if not any(view is other for other in kept)]
-        count = len(others) if limit is None else min(len(others), max(limit - len(kept), 0))
-        if limit is not None and not count and others:  # a limit of 1 on an image with a thumbnail: either may come
-            kept, others, count = [], group, limit
+        places = len(others) if limit is None else limit - group[0].elsewhere - len(kept)
+        count = min(len(others), max(places, 0))
+        if not count and others:  # no place beside the thumbnail: either may come
+            kept, others, count = [], group, 1
         drawn = others
         if count < len(others):
             device = "cpu" if generator is None else generator.device
             order = torch.randperm(len(others), generator=generator, device=device)[:count].sort().values
             drawn = [others[index] for index in order.tolist()]
-        share = len(others) / (len(group) * max(count, 1))
-        chosen += [replace(view, weight=1 / len(group)) for view in kept]
+        share = len(others) / (total * max(count, 1))
+        chosen += [replace(view, weight=1 / total) for view in kept]
         chosen += [replace(view, weight=share) for view in drawn]
     return chosen
 

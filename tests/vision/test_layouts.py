@@ -106,7 +106,7 @@ def test_packed_patches_in_blocks_are_put_together_again(merge, depth):
     """The order of the Qwen-VL processors: blocks of merged patches, each picture shown twice in time."""
     layout = make(PackedTower)
     layout.config.spatial_merge_size = merge
-    layout.shape = (1, 3 * depth * PATCH**2)
+    layout.values = (3 * depth * PATCH**2,)
     pictures = [torch.rand(3, 16, 24), torch.rand(3, 8, 8)]
 
     inputs = layout.pack(pictures)
