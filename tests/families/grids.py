@@ -17,6 +17,7 @@ from .vocabulary import (
     VOCABULARY,
     Family,
     multimodal_types,
+    open_projector,
     opt,
     qformer,
     text,
@@ -146,7 +147,9 @@ GRIDS = {
     "vision-encoder-decoder": Family(
         _encoder_decoder, lambda: hf.ViTImageProcessor(do_resize=False), tokens=1, prepare=_pictures_alone
     ),
-    "t5gemma2": Family(_t5gemma2, lambda: hf.Gemma3ImageProcessor(size={"height": 32, "width": 32})),
+    "t5gemma2": Family(
+        _t5gemma2, lambda: hf.Gemma3ImageProcessor(size={"height": 32, "width": 32}), prepare=open_projector
+    ),
     "pp_formulanet": Family(
         lambda: small_config(
             "pp_formulanet",
@@ -156,6 +159,7 @@ GRIDS = {
                 "post_conv_mid_channels": 32,
                 "post_conv_out_channels": HIDDEN,
                 "decoder_hidden_size": HIDDEN,
+                "initializer_range": 0.02,
             },
             text_config={
                 "d_model": HIDDEN,
@@ -171,22 +175,20 @@ GRIDS = {
         tokens=1,
         prepare=text_alone,
     ),
-    "step3p7": grid("step3p7", lambda: hf.Step3p7ImageProcessor(size={"height": 32, "width": 32}), tokens=1),
+    "step3p7": grid("step3p7", lambda: hf.Step3p7ImageProcessor(size={"height": 32, "width": 32})),
     "unlimited_ocr": Family(
         lambda: small_config("unlimited_ocr", vision_config=TWO_CALLS),
         lambda: hf.UnlimitedOcrImageProcessor(size={"height": 128, "width": 128}, tile_size=128),
-        ((256, 128), (256, 128)),
+        ((256, 128), (128, 128)),
         exact=False,
-        tokens=1,
     ),
     "deepseek_ocr2": Family(
         lambda: small_config(
             "deepseek_ocr2", vision_config=TWO_CALLS, text_config={"mlp_layer_types": ["dense", "sparse"]}
         ),
         lambda: hf.DeepseekOcr2ImageProcessor(size={"height": 128, "width": 128}, tile_size=128),
-        ((256, 128), (256, 128)),
+        ((256, 128), (128, 128)),
         exact=False,
-        tokens=1,
     ),
     "kosmos-2.5": Family(
         lambda: small_config(
@@ -212,16 +214,27 @@ GRIDS = {
             "molmo2",
             vision_config={"image_size": [32, 32], "num_position_embeddings": 16},
             adapter_config={"vision_feature_layer": [-1, -2]},
+            image_patch_id=IMAGE,
         ),
         lambda: hf.Molmo2ImageProcessor(
             size={"height": 32, "width": 32}, patch_size=8, max_crops=2, overlap_margins=[1, 1]
         ),
-        tokens=1,
+        exact=False,
     ),
     "nemotron_h_omni": Family(
-        lambda: small_config("nemotron_h_omni", vision_config={"video_temporal_patch_size": 2}, vision_hidden_size=32),
+        lambda: small_config("nemotron_h_omni",
+            vision_config={"video_temporal_patch_size": 2},
+            text_config={
+                "layers_block_type": ["mamba", "full_attention"],
+                "mamba_num_heads": 4,
+                "mamba_head_dim": 16,
+                "ssm_state_size": 8,
+                "n_groups": 2,
+                "moe_shared_expert_intermediate_size": 32,
+            },
+            vision_hidden_size=32,
+        ),
         lambda: hf.NemotronH_Omni_Reasoning_V3ImageProcessor(patch_size=8, min_num_patches=16, max_num_patches=64),
-        tokens=1,
     ),
     "inkling_mm_model": Family(lambda: small_config("inkling_mm_model"), hf.InklingImageProcessor, tokens=1),
     "llama4": Family(
@@ -257,9 +270,9 @@ GRIDS = {
         image_grid_pinpoints=PINPOINTS,
         downsample_rate="2/4",
         deepstack_layer_map=[[1, 0], [2, 1]],
-        spatial_target_layers=[0, 1, 2, 3],
+        spatial_target_layers=[2, 3, 4, 5],
         vision_config={"hidden_size": 64},
-        text_config={"num_hidden_layers": 5},
+        text_config={"num_hidden_layers": 6},
         tokens=lambda pixels: [14, 24],
         projector_dropout=0.0,
     ),
@@ -350,6 +363,7 @@ GRIDS = {
         exact=False,
         vision_config={"scale_factor": 2, "deepstack_visual_indexes": [0, 1]},
         text_config={"num_hidden_layers": 3},
+        nested=True,
     ),
     "perception_lm": Family(
         lambda: hf.PerceptionLMConfig(

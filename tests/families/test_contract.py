@@ -28,20 +28,21 @@ def measured(name):
     return case, Eyes.of(case.model, case.image_processor)
 
 
-def views_of_call(case, eyes, **options):
-    """The loss of a batch, the views of the tower's call, and every tensor of its output, by path."""
-    views, tensors, inputs = [], {}, {}
+def views_of_calls(case, eyes, **options):
+    """The loss of a batch, the views of each call of the tower, and every tensor of its outputs, by path."""
+    calls, tensors, inputs = [], {}, {}
 
     def note(module, args, kwargs, output):
         def keep(path, tensor):
             if tensor.is_floating_point() and tensor.requires_grad:
-                tensors[path] = tensor.clone()
-                tensors[path].retain_grad()
-                return tensors[path]
+                own = tensor.clone()
+                own.retain_grad()
+                tensors.setdefault(path, []).append(own)
+                return own
             return tensor
 
         output = _mapped(output, keep)
-        views.extend(eyes.views(eyes.call_arguments(args, kwargs), output, inputs))
+        calls.append(eyes.views(eyes.call_arguments(args, kwargs), output, inputs))
         return output
 
     handles = [
@@ -51,7 +52,7 @@ def views_of_call(case, eyes, **options):
     loss = case.model(**case.batch, **options).loss
     for handle in handles:
         handle.remove()
-    return loss, views, tensors
+    return loss, calls, tensors
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -73,8 +74,9 @@ def test_what_transformers_cannot_run_is_still_broken(name):
 def test_pictures_are_the_source_and_tokens_those_that_the_language_model_reads(name):
     case, eyes = measured(name)
     case.model.zero_grad()
-    loss, views, tensors = views_of_call(case, eyes)
+    loss, calls, tensors = views_of_calls(case, eyes)
     loss.backward()
+    views = [view for call in calls for view in call]
 
     if case.sources:
         assert len(views) == len(case.sources)
@@ -83,11 +85,12 @@ def test_pictures_are_the_source_and_tokens_those_that_the_language_model_reads(
     assert all(view.picture.min() > -0.01 and view.picture.max() < 1.01 for view in views)
     assert len({view.image for view in views}) == 2
     # Each tensor that the language model has gradient on is read, row by row, and no other.
-    read = {path for path, tensor in tensors.items() if tensor.grad is not None and tensor.grad.any()}
+    read = {path for path, own in tensors.items() if all(t.grad is not None and t.grad.any() for t in own)}
     assert read == set(eyes.reading.paths)
     for path in eyes.reading.paths:
-        rows = (_tokens_last(tensors[path].grad) != 0).any(-1).flatten(0, -2) if eyes.layout.fixed_rows else None
-        if rows is not None and rows.shape[0] > 1:
+        gradient = _tokens_last(tensors[path][0].grad)
+        if eyes.layout.fixed_rows and gradient.dim() > 2:
+            rows = (gradient != 0).any(-1).flatten(0, -2)
             chosen = torch.zeros(rows.shape[-1], dtype=torch.bool)
             chosen[eyes.reading.rows if eyes.reading.rows is not None else slice(eyes.reading.first, None)] = True
             assert not rows[:, ~chosen].any()
@@ -98,7 +101,8 @@ def test_the_tokens_of_a_view_depend_on_its_own_picture(name):
     case, eyes = measured(name)
     pixels = next(key for key in case.batch if key.startswith("pixel_values"))
     batch = {**case.batch, pixels: case.batch[pixels].clone().requires_grad_()}
-    whole, views, _ = views_of_call(type(case)(case.model, case.image_processor, batch), eyes)
+    whole, calls, _ = views_of_calls(type(case)(case.model, case.image_processor, batch), eyes)
+    views = calls[0]
     images = sorted({view.image for view in views})
     for image in images:
         tokens = torch.cat([view.tokens.flatten() for view in views if view.image == image])
@@ -111,8 +115,9 @@ def test_the_tokens_of_a_view_depend_on_its_own_picture(name):
 def _share_of_first(gradient, case, eyes, views, first):
     """How much of a gradient at the pixels lies in the first picture."""
     mass = gradient.abs()
-    if "image_grid_thw" in case.batch:
-        counts = case.batch["image_grid_thw"].prod(dim=1)
+    grids = next((case.batch[name] for name in ("image_grid_thw", "image_grid_hw") if name in case.batch), None)
+    if grids is not None:
+        counts = grids.prod(dim=1)
         mass = mass.reshape(int(counts.sum()), -1)
         return (mass[: counts[0]].sum() / mass.sum()).item()
     if "target_sizes" in case.batch:
@@ -142,9 +147,10 @@ def test_the_gradient_is_that_of_the_sum_of_both_losses(name):
         both = gradients(case.model, case.model(**case.batch).loss)
         callback.hook.check_injected()
         begin_step(callback, scale=0.0)
-        loss, views, _ = views_of_call(case, eyes)
-        feedback = callback.hook.loss(views, callback.conditioner, torch.Generator().manual_seed(0))
-        by_hand = gradients(case.model, loss + WEIGHT * feedback.total)
+        loss, calls, _ = views_of_calls(case, eyes)
+        generator = torch.Generator().manual_seed(0)
+        feedback = [callback.hook.loss(views, callback.conditioner, generator) for views in calls]
+        by_hand = gradients(case.model, loss + WEIGHT * sum(losses.total for losses in feedback))
         alone = gradients(case.model, case.model(**case.batch).loss)
     finally:
         callback.detach()
@@ -155,7 +161,9 @@ def test_the_gradient_is_that_of_the_sum_of_both_losses(name):
     names = [name for name, parameter in case.model.named_parameters() if id(parameter) in tower and name in alone]
     first = next((name for name in names if "patch" in name), names[0])
     assert relative_difference({first: alone[first]}, {first: both[first]}) > 1e-8
-    assert len(feedback.per_image) == 2 and feedback.counted.all()
+    # Every picture counts once, in how many calls and tiles it may come.
+    assert all(losses.counted.all() for losses in feedback)
+    assert sum(losses.images.item() for losses in feedback) == pytest.approx(2)
 
 
 @pytest.mark.slow

@@ -102,7 +102,8 @@ def make(family: Family) -> Case:
     given = [[image] for image in images] if family.nested else list(images)
     pixels = image_processor(images=given, return_tensors="pt")
     pixels = {"pixel_values": pixels} if isinstance(pixels, torch.Tensor) else dict(pixels)
-    pixels = {k: v.float() if v.is_floating_point() else v for k, v in pixels.items() if isinstance(v, torch.Tensor)}
+    pixels = {k: v for k, v in pixels.items() if isinstance(v, torch.Tensor) or k in LISTS}
+    pixels = {k: v.float() if k not in LISTS and v.is_floating_point() else v for k, v in pixels.items()}
     if callable(family.tokens):
         counts = family.tokens(pixels)
     else:
@@ -113,6 +114,8 @@ def make(family: Family) -> Case:
     return Case(model, image_processor, batch, list(sources) if family.exact else [])
 
 
+# Outputs of image processors that are lists.
+LISTS = ("num_local_patches", "patches_grid")
 # Outputs of image processors that their processors use and no model takes.
 PROCESSORS_OWN = ("num_patches", "num_crops", "aspect_ratios", "num_tiles", "num_soft_tokens_per_image", "grids")
 
@@ -164,10 +167,14 @@ def multimodal_types(model, batch):
 
 def token_types(model, batch):
     batch["token_type_ids"] = (batch["input_ids"] == IMAGE).long()
-    # Gemma 3's projector starts at zero, as no trained one is.
-    projector = getattr(model.model, "multi_modal_projector", None)
-    if hasattr(projector, "mm_input_projection_weight"):
-        nn.init.normal_(projector.mm_input_projection_weight, std=0.1)
+    open_projector(model, batch)
+
+
+def open_projector(model, batch):
+    """Gemma 3's projector starts at zero, as no trained one is."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("mm_input_projection_weight"):
+            nn.init.normal_(parameter, std=0.1)
 
 
 def text_alone(model, batch):
