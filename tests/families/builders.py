@@ -5,7 +5,7 @@ from .packed import PACKED
 from .popular import POPULAR
 from .vocabulary import Case, make, picture
 
-__all__ = ["FAMILIES", "Case", "build", "picture"]
+__all__ = ["FAMILIES", "POPULAR", "Case", "build", "picture"]
 
 FAMILIES = {**POPULAR, **PACKED, **GRIDS}
 
