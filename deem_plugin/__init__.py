@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 # Public name -> module that defines it.
 _PUBLIC = {
+    "ConditionConfig": "deem_plugin.feedback.config",
     "Conditioner": "deem_plugin.feedback.conditioner",
     "DeemConfig": "deem_plugin.models",
     "DeemForConditionalGeneration": "deem_plugin.models",
@@ -19,8 +20,11 @@ _PUBLIC = {
     "DeemVisionTower": "deem_plugin.vision",
     "DiffusionFeedback": "deem_plugin.feedback.diffusion_feedback",
     "DiffusionFeedbackCallback": "deem_plugin.feedback.callback",
+    "DiffusionModelConfig": "deem_plugin.feedback.config",
     "FeedbackConfig": "deem_plugin.feedback.config",
+    "ObjectiveConfig": "deem_plugin.feedback.config",
     "PerceiverResampler": "deem_plugin.vision",
+    "RossConfig": "deem_plugin.feedback.config",
     "assemble_deem": "deem_plugin.models",
     "build_vision_tower": "deem_plugin.vision",
     "generate_images": "deem_plugin.models",

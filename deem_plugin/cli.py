@@ -264,7 +264,7 @@ def _add_training(commands) -> None:
     denoiser.add_argument("overrides", nargs="*", metavar="section.key=value", help="as `deem train` takes them")
     denoiser.set_defaults(run=_train_denoiser)
 
-    cache = commands.add_parser("cache-latents", help="encode a recipe's pictures once, for feedback.latent_cache")
+    cache = commands.add_parser("cache-latents", help="encode a recipe's pictures once, into a latent cache")
     cache.add_argument("recipe", help="as `deem train` takes it")
     cache.add_argument("overrides", nargs="*", metavar="section.key=value", help="as `deem train` takes them")
     cache.add_argument("--batch-size", type=int, default=16, metavar="N", help="examples that are encoded together")

@@ -83,6 +83,7 @@ class Settings:
 
 def train_arm(folder: Path, name: str, settings: Settings) -> Path:
     """Runs both recipes of an arm and returns the final checkpoint."""
+    from deem_plugin.feedback.config import FeedbackConfig
     from deem_plugin.training.recipes import load_recipe
     from deem_plugin.training.run import train
 
@@ -92,10 +93,10 @@ def train_arm(folder: Path, name: str, settings: Settings) -> Path:
 
     arm = ALL_ARMS[name]
     checkpoint = start = folder / START
-    chosen = [f"feedback.denoiser={shipped_generator()}"] if arm.feedback else ["feedback=null"]
+    chosen = [f"feedback.diffusion_model.path={shipped_generator()}"] if arm.feedback else ["feedback=null"]
     if arm.method is not None:
         _announce("first stage")
-        chosen += method_overrides(arm.method)
+        chosen = method_overrides(arm.method, shipped_generator())
         chosen += train_first_stage(
             arm.method, folder / name, start, shipped_generator(), settings.seed, settings.fast
         )
@@ -108,7 +109,7 @@ def train_arm(folder: Path, name: str, settings: Settings) -> Path:
             f"training.seed={settings.seed}",
         ]
         recipe = load_recipe(stage, overrides + chosen)
-        if index and recipe.feedback is not None:
+        if index and isinstance(recipe.feedback, FeedbackConfig):
             recipe.feedback.conditioner = None  # the second stage goes on with that of the first
         steps = settings.steps[index] if settings.steps else recipe.training.max_steps
         if settings.fast:

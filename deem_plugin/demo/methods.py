@@ -6,17 +6,18 @@ from pathlib import Path
 
 from .models import TOWER_FOLDER
 
-# What a recipe's section `feedback` says of its method; the rest is about sizes, places and precision.
+# What a recipe's feedback says of its method; the rest is about sizes, places and precision.
 METHOD_KEYS = (
-    "source",
-    "condition",
-    "objective",
-    "draws_per_image",
-    "timestep_sampling",
-    "loss_weighting",
+    "condition.kind",
+    "objective.kind",
+    "objective.draws_per_image",
+    "objective.timestep_sampling",
+    "objective.loss_weighting",
+    "objective.official_defects",
     "anchor_weight",
-    "official_defects",
 )
+# Factor on the feedback of every method, the demo's own.
+WEIGHT = 5.0
 # Steps that a conditioner, or a generator of its own, gets on the frozen tower before the arm starts.
 FIRST_STAGE_STEPS = 500
 
@@ -40,31 +41,43 @@ class Method:
 METHODS = {
     "deem": Method("deem"),
     # With the pooled vector as many tokens as the generator knows. It has no text encoder that a prompt could ask.
-    "diva": Method("diva", settings=("feedback.num_patches=7",)),
+    "diva": Method("diva", settings=("feedback.condition.num_patches=7",)),
     # All 47 other pictures of a batch would cost 49 runs of the generator each; these are 5.
-    "dcr": Method("dcr", "dcr-align", ("feedback.num_negatives=3",)),
+    "dcr": Method("dcr", "dcr-align", ("feedback.objective.num_negatives=3",)),
     "genhancer": Method("genhancer", "tiny-generator"),
     # The tower's eight queries have no places of their own: each is given 8 x 8 pixels, in two rows of four.
     "ross": Method(
         "ross",
-        settings=(
-            "feedback.token_cells=8",
-            "feedback.resampler_dim=96",
-            "feedback.resampler_layers=3",
-            "feedback.resampler_heads=3",
-        ),
+        settings=("ross.token_cells=8", "ross.width=96", "ross.layers=3", "ross.heads=3", f"ross.weight={WEIGHT}"),
     ),
 }
 
 
-def method_overrides(name: str) -> list[str]:
-    """Returns overrides that put a method's feedback in place of the demo's own."""
+def method_overrides(name: str, diffusion_model: Path) -> list[str]:
+    """
+    Returns overrides that put a method's feedback in place of the demo's own.
+
+    Args:
+        name (`str`): The method.
+        diffusion_model (`Path`): The demo's; of ROSS its autoencoder alone is read.
+    """
     from deem_plugin.training.recipes import read_sections
 
     method = METHODS[name]
-    feedback = read_sections(method.recipe)["feedback"]
-    chosen = {key: feedback[key] for key in METHOD_KEYS if key in feedback}
-    return [f"feedback.{key}={value}" for key, value in chosen.items()] + list(method.settings)
+    sections = read_sections(method.recipe)
+    section = "feedback" if sections.get("feedback") is not None else "ross"
+    chosen = {key: value for key in METHOD_KEYS if (value := _at(sections[section], key)) is not None}
+    model = "diffusion_model.path" if section == "feedback" else "autoencoder"
+    overrides = [] if section == "feedback" else ["feedback=null"]
+    overrides += [f"{section}.{model}={diffusion_model}"]
+    return [*overrides, *(f"{section}.{key}={value}" for key, value in chosen.items()), *method.settings]
+
+
+def _at(settings: dict, key: str):
+    """Returns the setting of a dotted key; None where there is none."""
+    head, dot, rest = key.partition(".")
+    value = settings.get(head)
+    return value if not dot or value is None else _at(value, rest)
 
 
 def train_first_stage(name: str, folder: Path, start: Path, generator: Path, seed: int, fast: bool) -> Sequence[str]:
@@ -107,10 +120,11 @@ def train_first_stage(name: str, folder: Path, start: Path, generator: Path, see
         from deem_plugin.training.recipes import load_recipe
 
         final = train_denoiser(load_recipe(method.first_stage, overrides))
-        return [f"feedback.denoiser={final}", f"feedback.conditioner={final}"]
+        return [f"feedback.diffusion_model.path={final}", f"feedback.conditioner={final}"]
     from deem_plugin.training.recipes import load_recipe
     from deem_plugin.training.run import train
 
-    overrides += [f"feedback.denoiser={generator}", "feedback.dtype=float32", "feedback.prompt=null"]
-    overrides += ["feedback.image_size=null"]
+    model = {"path": generator, "dtype": "float32", "image_size": "null"}
+    overrides += [f"feedback.diffusion_model.{key}={value}" for key, value in model.items()]
+    overrides += ["feedback.condition.prompt=null"]
     return [f"feedback.conditioner={train(load_recipe(method.first_stage, overrides))}"]

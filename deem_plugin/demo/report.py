@@ -39,9 +39,9 @@ The arm with feedback by hand; the other one has `feedback=null` in place of the
 
 ```
 deem train tiny-align model.model={seed}/start data.path={seed}/data/captions.json \\
-    training.output_dir=align feedback.denoiser=GENERATOR
+    training.output_dir=align feedback.diffusion_model.path=GENERATOR
 deem train tiny-tune model.model=align/final data.path={seed}/data/questions.json \\
-    training.output_dir=tune feedback.denoiser=GENERATOR
+    training.output_dir=tune feedback.diffusion_model.path=GENERATOR
 export DEEM_HOME={out}/sets LMMS_EVAL_DATASETS_CACHE={out}/cache HF_HUB_OFFLINE=1
 lmms-eval --model deem --model_args pretrained=tune/final --tasks {tasks} --batch_size 64
 ```

@@ -3,7 +3,7 @@
 from .callback import DiffusionFeedbackCallback
 from .checkpoint import load_conditioner, save_conditioner
 from .conditioner import Conditioner
-from .config import FeedbackConfig
+from .config import ConditionConfig, DiffusionModelConfig, FeedbackConfig, ObjectiveConfig, RossConfig
 from .denoisers import DENOISERS, Denoiser, PixArtDenoiser, UNetDenoiser
 from .diffusion_feedback import DiffusionFeedback
 from .diffusion_model import DiffusionModel, load_diffusion_model
@@ -14,15 +14,19 @@ __all__ = [
     "CODECS",
     "DENOISERS",
     "TIMESTEP_SAMPLERS",
+    "ConditionConfig",
     "Conditioner",
     "DeepCompressionCodec",
     "Denoiser",
     "DiffusionFeedback",
     "DiffusionFeedbackCallback",
     "DiffusionModel",
+    "DiffusionModelConfig",
     "FeedbackConfig",
+    "ObjectiveConfig",
     "PixArtDenoiser",
     "PixelCodec",
+    "RossConfig",
     "UNetDenoiser",
     "VaeCodec",
     "load_conditioner",

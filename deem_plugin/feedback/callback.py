@@ -8,8 +8,8 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..vision.towers import without_peft
-from .checkpoint import FILE_NAME, load_conditioner, save_conditioner
-from .config import FeedbackConfig
+from .checkpoint import read_conditioner, save_conditioner
+from .config import FeedbackConfig, RossConfig, weight_at
 from .factory import build_feedback
 from .offload import pin
 from .reporting import Reporter
@@ -38,8 +38,9 @@ class DiffusionFeedbackCallback(TrainerCallback):
     only cost nothing.
 
     Args:
-        config (`FeedbackConfig`): The settings.
-        diffusion_model (`DiffusionModel`, *optional*): The frozen model; loaded from `config.denoiser` by default.
+        config (`FeedbackConfig` or `RossConfig`): The settings.
+        diffusion_model (`DiffusionModel`, *optional*):
+            The frozen model, of ROSS an `Autoencoder`; by default the one that the config names is loaded.
         objective (`Callable`, *optional*):
             `(latents, context, *, generator) -> (views,)` with an attribute `context_dim`; by default what the config
             names, on the denoiser of the diffusion model.
@@ -49,17 +50,14 @@ class DiffusionFeedbackCallback(TrainerCallback):
         trainer = Trainer(
             model=vlm,
             processing_class=processor,
-            callbacks=[DiffusionFeedbackCallback(FeedbackConfig(denoiser="path/or/id", weight=5.0))],
+            callbacks=[DiffusionFeedbackCallback(FeedbackConfig(DiffusionModelConfig("path/or/id"), weight=5.0))],
             ...
         )
     """
 
-    def __init__(self, config: FeedbackConfig, diffusion_model=None, objective=None):
-        if diffusion_model is None and config.denoiser is None:
-            raise ValueError(
-                "The feedback needs a diffusion model: set `denoiser` to a folder or hub id in diffusers' layout, for "
-                "example `FeedbackConfig(denoiser='path/to/stable-diffusion')`."
-            )
+    def __init__(self, config: FeedbackConfig | RossConfig, diffusion_model=None, objective=None):
+        if diffusion_model is None:
+            config.check_loadable()
         self.config = config
         self.diffusion_model = diffusion_model
         self.objective = objective
@@ -116,15 +114,12 @@ class DiffusionFeedbackCallback(TrainerCallback):
             self.config, base, processing_class, self.diffusion_model, self.objective, lambda: self.conditioner
         )
         feedback.hook.returns_loss = returns_loss
-        start = None if self.config.conditioner is None else _read_conditioner(self.config.conditioner, feedback)
         if other is not None:  # of a run that was interrupted
             other.detach()
         self.feedback, self.model = feedback, base
         self.diffusion_model, self.objective = feedback.diffusion_model, feedback.hook.loss.objective
         self.attachment = Attachment(base, feedback)
         self.attachment.attach()
-        if start is not None:
-            self.conditioner.load_state_dict(start)
 
     def detach(self):
         """
@@ -154,7 +149,7 @@ class DiffusionFeedbackCallback(TrainerCallback):
             FileNotFoundError: If `folder` holds no `feedback.safetensors`.
             ValueError: If it was made with other settings than this run's.
         """
-        weights = _read_conditioner(folder, self.feedback)
+        weights = read_conditioner(folder, self.feedback.conditioner)
         # Also into the shards of FSDP, whose weights are distributed tensors.
         options = StateDictOptions(full_state_dict=True)
         set_model_state_dict(self.conditioner, weights, options=options)
@@ -183,7 +178,7 @@ class DiffusionFeedbackCallback(TrainerCallback):
         if not args.deepspeed and not args.fsdp:
             self._check_optimizer(optimizer)
         self.diffusion_model.to(args.device)
-        if self.config.cpu_offload and args.device.type == "cuda":
+        if self.diffusion_model.cpu_offload and args.device.type == "cuda":
             pin(self.diffusion_model.modules())
         if state.global_step > 0 and self._resume_from is None:
             folder = args.resume_from_checkpoint
@@ -230,7 +225,7 @@ class DiffusionFeedbackCallback(TrainerCallback):
             scaler = getattr(optimizer, "scaler", None)
             # Under fp16 the gradients of the loss are scaled; those of the feedback must be scaled alike.
             loss_scale = scaler.get_scale() if scaler is not None else 1.0
-        scale = self.config.weight_at(state.global_step) / conversations * loss_scale
+        scale = weight_at(self.config, state.global_step) / conversations * loss_scale
         self.hook.state = StepState(scale, step_seed(self.config.seed, state.global_step, args.process_index))
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -289,7 +284,7 @@ class DiffusionFeedbackCallback(TrainerCallback):
             raise RuntimeError(
                 f"The feedback of {self.hook.nonfinite:.0f} of {self.hook.views:.0f} pictures was not finite. They "
                 f"were left out, and the weights are unharmed; but the denoiser or the autoencoder overflows. Set "
-                f"`feedback.dtype` to bfloat16 or float32, and look for broken pictures in the data."
+                f"`feedback.diffusion_model.dtype` to bfloat16 or float32, and look for broken pictures in the data."
             )
         return values
 
@@ -388,18 +383,6 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     uninterrupted one would have drawn. Room for 1,024 calls in a step.
     """
     return ((seed * 1_000_003 + step) * 4_099 + rank) * 1_024 % 2**63
-
-
-def _read_conditioner(folder, feedback):
-    """Returns the weights in a folder's `feedback.safetensors`, which must be of the same kind as a feedback's."""
-    loaded, _ = load_conditioner(folder)
-    if loaded.arguments != feedback.conditioner.arguments:
-        raise ValueError(
-            f"The conditioner in {folder} was made with {loaded.arguments}, this run's with "
-            f"{feedback.conditioner.arguments}. Use the settings of the first run; or, to start with a new "
-            f"conditioner, move the file {FILE_NAME} out of that folder."
-        )
-    return loaded.state_dict()
 
 
 def _load_best_weights(model, folder):

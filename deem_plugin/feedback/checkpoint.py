@@ -9,10 +9,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
+from ..settings import build_settings
 from .conditioner import Conditioner
+from .config import FeedbackConfig, RossConfig
 from .token_denoiser import TokenDenoiser
 
 FILE_NAME = "feedback.safetensors"
+# Key of the settings in the file's metadata -> their class, and that of the weights.
+_KINDS = {"feedback": (FeedbackConfig, Conditioner), "ross": (RossConfig, TokenDenoiser)}
 
 
 def save_conditioner(conditioner, config, folder, write=True):
@@ -20,8 +24,8 @@ def save_conditioner(conditioner, config, folder, write=True):
     Writes `feedback.safetensors` into `folder`: the conditioner's weights, its arguments and the feedback's settings.
 
     Args:
-        conditioner (`Conditioner`): What to write.
-        config (`FeedbackConfig`): Kept as metadata.
+        conditioner (`Conditioner` or `TokenDenoiser`): What to write.
+        config (`FeedbackConfig` or `RossConfig`): Kept as metadata.
         folder (`str` or `Path`): An existing folder.
         write (`bool`): Whether this process writes. All ranks must call, since sharded weights are gathered here.
     """
@@ -34,7 +38,7 @@ def save_conditioner(conditioner, config, folder, write=True):
     metadata = {
         "format": "pt",
         "conditioner": json.dumps(conditioner.arguments),
-        "feedback": json.dumps(asdict(config)),
+        "ross" if isinstance(config, RossConfig) else "feedback": json.dumps(asdict(config)),
     }
     path = Path(folder) / FILE_NAME
     partial = path.with_suffix(".partial")
@@ -47,8 +51,8 @@ def load_conditioner(folder):
     Reads `feedback.safetensors` from `folder`.
 
     Returns:
-        `tuple[Conditioner, dict]`: The conditioner (with `source: llm` a [`TokenDenoiser`]), and the feedback's
-        settings as it was trained.
+        `tuple[Conditioner, FeedbackConfig]`: The conditioner and the feedback's settings as it was trained; of ROSS a
+        [`TokenDenoiser`] and a [`RossConfig`].
 
     Raises:
         FileNotFoundError: If the folder holds no such file.
@@ -62,8 +66,30 @@ def load_conditioner(folder):
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
         weights = {name: file.get_tensor(name) for name in file.keys()}
-    settings = json.loads(metadata["feedback"])
-    kind = TokenDenoiser if settings.get("source") == "llm" else Conditioner
-    conditioner = kind(**json.loads(metadata["conditioner"]))
+    name = next(name for name in _KINDS if name in metadata)
+    settings_class, conditioner_class = _KINDS[name]
+    conditioner = conditioner_class(**json.loads(metadata["conditioner"]))
     conditioner.load_state_dict(weights)
-    return conditioner, settings
+    return conditioner, build_settings(settings_class, json.loads(metadata[name]), name, str(path))
+
+
+def read_conditioner(folder, conditioner):
+    """
+    Returns the weights in a folder's `feedback.safetensors`, for a conditioner of the same kind.
+
+    Args:
+        folder (`str` or `Path`): Of an earlier run.
+        conditioner (`Conditioner` or `TokenDenoiser`): What they are for.
+
+    Raises:
+        FileNotFoundError: If the folder holds no such file.
+        ValueError: If they are of a conditioner that was made with other settings.
+    """
+    loaded, _ = load_conditioner(folder)
+    if type(loaded) is not type(conditioner) or loaded.arguments != conditioner.arguments:
+        raise ValueError(
+            f"The conditioner in {folder} was made with {loaded.arguments}, this run's with {conditioner.arguments}. "
+            f"Use the settings of the first run; or, to start with a new conditioner, move the file {FILE_NAME} out "
+            f"of that folder."
+        )
+    return loaded.state_dict()

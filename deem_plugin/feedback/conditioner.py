@@ -127,8 +127,8 @@ class Conditioner(nn.Module):
         elif token_mask is not None and not token_mask.all():
             raise ValueError(
                 "The pictures of this batch have different numbers of visual tokens, and the conditioner has no "
-                "resampler that could even them out. Set `feedback.num_queries` above 0 and `feedback.condition: "
-                "queries`."
+                "resampler that could even them out. Set `feedback.condition.num_queries` above 0 and "
+                "`feedback.condition.kind` to queries."
             )
         context = self.head(tokens)
         return context if self.prompt_states is None else self._with_prompt(context)

@@ -8,15 +8,16 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..vision.grids import positioned_maps
 from ..vision.views import View
+from .config import ConditionConfig
 
 
-def condition_of(views: list[View], config, conditioner, generator=None):
+def condition_of(views: list[View], config: ConditionConfig, conditioner, generator=None):
     """
     Makes the denoiser's context of views.
 
     Args:
         views (`list[View]`): Images may differ in their number of tokens.
-        config (`FeedbackConfig`): Which tokens.
+        config (`ConditionConfig`): Which tokens.
         conditioner (`Conditioner`): Makes the context of them.
         generator (`torch.Generator`, *optional*): Draws patches, where a number of them is set; without gradients all
             are shown.
@@ -25,7 +26,7 @@ def condition_of(views: list[View], config, conditioner, generator=None):
         `tuple`: The context `(views, queries, context_dim)`, and the vector `(views, vector_dim)` or None.
     """
     num_patches = config.num_patches if torch.is_grad_enabled() else None
-    tokens, mask, positions = condition_tokens(views, config.condition, num_patches, generator)
+    tokens, mask, positions = condition_tokens(views, config.kind, num_patches, generator)
     return conditioner(tokens, mask, positions), conditioner.vector(tokens)
 
 
@@ -59,8 +60,8 @@ def condition_tokens(views: list[View], kind: str, num_patches=None, generator=N
         return tokens, mask, padded([view.positions for view in views])[0]
     if any(view.pooled is None for view in views):
         raise ValueError(
-            f"`condition: {kind}` asks for the tower's pooled vector, and it gives none (`pooler_output` is None). "
-            f"Set `feedback.condition` to queries or patches."
+            f"`condition.kind: {kind}` asks for the tower's pooled vector, and it gives none (`pooler_output` is "
+            f"None). Set `feedback.condition.kind` to queries or patches."
         )
     pooled = torch.stack([view.pooled for view in views])[:, None]
     if kind == "cls":
@@ -68,14 +69,15 @@ def condition_tokens(views: list[View], kind: str, num_patches=None, generator=N
     patches, mask = padded([view.tokens for view in views])
     if mask is not None or patches.shape[-1] != pooled.shape[-1]:
         raise ValueError(
-            "`condition: cls+patches` needs as many tokens of each picture, as wide as the pooled vector; this model "
-            "reads pictures of different sizes, or several layers at once. Set `feedback.condition` to queries."
+            "`condition.kind: cls+patches` needs as many tokens of each picture, as wide as the pooled vector; this "
+            "model reads pictures of different sizes, or several layers at once. Set `feedback.condition.kind` to "
+            "queries."
         )
     if num_patches is not None:
         if num_patches > patches.shape[1]:
             raise ValueError(
                 f"`num_patches` is {num_patches}, but the tower gives {patches.shape[1]} tokens a picture. Set "
-                f"`feedback.num_patches` to that or less."
+                f"`feedback.condition.num_patches` to that or less."
             )
         # Without replacement: the published code draws with it and so shows some patches twice.
         order = torch.rand(patches.shape[:2], generator=generator, device=patches.device).argsort(dim=1)
@@ -94,7 +96,7 @@ def padded(rows: list[torch.Tensor]):
     return stacked, places < torch.tensor(lengths, device=stacked.device)[:, None]
 
 
-def attached_maps(views: list[View], config, conditioner, objective):
+def attached_maps(views: list[View], config: ConditionConfig, conditioner, objective):
     """
     Returns a context in which the denoiser's UNet sees the maps of `views`; without a synchroniser it does nothing.
     """
@@ -127,8 +129,8 @@ def dense_maps(views: list[View]):
     # Class and register tokens come first, fewer than would make the square one larger.
     if mask is not None or not side:
         raise ValueError(
-            "`condition: queries+dense` lays a picture's patches out as a square, and the pictures of this batch have "
-            "different numbers of them. Set `feedback.condition` to queries."
+            "`condition.kind: queries+dense` lays a picture's patches out as a square, and the pictures of this batch "
+            "have different numbers of them. Set `feedback.condition.kind` to queries."
         )
     patches = tokens[:, tokens.shape[1] - side * side :]
     return positioned_maps({"patches": patches.transpose(1, 2).unflatten(2, (side, side))})

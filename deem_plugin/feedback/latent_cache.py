@@ -53,7 +53,7 @@ def fingerprint(generator) -> dict:
     if vae is None:
         raise ValueError(
             "The generator works on pixels and has no VAE, so that there is nothing to cache. Leave "
-            "`feedback.latent_cache` out."
+            "`feedback.diffusion_model.latent_cache` out."
         )
     weights = hashlib.sha256()
     for name, value in sorted(vae.state_dict().items()):
@@ -89,7 +89,8 @@ class LatentCache:
         if not (self.folder / MANIFEST_NAME).is_file():
             raise ValueError(
                 f"There is no latent cache in {self.folder}: it has no {MANIFEST_NAME}. Fill it by `deem "
-                f"cache-latents RECIPE feedback.latent_cache={self.folder}`, or leave `feedback.latent_cache` out."
+                f"cache-latents RECIPE feedback.diffusion_model.latent_cache={self.folder}`, or leave that setting "
+                f"out."
             )
         _check_manifest(self.folder, expected)
         self._shards: dict[str, Path] = {}
@@ -123,7 +124,7 @@ class LatentCache:
                     f"Picture {index} of a batch of {len(keys)} ({tuple(pictures.shape[1:])}, key {key[:16]}) is not "
                     f"among the {len(self)} in the latent cache {self.folder}. Run `deem cache-latents RECIPE` with "
                     f"this run's data, image processor and precision (pictures that are cast to bfloat16 before the "
-                    f"tower are other pictures), or leave `feedback.latent_cache` out."
+                    f"tower are other pictures), or leave `feedback.diffusion_model.latent_cache` out."
                 )
         entries = torch.stack([self._read(key) for key in keys]).to(pictures.device)
         return entries[:, 0], entries[:, 1] if entries.shape[1] > 1 else None
@@ -226,8 +227,8 @@ def _check_manifest(folder: Path, expected: dict):
     if differences:
         raise ValueError(
             f"The latent cache {folder} belongs to another generator: {'; '.join(differences)}. Set "
-            f"`feedback.latent_cache` to a folder of its own for each VAE and picture size, and fill it by `deem "
-            f"cache-latents RECIPE`."
+            f"`feedback.diffusion_model.latent_cache` to a folder of its own for each VAE and picture size, and fill "
+            f"it by `deem cache-latents RECIPE`."
         )
 
 

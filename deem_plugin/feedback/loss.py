@@ -7,7 +7,7 @@ import torch
 from ..vision.eyes import Eyes
 from ..vision.views import View, is_blank, sample_views
 from .conditions import attached_maps, condition_of
-from .config import FeedbackConfig
+from .config import ConditionConfig
 from .denoisers import Denoiser
 from .early_gradient import early_gradient
 from .finite import FiniteGate
@@ -47,28 +47,31 @@ class FeedbackLoss:
     Args:
         diffusion_model (`DiffusionModel`): Encodes pictures to latents, and denoises them.
         objective (`Callable`): `(latents, context, *, generator, ...) -> (views,)`, a [`DiffusionFeedback`].
-        config (`FeedbackConfig`): Which tokens the denoiser is shown, and of how many views.
-        eyes (`Eyes`): Show a second view to the tower, for objectives that compare two.
+        condition (`ConditionConfig`): Which tokens the denoiser is shown.
+        eyes (`Eyes`, *optional*): Show a second view to the tower, for objectives that compare two.
+        max_views_per_image (`int`, *optional*): As in [`FeedbackConfig`].
     """
 
     def __init__(
         self,
         diffusion_model,
         objective,
-        config: FeedbackConfig,
+        condition: ConditionConfig,
         eyes: Eyes | None = None,
+        max_views_per_image: int | None = None,
     ):
         self.diffusion_model = diffusion_model
         self.objective = objective
-        self.config = config
+        self.condition = condition
         self.eyes = eyes
+        self.max_views_per_image = max_views_per_image
 
     @property
     def is_frozen(self) -> bool:
         """Whether the conditions are all that the objective has a gradient for."""
         # A synchroniser, which shows the denoiser maps, trains within it.
         denoiser = getattr(self.objective, "denoiser", None)
-        if not isinstance(denoiser, Denoiser) or self.config.shows_maps:
+        if not isinstance(denoiser, Denoiser) or self.condition.shows_maps:
             return False
         return not any(parameter.requires_grad for parameter in denoiser.model.parameters())
 
@@ -92,19 +95,19 @@ class FeedbackLoss:
         """
         if targets is not None:
             views = _with_targets(views, targets)
-        views = sample_views(views, self.config.max_views_per_image, generator)
+        views = sample_views(views, self.max_views_per_image, generator)
         latents, mask = self.encode(views, generator)
-        conditions = condition_of(views, self.config, conditioner, generator)
+        conditions = condition_of(views, self.condition, conditioner, generator)
         extra = {} if mask is None else {"mask": mask}
         if getattr(self.objective, "second_view", False):
             again = augmented_views(views, self.eyes, self.objective, generator)
-            conditions += condition_of(again, self.config, conditioner, generator)
+            conditions += condition_of(again, self.condition, conditioner, generator)
 
         def errors_of(context, vector, *second_view):
             options = extra if vector is None else {**extra, "vector": vector}
             if second_view:
                 options = {**options, "second_view": second_view}
-            with attached_maps(views, self.config, conditioner, self.objective):
+            with attached_maps(views, self.condition, conditioner, self.objective):
                 return self.objective(latents, context, generator=generator, **options)
 
         blank = torch.stack([is_blank(view.picture) for view in views])

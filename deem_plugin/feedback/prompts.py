@@ -28,15 +28,15 @@ def prompt_states(path_or_id, prompt, context_dim):
         encoder = CLIPTextModel.from_pretrained(path_or_id, subfolder="text_encoder", use_safetensors=True)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"`feedback.prompt` needs the generator's own text encoder, and `{path_or_id}` has no CLIP `text_encoder` "
-            f"with a `tokenizer` that can be loaded ({error}). Leave `prompt` out, or give the whole folder of a "
-            f"Stable Diffusion."
+            f"`feedback.condition.prompt` needs the generator's own text encoder, and `{path_or_id}` has no CLIP "
+            f"`text_encoder` with a `tokenizer` that can be loaded ({error}). Leave `prompt` out, or give the whole "
+            f"folder of a Stable Diffusion."
         ) from error
     width = encoder.config.hidden_size
     if width != context_dim:
         raise ValueError(
             f"The text encoder of `{path_or_id}` gives states of width {width}, but the denoiser attends to width "
-            f"{context_dim}: it reads more than one encoder. Leave `feedback.prompt` out for this generator."
+            f"{context_dim}: it reads more than one encoder. Leave `feedback.condition.prompt` out for this generator."
         )
     inputs = tokenizer(
         prompt,

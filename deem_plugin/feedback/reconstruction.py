@@ -7,7 +7,7 @@ import torch
 from ..vision.eyes import Eyes, process_image
 from .checkpoint import load_conditioner
 from .conditions import attached_maps, condition_of
-from .config import FeedbackConfig
+from .config import RossConfig
 from .diffusion_model import load_diffusion_model
 from .painting import paint
 from .pictures import fit
@@ -33,22 +33,23 @@ def reconstruct_files(checkpoint, image_files, out, denoiser=None, steps=50):
 
     import deem_plugin.vision.auto  # noqa: F401  # so that checkpoints with our tower load
 
-    conditioner, settings = load_conditioner(checkpoint)
-    if settings.get("source") == "llm":
+    conditioner, config = load_conditioner(checkpoint)
+    if isinstance(config, RossConfig):
         raise ValueError(
-            f"The feedback of {checkpoint} hung at the language model (`source: llm`), and a generator paints from a "
-            f"tower's tokens. Give a checkpoint that was trained with `source: tower`."
+            f"The feedback of {checkpoint} read what the language model says (`ross`), and a picture is reconstructed "
+            f"from a tower's tokens. Give a checkpoint that was trained with the section `feedback`."
         )
-    diffusion_model = load_diffusion_model(denoiser or settings["denoiser"], settings["dtype"])
+    held = config.diffusion_model
+    diffusion_model = load_diffusion_model(denoiser or held.path, held.dtype)
     model = AutoModelForImageTextToText.from_pretrained(checkpoint).eval()
     image_processor = AutoProcessor.from_pretrained(checkpoint).image_processor
-    eyes, config = Eyes.of(model, image_processor), FeedbackConfig(**settings)
+    eyes = Eyes.of(model, image_processor)
     views = []
     for file in image_files:
         views.append(_whole(eyes.show(model, process_image(image_processor, Image.open(file).convert("RGB")))))
     with torch.no_grad():
-        context, vector = condition_of(views, config, conditioner)
-        with attached_maps(views, config, conditioner, diffusion_model):
+        context, vector = condition_of(views, config.condition, conditioner)
+        with attached_maps(views, config.condition, conditioner, diffusion_model):
             painted = paint(diffusion_model, context, vector=vector, steps=steps, rng=torch.Generator().manual_seed(0))
     seen = torch.cat([fit(view.picture.clamp(0, 1), None, diffusion_model.picture_size)[0] for view in views])
     Path(out).parent.mkdir(parents=True, exist_ok=True)

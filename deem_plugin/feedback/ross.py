@@ -58,8 +58,8 @@ class DecoderSource:
         ids = state.model_inputs.get("input_ids")
         if ids is None or self.eyes.image_token_id is None:
             raise ValueError(
-                "`source: llm` finds a picture's tokens by `input_ids`, and this batch came without (as "
-                "`inputs_embeds`). Give the model `input_ids`, or set `feedback.source: tower`."
+                "ROSS's feedback finds a picture's tokens by `input_ids`, and this batch came without (as "
+                "`inputs_embeds`). Give the model `input_ids`, or use a `FeedbackConfig`, which reads the tower."
             )
         states = output.last_hidden_state[(ids == self.eyes.image_token_id).to(output.last_hidden_state.device)]
         counts = [len(view.tokens) for view in pictures]
@@ -70,7 +70,7 @@ class DecoderSource:
         ):
             raise ValueError(
                 f"The batch has {len(states)} image tokens, and its {len(pictures)} pictures have {counts[:8]} tokens "
-                f"of the vision tower. `source: llm` expects as many tokens of the language model for each token of "
+                f"of the vision tower. ROSS's feedback expects as many tokens of the language model for each token of "
                 f"the tower: models that write separators between rows or tiles are not known."
             )
         return [
@@ -161,7 +161,7 @@ def grid_of(view: View) -> tuple[int, int]:
     if not 1 / MOST_UNEVEN <= rows * width / (columns * height) <= MOST_UNEVEN:
         raise ValueError(
             f"The language model reads {count} tokens of a picture of {height} x {width} pixels, which are no grid in "
-            f"its proportions. `source: llm` asks each token for its own block of the picture: use a tower without a "
-            f"class token, and a model without separators."
+            f"its proportions. ROSS's feedback asks each token for its own block of the picture: use a tower without "
+            f"a class token, and a model without separators."
         )
     return rows, columns

@@ -38,5 +38,5 @@ def stratified(batch_size, num_train_timesteps, *, generator=None, device=None):
     return ((slices + offsets) / batch_size * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
 
 
-# The names a recipe may use for `feedback.timestep_sampling`. To add one, write a function above and list it here.
+# The names a recipe may use for `objective.timestep_sampling`. To add one, write a function above and list it here.
 TIMESTEP_SAMPLERS = {"shrink": shrink, "uniform": uniform, "logit_normal": logit_normal, "stratified": stratified}

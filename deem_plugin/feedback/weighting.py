@@ -27,7 +27,7 @@ def min_snr(process, timesteps):
     if isinstance(process, FlowProcess):
         raise ValueError(
             "`loss_weighting: min_snr` is for generators with a DDPM noise schedule, and this one was trained by flow "
-            "matching. Set `feedback.loss_weighting` to cosmap or uniform."
+            "matching. Set `objective.loss_weighting` to cosmap or uniform."
         )
     snr = compute_snr(process.scheduler, timesteps)
     clamped = snr.clamp(max=GAMMA)
@@ -50,10 +50,10 @@ def cosmap(process, timesteps):
     if not isinstance(process, FlowProcess):
         raise ValueError(
             "`loss_weighting: cosmap` is for generators trained by flow matching, and this one has a DDPM noise "
-            "schedule. Set `feedback.loss_weighting` to min_snr or uniform."
+            "schedule. Set `objective.loss_weighting` to min_snr or uniform."
         )
     return compute_loss_weighting_for_sd3("cosmap", process.sigma(timesteps))
 
 
-# The names a recipe may use for `feedback.loss_weighting`. To add one, write a function above and list it here.
+# The names a recipe may use for `objective.loss_weighting`. To add one, write a function above and list it here.
 LOSS_WEIGHTINGS = {"uniform": uniform_weight, "min_snr": min_snr, "cosmap": cosmap}

@@ -157,7 +157,7 @@ class GeneratorArguments:
     A generator of one's own, as `deem train-denoiser` trains it (GenHancer, https://arxiv.org/abs/2503.19480).
 
     Args:
-        network (`str`): Class of diffusers, one that `feedback.denoiser` may have.
+        network (`str`): Class of diffusers, one that `feedback.diffusion_model.path` may have.
         config (`dict`): The arguments of that class; channels and size are filled in.
         image_size (`int`): Side of the pictures that it is trained on, in pixels.
         autoencoder (`str`, *optional*): DiffusionModel whose autoencoder it shares; without one it paints pixels.

@@ -15,7 +15,7 @@ class Option:
     A way to make a step cheaper.
 
     Args:
-        settings (`dict`): Of the `FeedbackConfig`.
+        settings (`dict`): Of the `DiffusionModelConfig`.
         cached (`bool`): Whether what the VAE says is at hand; reading it from a disk adds a few ms (docs/feedback.md).
         exact (`bool`): Whether it is meant to change nothing but rounding in float32.
     """
@@ -30,10 +30,10 @@ PLAIN = Option()
 OPTIONS = {
     "cached latents": Option(cached=True),
     "channels_last": Option({"channels_last": True}),
-    "compiled denoiser": Option({"compile_denoiser": True}),
+    "compiled denoiser": Option({"compile": True}),
     "gradient checkpointing": Option({"gradient_checkpointing": True}),
     "CPU offload": Option({"cpu_offload": True}),
-    "cached latents, compiled denoiser": Option({"compile_denoiser": True}, cached=True),
+    "cached latents, compiled denoiser": Option({"compile": True}, cached=True),
     "bfloat16": Option({"dtype": "bfloat16"}, exact=False),
     "torchao_int8": Option({"quantization": "torchao_int8"}, exact=False),
     "bnb_8bit": Option({"dtype": "float16", "quantization": "bnb_8bit"}, exact=False),
@@ -95,12 +95,13 @@ def make_setting(config: str, device: torch.device, folder: Path, option: Option
     Raises:
         ValueError: If a quantization cannot be had here.
     """
-    from deem_plugin.feedback import Conditioner, FeedbackConfig, load_diffusion_model
+    from deem_plugin.feedback import Conditioner, DiffusionModelConfig
     from deem_plugin.feedback.economy import economise
+    from deem_plugin.feedback.factory import load_configured
     from deem_plugin.vision import DeemVisionConfig, DeemVisionTower
 
-    sizes, settings = CONFIGS[config], FeedbackConfig(denoiser=str(folder), **option.settings)
-    generator = load_diffusion_model(str(folder), settings.dtype, quantization=settings.quantization)
+    sizes, settings = CONFIGS[config], DiffusionModelConfig(str(folder), **option.settings)
+    generator = load_configured(settings)
     economise(generator, settings)
     with torch.random.fork_rng():
         torch.manual_seed(1)

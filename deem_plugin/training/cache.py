@@ -33,7 +33,7 @@ class Counts:
 def main(name: str, overrides=(), batch_size: int = 16) -> str:
     """Fills the cache of the recipe `name`; what `deem cache-latents` runs. Returns what to print."""
     recipe = load_recipe(name, overrides)
-    return f"{cache_latents(recipe, batch_size)} Latents are in {recipe.feedback.latent_cache}."
+    return f"{cache_latents(recipe, batch_size)} Latents are in {recipe.feedback.diffusion_model.latent_cache}."
 
 
 def cache_latents(recipe: Recipe, batch_size: int = 16, generator=None) -> Counts:
@@ -43,36 +43,38 @@ def cache_latents(recipe: Recipe, batch_size: int = 16, generator=None) -> Count
     Pictures that are already there are skipped, so that an interrupted run goes on where it stopped.
 
     Args:
-        recipe (`Recipe`): With `feedback.latent_cache` set to the folder to fill.
+        recipe (`Recipe`): With `feedback.diffusion_model.latent_cache` set to the folder to fill.
         batch_size (`int`, *optional*, defaults to 16): Examples that are read and encoded together.
-        generator (`DiffusionModel`, *optional*): Loaded from `feedback.denoiser` by default.
+        generator (`DiffusionModel`, *optional*): Loaded from `feedback.diffusion_model.path` by default.
 
     Raises:
         ValueError: If the recipe has no feedback or names no folder, or the folder belongs to another generator.
     """
     from tqdm import tqdm
 
+    from deem_plugin.feedback.config import FeedbackConfig
     from deem_plugin.feedback.factory import load_configured
     from deem_plugin.feedback.latent_cache import LatentCache, LatentWriter, fingerprint, picture_keys
     from deem_plugin.vision.eyes import Eyes
 
     config, args = recipe.feedback, recipe.training
-    if config is None or config.latent_cache is None:
+    if not isinstance(config, FeedbackConfig) or config.diffusion_model.latent_cache is None:
         raise ValueError(
-            f"The recipe {recipe.name!r} names no cache to fill. Give it the section `feedback` with a `denoiser`, "
-            f"and add `feedback.latent_cache=FOLDER`."
+            f"The recipe {recipe.name!r} names no cache to fill. Give it the section `feedback` with a "
+            f"`diffusion_model`, and add `feedback.diffusion_model.latent_cache=FOLDER`."
         )
+    held = config.diffusion_model
     dataset, collator, model, processor = _data(recipe)
     eyes = Eyes.of(model, processor, config.image_mean, config.image_std)
     model.to(args.device)
     # The denoiser only says how large its latents are.
-    generator = load_configured(replace(config, quantization=None)) if generator is None else generator
+    generator = load_configured(replace(held, quantization=None)) if generator is None else generator
     generator.codec.to(args.device)
     expected = fingerprint(generator)
     counts, done = Counts(), set()
     loader = DataLoader(dataset, batch_size, collate_fn=collator, num_workers=args.dataloader_num_workers)
-    with LatentWriter(config.latent_cache, expected) as writer:
-        known = LatentCache(config.latent_cache, expected)
+    with LatentWriter(held.latent_cache, expected) as writer:
+        known = LatentCache(held.latent_cache, expected)
         for batch in tqdm(loader, desc="latents", disable=args.disable_tqdm):
             if "pixel_values" not in batch:  # texts alone
                 continue
@@ -90,9 +92,9 @@ def cache_latents(recipe: Recipe, batch_size: int = 16, generator=None) -> Count
                     deviation = None if deviations is None else deviations[place]
                     if not all(value.isfinite().all() for value in (means[place], deviation) if value is not None):
                         raise ValueError(
-                            f"The autoencoder of `feedback.denoiser: {config.denoiser}` gives latents of a picture "
-                            f"(key {key[:16]}) that are not finite. None of them are kept: use an autoencoder whose "
-                            f"weights do not overflow."
+                            f"The autoencoder of `feedback.diffusion_model.path: {held.path}` gives latents of a "
+                            f"picture (key {key[:16]}) that are not finite. None of them are kept: use an autoencoder "
+                            f"whose weights do not overflow."
                         )
                     writer.add(key, means[place], deviation)
     return counts

@@ -7,6 +7,8 @@ from pathlib import Path
 import yaml
 
 from deem_plugin import __version__
+from deem_plugin.feedback.config import RossConfig
+from deem_plugin.settings import changed_settings, default_of
 from deem_plugin.training.recipes import Recipe
 
 NAMED_LOSSES = ("loss", "lm_loss", "image_loss", "feedback_loss")
@@ -64,13 +66,19 @@ def _generators(recipe: Recipe, source: str) -> dict[str, str]:
         from huggingface_hub import ModelCard
 
         earlier = ModelCard.load(card).data.to_dict().get(_GENERATORS, {})
-    judge = recipe.feedback or recipe.deem
-    if judge is None or not judge.denoiser:
+    name, role = None, "The frozen diffusion model `{}` gave the feedback"
+    if isinstance(recipe.feedback, RossConfig):
+        name, role = (
+            recipe.feedback.autoencoder,
+            "The frozen autoencoder of `{}` said what its words should restore",
+        )
+    elif recipe.feedback is not None:
+        name = recipe.feedback.diffusion_model.path
+    elif recipe.deem is not None:
+        name = recipe.deem.denoiser
+    if name is None:
         return earlier
-    role = f"The frozen generator `{judge.denoiser}` judged it"
-    if getattr(judge, "source", None) == "llm":
-        role = f"The frozen autoencoder of `{judge.denoiser}` said what its own words should restore"
-    return earlier | {judge.denoiser: f"{role} and is not part of it. {_licence(judge.denoiser)}"}
+    return earlier | {name: f"{role.format(name)} and is not part of it. {_licence(name)}"}
 
 
 def _text(recipe: Recipe, source: str, generators: dict[str, str], log_history: list[dict]) -> str:
@@ -129,29 +137,17 @@ def _licence(denoiser: str) -> str:
 
 def _sections(recipe: Recipe) -> dict:
     """Returns the recipe's sections with the settings that differ from their defaults."""
-    sections = {}
-    for name in ("model", "data", "feedback", "deem"):
-        section = getattr(recipe, name)
-        if section is not None:
-            sections[name] = {
-                item.name: value
-                for item in dataclasses.fields(section)
-                if (value := getattr(section, item.name)) != _default(item)
-            }
+    feedback = "ross" if isinstance(recipe.feedback, RossConfig) else "feedback"
+    given = {"model": recipe.model, "data": recipe.data, feedback: recipe.feedback, "deem": recipe.deem}
+    sections = {name: changed_settings(section) for name, section in given.items() if section is not None}
     arguments = recipe.training
     plain = (bool, int, float, str)
     sections["training"] = {
         item.name: value.value if isinstance(value, Enum) else value
         for item in dataclasses.fields(arguments)
-        if isinstance(value := getattr(arguments, item.name), plain) and value != _default(item) and item.init
+        if isinstance(value := getattr(arguments, item.name), plain) and value != default_of(item) and item.init
     }
     # Where a run was written to says nothing about the model.
     for name in ("output_dir", "logging_dir", "run_name", "hub_token", "resume_from_checkpoint"):
         sections["training"].pop(name, None)
     return sections
-
-
-def _default(item: dataclasses.Field):
-    if item.default_factory is not dataclasses.MISSING:
-        return item.default_factory()
-    return item.default

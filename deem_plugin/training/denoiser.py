@@ -12,11 +12,13 @@ from transformers import Trainer, TrainerCallback
 
 from deem_plugin.feedback.callback import step_seed
 from deem_plugin.feedback.checkpoint import save_conditioner
+from deem_plugin.feedback.config import FeedbackConfig
 from deem_plugin.feedback.diffusion_model import load_autoencoder
 from deem_plugin.feedback.factory import make_conditioner, make_objective
 from deem_plugin.feedback.latents import PixelCodec
 from deem_plugin.feedback.light import make_generator, save_generator
 from deem_plugin.feedback.loss import FeedbackLoss
+from deem_plugin.settings import changed_settings
 from deem_plugin.training.checkpoint import FINAL_NAME, check_writable, save_in_one_piece, train_or_set_aside
 from deem_plugin.training.recipes import Recipe, load_recipe
 from deem_plugin.training.run import resolve_resume
@@ -43,7 +45,7 @@ class GeneratorTraining(nn.Module):
         super().__init__()
         # In a tuple, so that neither state dict nor optimizer nor DDP sees them.
         eyes.tower.requires_grad_(False).eval()
-        loss = FeedbackLoss(generator, make_objective(config, generator.denoiser), config, eyes)
+        loss = FeedbackLoss(generator, make_objective(config.objective, generator.denoiser), config.condition, eyes)
         self.frozen = (eyes, loss)
         self.conditioner = conditioner
         self.network = generator.denoiser.model
@@ -76,7 +78,7 @@ def main(name: str, overrides: Sequence[str] = ()) -> str:
     """Trains the generator of the recipe `name`; what `deem train-denoiser` runs. Returns what to print."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     final = train_denoiser(load_recipe(name, overrides))
-    return f"Saved {final}. Train with it: `feedback.denoiser={final} feedback.conditioner={final}`."
+    return f"Saved {final}. Train with it: `feedback.diffusion_model.path={final} feedback.conditioner={final}`."
 
 
 def train_denoiser(recipe: Recipe) -> Path:
@@ -106,12 +108,12 @@ def train_denoiser(recipe: Recipe) -> Path:
     set_seed(args.seed)
     with args.main_process_first(desc="listing images"):
         dataset = load_image_folder(recipe.data.path, recipe.data.cache_dir)
-    _, tower, image_processor = load_encoder(recipe.model, config.reads_pooled)
+    _, tower, image_processor = load_encoder(recipe.model, config.condition.reads_pooled)
     shape = recipe.generator
     codec = PixelCodec() if shape.autoencoder is None else load_autoencoder(shape.autoencoder).codec
     generator = make_generator(shape.network, shape.config, codec, shape.image_size)
     eyes = Eyes.of(tower, image_processor, config.image_mean, config.image_std)
-    conditioner = make_conditioner(config, eyes, generator.denoiser)
+    conditioner = make_conditioner(config.condition, eyes, generator.denoiser, seed=config.seed)
     trainer = Trainer(
         model=GeneratorTraining(eyes, conditioner, generator, config),
         args=args,
@@ -126,27 +128,30 @@ def train_denoiser(recipe: Recipe) -> Path:
         if args.should_save:
             os.makedirs(folder, exist_ok=True)
             save_generator(generator, folder)
-            save_conditioner(conditioner, replace(config, denoiser=str(final)), folder)
+            own = replace(config, diffusion_model=replace(config.diffusion_model, path=str(final)))
+            save_conditioner(conditioner, own, folder)
 
     return save_in_one_piece(final, save, args.should_save, trainer.accelerator.wait_for_everyone)
 
 
 def _check(recipe: Recipe):
     """Raises on recipes that train no generator."""
-    if recipe.generator is None or recipe.feedback is None or recipe.model.encoder is None:
+    if recipe.generator is None or not isinstance(recipe.feedback, FeedbackConfig) or recipe.model.encoder is None:
         raise ValueError(
             f"The recipe {recipe.name!r} trains no generator: it needs the sections `generator` and `feedback`, and "
             f"`model.encoder`. See the recipe `genhancer-generator`; for a model with feedback run `deem train`."
         )
     config, model = recipe.feedback, recipe.model
-    plain = config.objective == "mse" and config.source == "tower" and not config.shows_maps and not config.prompt
-    if config.denoiser is not None or not plain:
+    condition = config.condition
+    if config.objective.kind != "mse" or condition.shows_maps or condition.prompt:
         raise ValueError(
-            "A generator of one's own is trained by its denoising error on the tower's tokens alone: leave "
-            "`feedback.denoiser`, `objective`, `source`, `prompt` and `condition: queries+dense` out."
+            "A denoiser of one's own is trained by its denoising error on the tower's tokens alone: leave "
+            "`feedback.objective.kind`, `feedback.condition.prompt` and `feedback.condition.kind: queries+dense` out."
         )
-    settings = {"feedback.anchor_weight": config.anchor_weight, "feedback.conditioner": config.conditioner}
-    settings |= {"feedback.latent_cache": config.latent_cache, "feedback.image_size": config.image_size}
+    # All that names or holds a diffusion model: there is none but the one that is trained.
+    settings = changed_settings(config.diffusion_model)
+    settings = {f"feedback.diffusion_model.{name}": value for name, value in settings.items()}
+    settings |= {"feedback.anchor_weight": config.anchor_weight, "feedback.conditioner": config.conditioner}
     settings |= {"data.target_size": recipe.data.target_size, "model.lora_r": model.lora_r}
     settings |= {"model.freeze": model.freeze, "model.learning_rates": model.learning_rates}
     if given := [name for name, value in settings.items() if value]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from deem_plugin.feedback.config import RossConfig
 from deem_plugin.feedback.quantization import quantized_bytes
 from deem_plugin.training.flops import StepCounter
 from deem_plugin.training.memory import (
@@ -122,7 +123,7 @@ def make_plan(recipe: Recipe, gpus: Sequence[int] = (1, 8), tokens: int | None =
             f"The recipe {recipe.name!r} trains the interleaved model, which `deem plan` does not know yet; it plans "
             f"VLMs and encoders. The parameters of the 7B recipes are in docs/interleaved.md."
         )
-    if recipe.generator is not None or (recipe.feedback is not None and recipe.feedback.source == "llm"):
+    if recipe.generator is not None or isinstance(recipe.feedback, RossConfig):
         raise ValueError(
             f"The recipe {recipe.name!r} trains a denoiser of its own, which `deem plan` does not know yet; it plans "
             f"VLMs and encoders with a frozen one. docs/methods.md names the parameters of such denoisers."
@@ -188,14 +189,16 @@ def memory_rows(recipe: Recipe, gpus: Sequence[int], tokens: int) -> list[Row]:
 
 
 def _smaller_denoiser(recipe: Recipe) -> list[str]:
-    applies = recipe.feedback is not None and recipe.feedback.dtype == "float32"
-    return ["feedback.dtype=bfloat16"] if applies else []
+    applies = recipe.feedback is not None and recipe.feedback.diffusion_model.dtype == "float32"
+    return ["feedback.diffusion_model.dtype=bfloat16"] if applies else []
 
 
 def _offload(recipe: Recipe) -> list[str]:
     feedback = recipe.feedback
-    applies = feedback is not None and feedback.source == "tower" and feedback.quantization is None
-    return ["feedback.cpu_offload=true"] if applies and not (feedback.cpu_offload or feedback.shows_maps) else []
+    if feedback is None or feedback.condition.shows_maps:
+        return []
+    held = feedback.diffusion_model
+    return [] if held.cpu_offload or held.quantization else ["feedback.diffusion_model.cpu_offload=true"]
 
 
 def _checkpointing(recipe: Recipe) -> list[str]:
@@ -342,10 +345,11 @@ def _frozen_beside(skeleton: Skeleton) -> dict[str, nn.Module]:
 
 def _frozen_bytes(recipe: Recipe, skeleton: Skeleton) -> int:
     """Returns what the frozen modules beside the model take between two feedbacks."""
-    config, total = recipe.feedback, 0
+    total = 0
     for name, module in _frozen_beside(skeleton).items():
-        if name == "anchor" or not config.cpu_offload:
-            total += quantized_bytes(module, config.quantization if name == "denoiser" else None)
+        held = recipe.feedback.diffusion_model
+        if name == "anchor" or not held.cpu_offload:
+            total += quantized_bytes(module, held.quantization if name == "denoiser" else None)
     return total
 
 

@@ -1,16 +1,15 @@
 """Recipes: YAML documents that say all that a training run needs."""
 
-import difflib
-import types
-import typing
-from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 
 from deem_plugin.resources import recipes_dir
+from deem_plugin.settings import build_settings, check_names, merge_settings, nest, suggest
 from deem_plugin.training.arguments import (
     TOWER_ONLY,
     DataArguments,
@@ -22,11 +21,15 @@ from deem_plugin.training.arguments import (
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-    from deem_plugin.feedback.config import FeedbackConfig
+    from deem_plugin.feedback.config import FeedbackConfig, RossConfig
 
-SECTIONS = ("model", "data", "feedback", "deem", "generator", "training")
+SECTIONS = ("model", "data", "feedback", "ross", "deem", "generator", "training")
 # `section: null` takes these out of what a recipe extends; elsewhere an empty section changes nothing.
-OPTIONAL_SECTIONS = ("feedback", "deem", "generator")
+OPTIONAL_SECTIONS = ("feedback", "ross", "deem", "generator")
+# The annotations of `TrainingArguments` are looser than what it takes (`fsdp: true` for a `str`).
+LOOSE_SECTIONS = ("training",)
+# Of these a recipe has one at most.
+FEEDBACK_SECTIONS = ("feedback", "ross", "deem")
 
 
 @dataclass
@@ -38,7 +41,8 @@ class Recipe:
         name (`str`): Name of the recipe's file without its ending.
         model (`ModelArguments`): What is trained.
         data (`DataArguments`): On what.
-        feedback (`FeedbackConfig`, *optional*): The diffusion feedback of a VLM or an encoder; none without it.
+        feedback (`FeedbackConfig` or `RossConfig`, *optional*):
+            The diffusion feedback of a VLM or an encoder, from the section `feedback` or `ross`; none without it.
         deem (`DeemArguments`, *optional*): The interleaved model, which has its own feedback; none without it.
         training (`TrainingArguments`): The Trainer's own arguments.
         generator (`GeneratorArguments`, *optional*): What `deem train-denoiser` trains; none for `deem train`.
@@ -47,7 +51,7 @@ class Recipe:
     name: str
     model: ModelArguments
     data: DataArguments
-    feedback: "FeedbackConfig | None"
+    feedback: "FeedbackConfig | RossConfig | None"
     deem: DeemArguments | None
     training: "TrainingArguments"
     generator: GeneratorArguments | None = None
@@ -66,7 +70,8 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         name_or_path (`str` or `Path`): Name of a shipped recipe, or path of a YAML file.
         overrides (`Sequence[str]`):
             `section.key=value`, the value written as in YAML (`training.max_steps=10`, `model.freeze=[vision_tower]`,
-            `data.image_dir=null`), or `feedback=null` (`deem=null`) to leave that section out.
+            `feedback.diffusion_model.path=FOLDER`, `data.image_dir=null`), or `feedback=null` (`deem=null`) to leave
+            that section out.
 
     Raises:
         ValueError: On an unknown recipe, section or key and on a value of the wrong kind; lists the choices.
@@ -89,42 +94,82 @@ def build_recipe(name: str, sections: dict[str, dict | None]) -> Recipe:
 
     Args:
         name (`str`): The run's name; the default of `training.output_dir` is `runs/<name>`.
-        sections (`dict`): `model`, `data`, `training` and, for a run with feedback, `feedback` or `deem`; `generator`
-            for one of `deem train-denoiser`.
+        sections (`dict`): `model`, `data`, `training` and, for a run with feedback, `feedback`, `ross` or `deem`;
+            `generator` for one of `deem train-denoiser`.
+
+    Raises:
+        ValueError: On an unknown section or key, a value of the wrong kind, or sections that do not fit together.
     """
-    from transformers import TrainingArguments
-
-    from deem_plugin.feedback.config import FeedbackConfig
-
-    _check_names(sections, SECTIONS, "section", name)
-    feedback, deem, generator = (sections.get(section) for section in OPTIONAL_SECTIONS)
-    if feedback is not None and deem is not None:
+    check_names(sections, SECTIONS, "section", f"the recipe {name!r}")
+    given = [section for section in FEEDBACK_SECTIONS if sections.get(section) is not None]
+    if len(given) > 1:
         raise ValueError(
-            f"The recipe {name!r} has the sections `feedback` and `deem`. A DEEM has a feedback of its own: leave "
-            f"`feedback` out, or `deem` for a VLM."
-        )
-    model = _build(ModelArguments, "model", sections.get("model"), name)
-    if model.vision_tower is None and model.image_size is not None and deem is None:
-        raise ValueError(TOWER_ONLY.format(name="image_size"))
-    data = _build(DataArguments, "data", sections.get("data"), name)
-    if data.crop_area is not None and model.encoder is None:
-        raise ValueError("`data.crop_area` is for an encoder alone (`model.encoder`): texts speak of whole pictures.")
-    if data.crop_area is not None and (feedback or {}).get("latent_cache") is not None:
-        raise ValueError(
-            "`data.crop_area` makes another picture each time, which no cache can hold. Leave it or "
-            "`feedback.latent_cache` out."
+            f"The recipe {name!r} has the sections {' and '.join(f'`{section}`' for section in given)}, each of which "
+            f"is a feedback (a DEEM has one of its own). Keep one, and set the other to null: "
+            f"`{given[0]}=null` or `{given[-1]}=null`."
         )
     # The collator wants the columns of the data set, which the model's `forward` does not name.
     training = {"output_dir": f"runs/{name}", "remove_unused_columns": False, **(sections.get("training") or {})}
-    return Recipe(
+    sections = {**sections, "training": training}
+    built = {
+        section: build_settings(
+            cls, sections.get(section), section, f"the recipe {name!r}", strict=section not in LOOSE_SECTIONS
+        )
+        for section, cls in _classes().items()
+        if section not in OPTIONAL_SECTIONS or sections.get(section) is not None
+    }
+    recipe = Recipe(
         name=name,
-        model=model,
-        data=data,
-        feedback=None if feedback is None else _build(FeedbackConfig, "feedback", feedback, name),
-        deem=None if deem is None else _build(DeemArguments, "deem", deem, name),
-        training=_build(TrainingArguments, "training", training, name),
-        generator=None if generator is None else _build(GeneratorArguments, "generator", generator, name),
+        model=built["model"],
+        data=built["data"],
+        feedback=built.get("feedback") or built.get("ross"),
+        deem=built.get("deem"),
+        training=built["training"],
+        generator=built.get("generator"),
     )
+    _check(recipe)
+    return recipe
+
+
+def _check(recipe: Recipe):
+    """Raises on settings of different sections that do not fit together."""
+    from deem_plugin.feedback.config import RossConfig
+
+    model, data = recipe.model, recipe.data
+    if model.vision_tower is None and model.image_size is not None and recipe.deem is None:
+        raise ValueError(TOWER_ONLY.format(name="image_size"))
+    if model.encoder is not None and isinstance(recipe.feedback, RossConfig):
+        raise ValueError(
+            f"`model.encoder: {model.encoder}` trains an encoder alone, and `ross` restores pictures from what a "
+            f"language model says. Set `model.model` to a VLM, or use the section `feedback` in place of `ross`."
+        )
+    if data.crop_area is None:
+        return
+    if model.encoder is None:
+        raise ValueError("`data.crop_area` is for an encoder alone (`model.encoder`): texts speak of whole pictures.")
+    if recipe.feedback is not None and recipe.feedback.diffusion_model.latent_cache is not None:
+        raise ValueError(
+            "`data.crop_area` makes another picture each time, which no cache can hold. Leave it or "
+            "`feedback.diffusion_model.latent_cache` out."
+        )
+
+
+@cache
+def _classes() -> dict[str, type]:
+    """Returns the dataclass of each section."""
+    from transformers import TrainingArguments
+
+    from deem_plugin.feedback.config import FeedbackConfig, RossConfig
+
+    return {
+        "model": ModelArguments,
+        "data": DataArguments,
+        "feedback": FeedbackConfig,
+        "ross": RossConfig,
+        "deem": DeemArguments,
+        "generator": GeneratorArguments,
+        "training": TrainingArguments,
+    }
 
 
 def find_recipe(name_or_path: str | Path) -> Path:
@@ -136,7 +181,7 @@ def find_recipe(name_or_path: str | Path) -> Path:
         return path
     shipped = recipes_dir() / f"{path}.yaml"
     if not shipped.is_file():
-        raise ValueError(f"Unknown recipe {str(path)!r}{_suggest(str(path), list_recipes())}; or give a .yaml file.")
+        raise ValueError(f"Unknown recipe {str(path)!r}{suggest(str(path), list_recipes())}; or give a .yaml file.")
     return shipped
 
 
@@ -153,7 +198,7 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, dict | None]:
     if not isinstance(document, dict):
         raise ValueError(f"The recipe {path} must hold the sections {', '.join(SECTIONS)}, got {document!r}.")
     parent = document.pop("extends", None)
-    _check_names(document, SECTIONS, "section", path.stem, also=("extends",))
+    check_names(document, SECTIONS, "section", f"the recipe {path.stem!r}", also=("extends",))
     sections: dict[str, dict | None] = {}
     if parent is not None:
         beside = path.parent / f"{parent}.yaml"
@@ -166,12 +211,12 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, dict | None]:
         if values is None and section in OPTIONAL_SECTIONS:
             sections[section] = None
         else:
-            sections[section] = {**(sections.get(section) or {}), **(values or {})}
+            sections[section] = merge_settings(_classes()[section], sections.get(section), values)
     return sections
 
 
 def _apply(sections: dict[str, dict | None], override: str, name: str):
-    """Applies one `section.key=value` in place."""
+    """Applies one `section.key=value` or `section.inner.key=value` in place."""
     target, equals, text = override.partition("=")
     section, _, key = target.partition(".")
     try:
@@ -186,62 +231,6 @@ def _apply(sections: dict[str, dict | None], override: str, name: str):
             f"Cannot read the override {override!r}; expected `section.key=value` with a section of "
             f"{', '.join(SECTIONS)}, or `feedback=null`."
         )
-    _check_names([section], SECTIONS, "section", name)
-    sections[section] = {**(sections.get(section) or {}), key: value}
-
-
-def _build(cls: type, section: str, values: dict | None, name: str) -> Any:
-    """Makes the dataclass of a section, after checking the names and the kinds of its values."""
-    values = dict(values or {})
-    known = {item.name: item for item in fields(cls) if item.init}
-    _check_names(values, known, f"key in `{section}`", name)
-    hints = typing.get_type_hints(cls)
-    # The annotations of `TrainingArguments` are looser than what it takes (`fsdp: true` for a `str`).
-    strict = section != "training"
-    for key, value in values.items():
-        values[key] = _coerce(value, hints[key], f"{section}.{key}", strict)
-        # YAML's `key:` with nothing behind it means the default, unless none is a value that the key can take.
-        if value is None and known[key].default is not None and type(None) not in typing.get_args(hints[key]):
-            default = known[key]
-            values[key] = default.default_factory() if default.default is MISSING else default.default
-    return cls(**values)
-
-
-def _coerce(value: Any, hint: Any, name: str, strict: bool = True) -> Any:
-    """Returns `value` as its field wants it; raises if it is plainly of another kind and `strict`."""
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    kinds = {typing.get_origin(option) or option for option in options}
-    if value is None:
-        return value
-    if float in kinds and not isinstance(value, bool):
-        # YAML reads `1e-5` (without a dot) as text.
-        if isinstance(value, str) and str not in kinds:
-            try:
-                return float(value)
-            except ValueError as error:
-                raise ValueError(f"`{name}` must be a number, got {value!r}.") from error
-        if isinstance(value, int):
-            return value if int in kinds else float(value)
-    if dict in kinds and isinstance(value, dict) and dict[str, float] in options:
-        return {key: _coerce(item, float, f"{name}.{key}") for key, item in value.items()}
-    if strict and (not isinstance(value, tuple(kinds)) or (isinstance(value, bool) and bool not in kinds)):
-        expected = " or ".join(sorted(kind.__name__ for kind in kinds - {type(None)}))
-        raise ValueError(f"`{name}` must be of kind {expected}, got {value!r}.")
-    return value
-
-
-def _check_names(
-    given: Iterable[str], choices: Iterable[str], kind: str, recipe: str, also: tuple[str, ...] = ()
-) -> None:
-    """Raises a `ValueError` on the first of `given` that is not among `choices`."""
-    choices = list(choices)
-    for name in given:
-        if name not in choices:
-            raise ValueError(f"Unknown {kind} {name!r} in the recipe {recipe!r}{_suggest(name, [*choices, *also])}.")
-
-
-def _suggest(name: str, choices: list[str]) -> str:
-    """Returns the end of an error: the closest choices, and all of them."""
-    close = difflib.get_close_matches(str(name), choices, n=3)
-    hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
-    return f"{hint} Choices: {', '.join(choices)}"
+    check_names([section], SECTIONS, "section", f"the recipe {name!r}")
+    cls = _classes()[section]
+    sections[section] = merge_settings(cls, sections.get(section), nest(cls, key, value))

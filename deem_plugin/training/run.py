@@ -102,7 +102,7 @@ def _check(recipe: Recipe):
     if recipe.model.encoder and recipe.feedback is None:
         raise ValueError(
             "An encoder alone learns from the feedback only, and the recipe has none. Add the section `feedback` "
-            "with a `denoiser`."
+            "with a `diffusion_model`."
         )
     # Batches of text alone, and steps without feedback, leave the tower or the conditioner without a gradient.
     if args.ddp_find_unused_parameters is None:
@@ -129,20 +129,22 @@ def _feedback_callback(recipe: Recipe, make_feedback, model, processing_class, *
         return None
     from deem_plugin.feedback.callback import DiffusionFeedbackCallback
     from deem_plugin.feedback.checkpoint import FILE_NAME
+    from deem_plugin.feedback.config import FeedbackConfig
     from deem_plugin.feedback.factory import load_configured
     from deem_plugin.feedback.timesteps import TIMESTEP_SAMPLERS
 
     if make_feedback is None:
         callback = DiffusionFeedbackCallback(config)
     else:
-        diffusion_model = load_configured(config)
-        feedback = make_feedback(diffusion_model.denoiser, TIMESTEP_SAMPLERS[config.timestep_sampling])
+        diffusion_model = load_configured(config.diffusion_model)
+        feedback = make_feedback(diffusion_model.denoiser, TIMESTEP_SAMPLERS[config.objective.timestep_sampling])
         callback = DiffusionFeedbackCallback(config, diffusion_model, feedback)
     # Before the Trainer is made: it seeds all random numbers, so that a run without feedback draws the same ones.
     callback.attach(model, processing_class, returns_loss=returns_loss)
     # A later stage goes on with the conditioner of the stage before, or its first steps would only learn that again.
     start = recipe.model.model or recipe.model.encoder
-    if config.conditioner is None and start and (Path(start) / FILE_NAME).is_file():
+    chosen = isinstance(config, FeedbackConfig) and config.conditioner is not None
+    if not chosen and start and (Path(start) / FILE_NAME).is_file():
         callback.start_from(start)
         logger.info("The conditioner of the feedback goes on from %s.", Path(start) / FILE_NAME)
     return callback
@@ -253,7 +255,7 @@ def _prepare_encoder(recipe: Recipe, make_feedback):
     args, data = recipe.training, recipe.data
     with args.main_process_first(desc="listing images"):
         dataset = load_image_folder(data.path, data.cache_dir)
-    whole, tower, image_processor = load_encoder(recipe.model, recipe.feedback.reads_pooled)
+    whole, tower, image_processor = load_encoder(recipe.model, recipe.feedback.condition.reads_pooled)
     model = add_lora(tower, recipe.model) if recipe.model.lora_r else tower
     freeze(model, recipe.model.freeze)
     callback = _feedback_callback(recipe, make_feedback, model, image_processor, returns_loss=True)

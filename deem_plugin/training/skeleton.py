@@ -54,7 +54,7 @@ def build_skeleton(recipe: Recipe) -> Skeleton:
     arguments, notes = recipe.model, []
     if arguments.encoder is not None:
         whole = _from_config(AutoModel, arguments.encoder, "model.encoder", arguments)
-        model = tower = vision_part(whole, recipe.feedback is not None and recipe.feedback.reads_pooled)
+        model = tower = vision_part(whole, recipe.feedback is not None and recipe.feedback.condition.reads_pooled)
         if arguments.lora_r:
             model = add_lora(model, arguments)
         freeze(tower, arguments.freeze)
@@ -156,12 +156,18 @@ def _attach_feedback(recipe: Recipe, model):
     if recipe.feedback is None:
         return None, None
     config = recipe.feedback
-    generator = load_configured(config, weights=False)
+    generator = load_configured(config.diffusion_model, weights=False)
     # The processor may be missing, and whatever the normalisation is, the work is the same.
     # A cache is known by the weights of the VAE, and there are none: the plan counts the run without. A prompt and
     # the values that a conditioner starts from change no count.
-    unplanned = {"latent_cache": None, "prompt": None, "conditioner": None, "compile_denoiser": False}
-    config = replace(config, image_mean=[0.0] * 3, image_std=[1.0] * 3, **unplanned)
+    config = replace(
+        config,
+        diffusion_model=replace(config.diffusion_model, latent_cache=None, compile=False),
+        condition=replace(config.condition, prompt=None),
+        conditioner=None,
+        image_mean=[0.0] * 3,
+        image_std=[1.0] * 3,
+    )
     callback = DiffusionFeedbackCallback(config, generator)
     callback.attach(model)
     return generator, callback.hook

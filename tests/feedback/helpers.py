@@ -13,12 +13,22 @@ from deem_plugin.feedback import (
     UNetDenoiser,
 )
 from deem_plugin.feedback.state import StepState
+from deem_plugin.settings import build_settings, merge_settings
 from deem_plugin.vision.views import View
 
 from ..tiny import IMAGE_SIZE, tiny_llava
 
 CONTEXT_DIM = 16
-CONFIG = {"denoiser": "not-read", "num_queries": 4, "resampler_dim": 16, "resampler_heads": 2, "weight": 50.0}
+CONFIG = {
+    "diffusion_model": {"path": "not-read"},
+    "condition": {"num_queries": 4, "resampler_dim": 16, "resampler_heads": 2},
+    "weight": 50.0,
+}
+
+
+def feedback_config(**settings):
+    """The small feedback's settings with others laid over them, nested as in a recipe."""
+    return build_settings(FeedbackConfig, merge_settings(FeedbackConfig, CONFIG, settings), "feedback", "a test")
 
 
 class KeyedFeedback(DiffusionFeedback):
@@ -67,7 +77,7 @@ class LoudCallback(DiffusionFeedbackCallback):
 def keyed_callback(**settings):
     """The callback under test, on the pixel generator with keyed noise."""
     generator = pixel_generator()
-    return LoudCallback(FeedbackConfig(**{**CONFIG, **settings}), generator, KeyedFeedback(generator.denoiser))
+    return LoudCallback(feedback_config(**settings), generator, KeyedFeedback(generator.denoiser))
 
 
 def samples(processor, count=4, with_images=True):

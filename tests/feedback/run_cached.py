@@ -4,13 +4,13 @@ import json
 import sys
 from pathlib import Path
 
-from deem_plugin.feedback import DiffusionFeedbackCallback, FeedbackConfig
-from tests.feedback.helpers import CONFIG, train
+from deem_plugin.feedback import DiffusionFeedbackCallback
+from tests.feedback.helpers import feedback_config, train
 
 
 def main(folder, generator, cache=None):
     """Trains two steps on one sample a rank and keeps the losses that are logged."""
-    config = FeedbackConfig(**{**CONFIG, "denoiser": generator, "latent_cache": cache})
+    config = feedback_config(diffusion_model={"path": generator, "latent_cache": cache})
     trainer, _ = train(
         folder,
         DiffusionFeedbackCallback(config),

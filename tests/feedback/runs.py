@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from transformers import Trainer
 
-from deem_plugin.feedback import DiffusionFeedback, FeedbackConfig
+from deem_plugin.feedback import DiffusionFeedback
 
 from ..tiny import tiny_llava
-from .helpers import CONFIG, GradientProbe, LoudCallback, arguments, pixel_generator, samples
+from .helpers import GradientProbe, LoudCallback, arguments, feedback_config, pixel_generator, samples
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMESTEP = 500
@@ -30,8 +30,7 @@ class UndrawnFeedback(DiffusionFeedback):
 def undrawn_callback(objective_class=UndrawnFeedback, **settings):
     """The callback under test, whose feedback is a function of the pictures alone."""
     diffusion_model = pixel_generator()
-    config = FeedbackConfig(**{**CONFIG, **settings})
-    return LoudCallback(config, diffusion_model, objective_class(diffusion_model.denoiser))
+    return LoudCallback(feedback_config(**settings), diffusion_model, objective_class(diffusion_model.denoiser))
 
 
 def normalized(processor, picture):

@@ -6,14 +6,15 @@ from transformers import LlavaForConditionalGeneration, Trainer
 
 from deem_plugin.feedback import DiffusionFeedbackCallback, FeedbackConfig
 from deem_plugin.feedback.checkpoint import FILE_NAME
+from deem_plugin.feedback.config import weight_at
 
 from ..tiny import tiny_llava
 from .helpers import (
-    CONFIG,
     GradientProbe,
     KeyedFeedback,
     arguments,
     collate,
+    feedback_config,
     keyed_callback,
     pixel_generator,
     relative_difference,
@@ -209,7 +210,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path):
 
     def callback():
         generator = pixel_generator()
-        return DiffusionFeedbackCallback(FeedbackConfig(**CONFIG), generator)  # fresh noise at each step
+        return DiffusionFeedbackCallback(feedback_config(), generator)  # fresh noise at each step
 
     whole, _ = train(tmp_path / "whole", callback(), **settings)
 
@@ -286,11 +287,10 @@ def test_batches_without_pictures_cost_nothing(tmp_path):
     assert "feedback_loss" not in trainer.state.log_history[0]
 
 
-def test_every_second_step_and_the_ramp_are_followed():
-    ramp = FeedbackConfig(denoiser="x", weight=4.0, weight_schedule="linear", warmup_steps=4)
-    assert [ramp.weight_at(step) for step in range(6)] == [1.0, 2.0, 3.0, 4.0, 4.0, 4.0]
-    every = FeedbackConfig(denoiser="x", weight=4.0, every=2)
-    assert [every.weight_at(step) for step in range(4)] == [4.0, 0.0, 4.0, 0.0]
+def test_the_weight_grows_over_the_warmup_and_then_stays():
+    ramp = FeedbackConfig(weight=4.0, warmup_steps=4)
+    assert [weight_at(ramp, step) for step in range(6)] == [1.0, 2.0, 3.0, 4.0, 4.0, 4.0]
+    assert [weight_at(FeedbackConfig(weight=4.0), step) for step in range(2)] == [4.0, 4.0]
 
 
 def test_target_pixel_values_of_a_batch_are_the_target(tmp_path):

@@ -4,17 +4,17 @@ import pytest
 import torch
 from PIL import Image
 
-from deem_plugin.feedback import DiffusionFeedbackCallback, FeedbackConfig, load_diffusion_model
+from deem_plugin.feedback import DiffusionFeedbackCallback, load_diffusion_model
 from deem_plugin.feedback.checkpoint import load_conditioner
 from deem_plugin.feedback.conditions import dense_maps
 from deem_plugin.feedback.reconstruction import reconstruct_files
 from deem_plugin.vision.grids import sincos_position_embedding
 
 from ..tiny import tiny_image, tiny_llava, tiny_sd_folder
-from .helpers import CONFIG, begin_step, collate, mean_loss, samples, train, views_of
+from .helpers import begin_step, collate, feedback_config, mean_loss, samples, train, views_of
 from .tiny_generators import save_generator
 
-DENSE = {**CONFIG, "condition": "queries+dense"}
+DENSE = {"condition": {"kind": "queries+dense"}}
 
 
 def feedback_of(callback, batch):
@@ -45,16 +45,16 @@ def test_the_towers_own_maps_come_first_and_unequal_pictures_are_an_error():
     own = views_of(torch.zeros(2, 5, 8), maps=maps)
 
     assert [level.shape[-1] for level in dense_maps(own)] == [8, 4]
-    with pytest.raises(ValueError, match="different numbers of them. Set `feedback.condition` to queries"):
+    with pytest.raises(ValueError, match="different numbers of them. Set `feedback.condition.kind` to queries"):
         dense_maps(views_of([torch.zeros(9, 8), torch.zeros(4, 8)]))
 
 
 def test_at_first_it_is_the_feedback_of_the_queries_and_then_the_maps_speak(tmp_path):
     batch = collate(samples(tiny_llava()[1], count=2))
-    config = {**CONFIG, "denoiser": str(tiny_sd_folder(tmp_path))}
+    model = {"path": str(tiny_sd_folder(tmp_path))}
     dense, plain = (
-        DiffusionFeedbackCallback(FeedbackConfig(**config, condition=condition))
-        for condition in ("queries+dense", "queries")
+        DiffusionFeedbackCallback(feedback_config(diffusion_model=model, condition={"kind": kind}))
+        for kind in ("queries+dense", "queries")
     )
     for callback in (dense, plain):
         callback.attach(*tiny_llava())
@@ -76,13 +76,13 @@ def test_at_first_it_is_the_feedback_of_the_queries_and_then_the_maps_speak(tmp_
 
 def test_the_synchroniser_trains_is_saved_with_the_conditioner_and_paints(tmp_path):
     folder = tiny_sd_folder(tmp_path / "sd")
-    callback = DiffusionFeedbackCallback(FeedbackConfig(**{**DENSE, "denoiser": str(folder)}))
+    callback = DiffusionFeedbackCallback(feedback_config(diffusion_model={"path": str(folder)}, **DENSE))
     before = load_diffusion_model(str(folder)).denoiser.model.state_dict()
 
     trainer, _ = train(tmp_path / "run", callback, max_steps=2)
 
     loaded, settings = load_conditioner(tmp_path / "run")
-    assert settings["condition"] == "queries+dense" and loaded.arguments == callback.conditioner.arguments
+    assert settings.condition.shows_maps and loaded.arguments == callback.conditioner.arguments
     assert any(block.zero.weight.any() for block in loaded.synchroniser.skip_blocks)
     after = callback.diffusion_model.denoiser.model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
@@ -94,9 +94,12 @@ def test_the_synchroniser_trains_is_saved_with_the_conditioner_and_paints(tmp_pa
 
 
 def test_a_generator_without_a_unet_and_several_runs_of_it_are_errors(tmp_path):
-    config = FeedbackConfig(**{**DENSE, "denoiser": str(save_generator(tmp_path, "sd3"))})
-    with pytest.raises(ValueError, match="this denoiser is a SD3Transformer2DModel. Set `feedback.condition`"):
+    config = feedback_config(diffusion_model={"path": str(save_generator(tmp_path, "sd3"))}, **DENSE)
+    with pytest.raises(ValueError, match="this denoiser is a SD3Transformer2DModel. Set `feedback.condition.kind`"):
         DiffusionFeedbackCallback(config).attach(*tiny_llava())
-    for other in ({"draws_per_image": 2}, {"objective": "contrastive"}):
-        with pytest.raises(ValueError, match="is for `objective: mse` and one draw an image"):
-            FeedbackConfig(**DENSE, **other)
+    for other in ({"draws_per_image": 2}, {"kind": "contrastive"}):
+        with pytest.raises(ValueError, match="is for `objective.kind: mse` and one draw an image"):
+            feedback_config(objective=other, **DENSE)
+    for other in ("gradient_checkpointing", "cpu_offload", "compile"):
+        with pytest.raises(ValueError, match=rf"`diffusion_model` \['{other}'\] would repeat, move or compile"):
+            feedback_config(diffusion_model={other: True}, **DENSE)

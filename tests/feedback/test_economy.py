@@ -6,7 +6,12 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from deem_plugin.feedback import DiffusionFeedback, DiffusionFeedbackCallback, FeedbackConfig, load_diffusion_model
+from deem_plugin.feedback import (
+    DiffusionFeedback,
+    DiffusionFeedbackCallback,
+    DiffusionModelConfig,
+    load_diffusion_model,
+)
 from deem_plugin.feedback import quantization as quantization_module
 from deem_plugin.feedback.early_gradient import early_gradient
 from deem_plugin.feedback.economy import economise
@@ -14,7 +19,7 @@ from deem_plugin.feedback.offload import lent
 from deem_plugin.feedback.quantization import quantization_config, quantized_bytes
 
 from ..tiny import tiny_llava, tiny_sd_folder
-from .helpers import CONFIG, KeyedFeedback, keyed_callback, relative_difference, train
+from .helpers import KeyedFeedback, feedback_config, keyed_callback, relative_difference, train
 from .tiny_generators import GENERATORS, save_generator
 
 EXACT = 1e-5
@@ -28,7 +33,7 @@ def sd(tmp_path_factory):
 
 def run(folder, sd, **settings):
     """Trains a step with feedback from a whole tiny Stable Diffusion; returns callback and gradients."""
-    callback = DiffusionFeedbackCallback(FeedbackConfig(**{**CONFIG, "denoiser": sd, **settings}))
+    callback = DiffusionFeedbackCallback(feedback_config(diffusion_model={"path": sd, **settings}))
     _, (gradients,) = train(folder, callback)
     return callback, gradients
 
@@ -39,7 +44,7 @@ def weights_of(generator):
 
 @pytest.mark.parametrize(
     "names",
-    [*([name] for name in EXACT_SETTINGS), EXACT_SETTINGS, pytest.param(["compile_denoiser"], marks=pytest.mark.slow)],
+    [*([name] for name in EXACT_SETTINGS), EXACT_SETTINGS, pytest.param(["compile"], marks=pytest.mark.slow)],
     ids=", ".join,
 )
 def test_exact_settings_change_neither_gradients_nor_the_generator(tmp_path, sd, names):
@@ -60,7 +65,7 @@ def test_checkpointing_recomputes_in_eval_mode_and_keeps_less(name, tmp_path):
 
     def step(**settings):
         generator = load_diffusion_model(folder)
-        economise(generator, FeedbackConfig(denoiser=str(folder), **settings))
+        economise(generator, DiffusionModelConfig(str(folder), **settings))
         model, kept, calls = generator.denoiser.model, [0], [0]
         assert not model.training
         context = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
@@ -168,7 +173,7 @@ def test_offloading_needs_a_frozen_denoiser(sd):
             self.denoiser.context_dim = 16
 
     generator = load_diffusion_model(sd)
-    config = FeedbackConfig(**{**CONFIG, "denoiser": sd, "cpu_offload": True})
+    config = feedback_config(diffusion_model={"path": sd, "cpu_offload": True})
     callback = DiffusionFeedbackCallback(config, generator, OwnFeedback(generator.denoiser))
     with pytest.raises(ValueError, match="`cpu_offload` needs an objective whose `denoiser` is frozen.*OwnFeedback"):
         callback.attach(*tiny_llava())
@@ -176,11 +181,9 @@ def test_offloading_needs_a_frozen_denoiser(sd):
 
 def test_settings_that_do_not_go_together_are_refused():
     with pytest.raises(ValueError, match="must be one of torchao_int8, bnb_8bit, bnb_4bit, got 'int3'"):
-        FeedbackConfig(denoiser="sd", quantization="int3")
+        DiffusionModelConfig("sd", quantization="int3")
     with pytest.raises(ValueError, match="Set one of the two"):
-        FeedbackConfig(denoiser="sd", quantization="bnb_4bit", cpu_offload=True)
-    with pytest.raises(ValueError, match=r"\['compile_denoiser'\] mean nothing there"):
-        FeedbackConfig(denoiser="sd", source="llm", compile_denoiser=True)
+        DiffusionModelConfig("sd", quantization="bnb_4bit", cpu_offload=True)
 
 
 @pytest.mark.parametrize(("name", "package"), quantization_module.QUANTIZATIONS.items())

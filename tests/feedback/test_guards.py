@@ -15,7 +15,7 @@ from deem_plugin.training.trainer import EncoderTrainer
 from deem_plugin.vision.grids import sincos_position_embedding
 
 from ..tiny import IMAGE_SIZE, tiny_llava, tiny_sd_folder
-from .helpers import CONFIG, pixel_generator, relative_difference, samples
+from .helpers import feedback_config, pixel_generator, relative_difference, samples
 from .runs import UndrawnFeedback, by_hand, logged, make_trainer, normalized, pictures_of, run, undrawn_callback
 
 EXACT = 1e-5
@@ -138,8 +138,8 @@ def test_an_objective_of_ones_own_is_guarded_too(tmp_path, objective):
 def test_a_synchroniser_is_guarded_too(tmp_path):
     """It trains inside the run of the denoiser that overflows for one picture."""
     folder = tiny_sd_folder(tmp_path / "sd")
-    settings = {**CONFIG, "condition": "queries+dense", "denoiser": str(folder)}
-    callback = DiffusionFeedbackCallback(FeedbackConfig(**settings))
+    config = feedback_config(diffusion_model={"path": str(folder)}, condition={"kind": "queries+dense"})
+    callback = DiffusionFeedbackCallback(config)
     model, processor = tiny_llava()
     callback.attach(model, processor)
     calls = []
@@ -196,7 +196,7 @@ def test_a_rare_break_does_not_stop_the_training(tmp_path):
 @pytest.mark.parametrize("weight", [float("nan"), float("inf"), -1.0])
 def test_a_weight_that_is_no_number_is_refused(weight):
     with pytest.raises(ValueError, match="weight.*must be a finite number"):
-        FeedbackConfig(denoiser="x", weight=weight)
+        FeedbackConfig(weight=weight)
 
 
 # Pictures
@@ -387,14 +387,14 @@ def cuda_seeds(monkeypatch):
     return seeds
 
 
-DRAWING = [{}, {"objective": "contrastive"}, {"condition": "cls+patches", "num_patches": 4}]
+DRAWING = [{}, {"objective": {"kind": "contrastive"}}, {"condition": {"kind": "cls+patches", "num_patches": 4}}]
 
 
 @pytest.mark.parametrize("settings", DRAWING, ids=["mse", "contrastive", "patches"])
 def test_no_global_generator_is_touched(cuda_seeds, settings):
     """By attaching and by a step of training."""
     model, processor = tiny_llava()
-    callback = DiffusionFeedbackCallback(FeedbackConfig(**CONFIG, **settings), pixel_generator())
+    callback = DiffusionFeedbackCallback(feedback_config(**settings), pixel_generator())
     batch = {name: torch.stack([row[name] for row in samples(processor)]) for name in samples(processor)[0]}
     cuda_seeds.clear()
     before = torch.get_rng_state()
@@ -438,7 +438,7 @@ def test_a_training_draws_as_one_without_feedback_does(tmp_path):
         return probe.states
 
     plain = states(None)
-    with_feedback = states(DiffusionFeedbackCallback(FeedbackConfig(**CONFIG), pixel_generator()))
+    with_feedback = states(DiffusionFeedbackCallback(feedback_config(), pixel_generator()))
 
     assert not torch.equal(plain[0], plain[1])
     assert all(torch.equal(*pair) for pair in zip(plain, with_feedback, strict=True))
@@ -464,7 +464,7 @@ class NoDoubles(TorchDispatchMode):
 
 def test_a_step_needs_no_double_precision():
     model, processor = tiny_llava()
-    callback = DiffusionFeedbackCallback(FeedbackConfig(**CONFIG), pixel_generator())
+    callback = DiffusionFeedbackCallback(feedback_config(), pixel_generator())
     callback.attach(model, processor)
     callback.hook.state.scale = 1.0
     batch = {name: torch.stack([row[name] for row in samples(processor)]) for name in samples(processor)[0]}

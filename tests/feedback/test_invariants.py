@@ -9,7 +9,6 @@ from transformers import SiglipImageProcessor
 from deem_plugin.feedback import (
     DiffusionFeedback,
     DiffusionFeedbackCallback,
-    FeedbackConfig,
     PixelCodec,
     load_diffusion_model,
 )
@@ -21,7 +20,7 @@ from deem_plugin.feedback.second_view import augmented_views
 from deem_plugin.vision.eyes import Eyes
 
 from ..tiny import tiny_image, tiny_image_processor, tiny_llava, tiny_sd_folder
-from .helpers import CONFIG, CONTEXT_DIM, pixel_generator, views_of
+from .helpers import CONTEXT_DIM, feedback_config, pixel_generator, views_of
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 SIGLIP = SiglipImageProcessor(size={"height": 32, "width": 32})
@@ -69,13 +68,13 @@ class SeenByCodec(PixelCodec):
 
 def what_the_vae_sees(image, processor, **settings):
     """The lowest and the highest value that an image processor's picture has for the autoencoder."""
-    config = FeedbackConfig(**{**CONFIG, **settings})
+    config = feedback_config(**settings)
     generator = pixel_generator()
     generator.codec = codec = SeenByCodec()
     eyes = Eyes.of(tiny_llava()[0], processor, config.image_mean, config.image_std)
     pixel_values = processor([image], return_tensors="pt")["pixel_values"]
     views = views_of(torch.zeros(1, 4, 8), eyes.unnormalize(pixel_values))
-    FeedbackLoss(generator, None, config, eyes).encode(views, torch.Generator())
+    FeedbackLoss(generator, None, config.condition, eyes).encode(views, torch.Generator())
     return codec.pictures.min().item(), codec.pictures.max().item()
 
 
@@ -112,13 +111,13 @@ def test_several_draws_have_the_gradient_of_their_mean():
 
 def test_evaluation_draws_no_patches():
     """DIVA's code evaluates with random patches, and its README advises to try several seeds."""
-    config = FeedbackConfig(**CONFIG, condition="cls+patches", num_patches=3)
+    config = feedback_config(condition={"kind": "cls+patches", "num_patches": 3})
     callback = DiffusionFeedbackCallback(config, pixel_generator())
     callback.attach(*tiny_llava())
     views = views_of(torch.randn(2, 16, 32), pooled=torch.randn(2, 32))
 
     def context(seed):
-        return condition_of(views, config, callback.conditioner, torch.Generator().manual_seed(seed))[0]
+        return condition_of(views, config.condition, callback.conditioner, torch.Generator().manual_seed(seed))[0]
 
     assert context(0).shape[1] == 4
     with torch.no_grad():
@@ -146,7 +145,7 @@ def test_the_augmented_view_spans_what_a_normalised_picture_spans():
 def test_a_picture_is_restored_at_the_size_that_is_asked_for(tmp_path):
     """DCR restores 224 pixels with a generator of 512."""
     folder = str(tiny_sd_folder(tmp_path / "sd"))
-    callback = DiffusionFeedbackCallback(FeedbackConfig(**{**CONFIG, "denoiser": folder, "image_size": 8}))
+    callback = DiffusionFeedbackCallback(feedback_config(diffusion_model={"path": folder, "image_size": 8}))
 
     callback.attach(*tiny_llava())
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from deem_plugin.feedback import DiffusionFeedbackCallback, DiffusionModel, FeedbackConfig, PixelCodec
+from deem_plugin.feedback import DiffusionFeedbackCallback, DiffusionModel, ObjectiveConfig, PixelCodec, RossConfig
 from deem_plugin.feedback.checkpoint import load_conditioner
 from deem_plugin.feedback.diffusion_model import Autoencoder, load_autoencoder
 from deem_plugin.feedback.token_denoiser import TokenDenoiser
@@ -11,8 +11,7 @@ from deem_plugin.feedback.token_denoiser import TokenDenoiser
 from ..tiny import tiny_llava, tiny_sd_folder
 from .helpers import begin_step, collate, mean_loss, relative_difference, samples, train
 
-CONFIG = {"denoiser": "not-read", "source": "llm", "token_cells": 2, "weight": 50.0}
-SHAPE = {"resampler_dim": 16, "resampler_layers": 1, "resampler_heads": 2}
+CONFIG = {"weight": 50.0, "width": 16, "layers": 1, "heads": 2}
 
 
 class KeyedNoise(DiffusionFeedbackCallback):
@@ -42,7 +41,8 @@ class _Keyed:
 
 
 def callback_for(**settings):
-    return KeyedNoise(FeedbackConfig(**{**CONFIG, **SHAPE, **settings}), Autoencoder(PixelCodec()))
+    objective = ObjectiveConfig(**settings.pop("objective", {}))
+    return KeyedNoise(RossConfig(objective=objective, **{**CONFIG, **settings}), Autoencoder(PixelCodec()))
 
 
 def per_image(callback, batch):
@@ -149,7 +149,7 @@ def test_it_is_saved_beside_the_model_and_resumed(tmp_path):
     trainer, _ = train(tmp_path, callback)
 
     loaded, settings = load_conditioner(tmp_path)
-    assert isinstance(loaded, TokenDenoiser) and settings["source"] == "llm"
+    assert isinstance(loaded, TokenDenoiser) and settings == callback.config
     trained = callback.conditioner.state_dict()
     assert all(torch.equal(value, trained[name]) for name, value in loaded.state_dict().items())
     trainer.model.save_pretrained(tmp_path / "saved")
@@ -172,6 +172,20 @@ def test_of_a_generator_the_autoencoder_alone_is_read(tmp_path):
     assert autoencoder.encode(torch.rand(1, 3, 32, 32)).shape[-2:] == (8, 16)
 
 
-def test_settings_of_the_tower_mean_nothing_here():
-    with pytest.raises(ValueError, match=r"\['condition', 'anchor_weight'\] mean nothing there"):
-        FeedbackConfig(**CONFIG, condition="cls", anchor_weight=1.0)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weight": float("inf")}, "`weight` must be a finite number"),
+        ({"token_cells": 0}, "`token_cells` must be at least 1, got 0"),
+        ({"width": 10, "heads": 3}, r"`width` \(10\) must be a multiple of `heads` \(3\)"),
+        ({"objective": ObjectiveConfig("contrastive")}, "`objective.kind` must be one of mse, got 'contrastive'"),
+    ],
+)
+def test_wrong_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        RossConfig(**settings)
+
+
+def test_a_model_to_load_must_be_named():
+    with pytest.raises(ValueError, match="set `autoencoder` to a folder"):
+        DiffusionFeedbackCallback(RossConfig())

@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from deem_plugin.feedback import DiffusionFeedbackCallback, DiffusionModel, FeedbackConfig, load_diffusion_model
+from deem_plugin.feedback import DiffusionFeedbackCallback, DiffusionModel, load_diffusion_model
 from deem_plugin.feedback.latent_cache import LatentCache, LatentWriter, fingerprint, picture_keys
 from deem_plugin.feedback.objectives import unnormalize
 
 from ..tiny import tiny_llava, tiny_sd_folder, tiny_vae
-from .helpers import CONFIG, collate, pixel_generator, samples, train
+from .helpers import collate, feedback_config, pixel_generator, samples, train
 from .tiny_generators import save_generator
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +47,7 @@ def fill(folder, generator, given, shard_entries=256):
 
 
 def callback(sd, **settings):
-    return DiffusionFeedbackCallback(FeedbackConfig(**{**CONFIG, "denoiser": str(sd), **settings}))
+    return DiffusionFeedbackCallback(feedback_config(diffusion_model={"path": str(sd), **settings}))
 
 
 def test_cached_and_uncached_training_agree_step_by_step(sd, generator, tmp_path):

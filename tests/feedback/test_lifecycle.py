@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration, Trainer, TrainerCallback
 
-from deem_plugin.feedback import DiffusionFeedbackCallback, FeedbackConfig, load_conditioner, save_conditioner
+from deem_plugin.feedback import DiffusionFeedbackCallback, load_conditioner, save_conditioner
 from deem_plugin.feedback.checkpoint import FILE_NAME
 from deem_plugin.training.checkpoint import last_complete_checkpoint
 
 from ..tiny import tiny_llava
-from .helpers import CONFIG, pixel_generator, relative_difference, samples
+from .helpers import feedback_config, pixel_generator, relative_difference, samples
 from .runs import UndrawnFeedback, hooks_of, is_of_transformers, logged, make_trainer, run, undrawn_callback
 
 EXACT = 1e-5
@@ -31,8 +31,8 @@ def state_of(model):
 
 @pytest.fixture
 def other_conditioner(tmp_path):
-    """The folder of a conditioner of other settings than `CONFIG`."""
-    callback = undrawn_callback(num_queries=5)
+    """The folder of a conditioner of other settings than the other tests'."""
+    callback = undrawn_callback(condition={"num_queries": 5})
     callback.attach(*tiny_llava())
     (tmp_path / "other").mkdir()
     save_conditioner(callback.conditioner, callback.config, tmp_path / "other")
@@ -71,7 +71,7 @@ def test_an_attach_without_a_processor_can_be_repeated_with_one():
 
 def test_a_second_callback_on_a_model_is_refused(tmp_path):
     model, processor = tiny_llava()
-    first, second = undrawn_callback(), undrawn_callback(num_queries=3)
+    first, second = undrawn_callback(), undrawn_callback(condition={"num_queries": 3})
     first.attach(model, processor)
     before = state_of(model)
 
@@ -86,7 +86,7 @@ def test_a_second_callback_on_a_model_is_refused(tmp_path):
 
 def test_two_callbacks_in_one_trainer_are_refused(tmp_path):
     with pytest.raises(ValueError, match="another DiffusionFeedbackCallback"):
-        make_trainer(tmp_path, undrawn_callback(), callbacks=[undrawn_callback(num_queries=3)])
+        make_trainer(tmp_path, undrawn_callback(), callbacks=[undrawn_callback(condition={"num_queries": 3})])
 
 
 def test_a_callback_for_a_second_model_is_refused(tmp_path):
@@ -444,7 +444,7 @@ class KilledCallback(DiffusionFeedbackCallback):
 
 
 def test_a_checkpoint_without_its_conditioner_is_not_complete(tmp_path):
-    callback = KilledCallback(FeedbackConfig(**CONFIG), pixel_generator())
+    callback = KilledCallback(feedback_config(), pixel_generator())
 
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, callback, max_steps=3, save_strategy="steps", save_steps=1)
@@ -521,7 +521,7 @@ def test_no_tracker_is_made_where_none_is_asked_for(tmp_path):
 
 def evaluated(folder, eval_dataset, **settings):
     """Trains with in_eval and a feedback that draws its noise."""
-    callback = DiffusionFeedbackCallback(FeedbackConfig(**CONFIG, in_eval=True), pixel_generator())
+    callback = DiffusionFeedbackCallback(feedback_config(in_eval=True), pixel_generator())
     steps = {"eval_strategy": "steps", "eval_steps": 1, **settings}
     return run(folder, callback, eval_dataset=eval_dataset, **steps)[0]
 
@@ -543,7 +543,7 @@ def test_each_evaluation_set_has_a_feedback_loss_of_its_own(tmp_path):
 def test_an_evaluation_by_hand_under_another_name_is_logged_and_leaves_nothing(tmp_path):
     _, processor = tiny_llava()
     rows = samples(processor, 8)
-    callback = DiffusionFeedbackCallback(FeedbackConfig(**CONFIG, in_eval=True), pixel_generator())
+    callback = DiffusionFeedbackCallback(feedback_config(in_eval=True), pixel_generator())
     trainer, _ = make_trainer(tmp_path, callback, prediction_loss_only=True)
 
     trainer.evaluate(rows[:4])
@@ -580,7 +580,7 @@ def test_evaluation_leaves_the_training_as_it_is(tmp_path):
     _, processor = tiny_llava()
 
     def trained(**settings):
-        callback = DiffusionFeedbackCallback(FeedbackConfig(**CONFIG, in_eval=True), pixel_generator())
+        callback = DiffusionFeedbackCallback(feedback_config(in_eval=True), pixel_generator())
         return run(tmp_path, callback, max_steps=3, **settings)
 
     plain, expected = trained()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from deem_plugin.feedback import DiffusionFeedback, DiffusionFeedbackCallback, FeedbackConfig
+from deem_plugin.feedback import DiffusionFeedback, DiffusionFeedbackCallback
 from deem_plugin.feedback.anchor import Anchor
 from deem_plugin.feedback.checkpoint import load_conditioner
 from deem_plugin.feedback.hook import TowerSource
@@ -13,18 +13,18 @@ from deem_plugin.feedback.state import StepState
 from deem_plugin.vision.eyes import Eyes
 
 from ..tiny import tiny_llava, tiny_sd_folder, tiny_text_encoder
-from .helpers import CONFIG, CONTEXT_DIM, collate, pixel_generator, relative_difference, samples, train
+from .helpers import CONTEXT_DIM, collate, feedback_config, pixel_generator, relative_difference, samples, train
 
 
 def callback_for(**settings):
     """A callback on the pixel generator, with the head of its conditioner drawn loud."""
-    callback = DiffusionFeedbackCallback(FeedbackConfig(**{**CONFIG, **settings}), pixel_generator())
+    callback = DiffusionFeedbackCallback(feedback_config(**settings), pixel_generator())
     attach = callback.attach
 
     def loudly(model, processing_class=None, **options):
         attached = callback.hook is not None
         attach(model, processing_class, **options)
-        if not attached and not callback.config.condition == "cls":
+        if not attached and callback.config.condition.kind != "cls":
             torch.nn.init.normal_(callback.conditioner.head.weight, generator=torch.Generator().manual_seed(1))
 
     callback.attach = loudly
@@ -34,15 +34,15 @@ def callback_for(**settings):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"condition": "patches"},
-        {"condition": "cls"},
-        {"condition": "cls+patches", "num_patches": 3},
-        {"draws_per_image": 3},
-        {"loss_weighting": "min_snr"},
-        {"objective": "contrastive"},
-        {"objective": "contrastive", "num_negatives": 1, "official_defects": True},
+        {"condition": {"kind": "patches"}},
+        {"condition": {"kind": "cls"}},
+        {"condition": {"kind": "cls+patches", "num_patches": 3}},
+        {"objective": {"draws_per_image": 3}},
+        {"objective": {"loss_weighting": "min_snr"}},
+        {"objective": {"kind": "contrastive"}},
+        {"objective": {"kind": "contrastive", "num_negatives": 1, "official_defects": True}},
     ],
-    ids=lambda settings: "-".join(str(value) for value in settings.values()),
+    ids=lambda settings: "-".join(str(value) for part in settings.values() for value in part.values()),
 )
 def test_the_tower_of_a_vlm_learns_under_every_choice(settings, tmp_path):
     callback = callback_for(**settings)
@@ -103,7 +103,7 @@ def test_the_anchor_is_logged_and_no_part_of_the_model(tmp_path):
 
 
 def test_stage_one_trains_the_conditioner_alone_and_stage_two_goes_on_with_it(tmp_path):
-    callback = callback_for(conditioner_only=True, condition="cls")
+    callback = callback_for(conditioner_only=True, condition={"kind": "cls"})
     model, _ = tiny_llava()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for name, parameter in model.named_parameters():
@@ -116,7 +116,7 @@ def test_stage_one_trains_the_conditioner_alone_and_stage_two_goes_on_with_it(tm
     after = model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items() if "lm_head" not in name)
     second = DiffusionFeedbackCallback(
-        FeedbackConfig(**CONFIG, condition="cls", conditioner=str(tmp_path)), pixel_generator()
+        feedback_config(condition={"kind": "cls"}, conditioner=str(tmp_path)), pixel_generator()
     )
     second.attach(*tiny_llava())
     learned = load_conditioner(tmp_path)[0].state_dict()
@@ -125,7 +125,8 @@ def test_stage_one_trains_the_conditioner_alone_and_stage_two_goes_on_with_it(tm
 
 def test_a_prompt_is_asked_of_the_generators_own_encoder_once(tmp_path):
     folder = tiny_text_encoder(tiny_sd_folder(tmp_path / "sd"))
-    config = FeedbackConfig(**{**CONFIG, "denoiser": str(folder)}, condition="cls", prompt="a photo of a .")
+    condition = {"kind": "cls", "prompt": "a photo of a ."}
+    config = feedback_config(diffusion_model={"path": str(folder)}, condition=condition)
     callback = DiffusionFeedbackCallback(config)
 
     callback.attach(*tiny_llava())
@@ -143,21 +144,24 @@ def test_a_prompt_is_asked_of_the_generators_own_encoder_once(tmp_path):
     ("settings", "message"),
     [
         (
-            {"condition": "tokens"},
-            "`condition` must be one of queries, queries\\+dense, patches, cls, cls\\+patches, got 'tokens'",
+            {"condition": {"kind": "tokens"}},
+            "`condition.kind` must be one of queries, queries\\+dense, patches, cls, cls\\+patches, got 'tokens'",
         ),
-        ({"num_patches": 4}, "`num_patches` belongs to `condition: cls\\+patches`, and `condition` is 'queries'"),
-        ({"num_negatives": 4}, "`num_negatives` belongs to `objective: contrastive`"),
-        ({"official_defects": True}, "`official_defects` belongs to `objective: contrastive`"),
-        ({"objective": "contrastive", "draws_per_image": 2}, "draws once an image"),
-        ({"draws_per_image": 0}, "`draws_per_image` must be at least 1, got 0"),
+        (
+            {"condition": {"num_patches": 4}},
+            "`num_patches` belongs to `condition.kind: cls\\+patches`, and `condition.kind` is 'queries'",
+        ),
+        ({"objective": {"num_negatives": 4}}, "`num_negatives` belongs to `objective.kind: contrastive`"),
+        ({"objective": {"official_defects": True}}, "`official_defects` belongs to `objective.kind: contrastive`"),
+        ({"objective": {"kind": "contrastive", "draws_per_image": 2}}, "draws once an image"),
+        ({"objective": {"draws_per_image": 0}}, "`draws_per_image` must be at least 1, got 0"),
         ({"anchor_weight": -1.0}, "`anchor_weight` must be a finite number, zero or positive, got -1.0"),
         ({"conditioner_only": True, "anchor_weight": 1.0}, "A frozen tower cannot drift"),
     ],
 )
 def test_settings_that_contradict_each_other_are_errors(settings, message):
     with pytest.raises(ValueError, match=message):
-        FeedbackConfig(denoiser="x", **settings)
+        feedback_config(**settings)
 
 
 def test_normalisation_and_its_inverse_come_from_the_same_statistics():

@@ -2,17 +2,25 @@
 
 from pathlib import Path
 
-# Settings of a feedback small enough for a test.
-TINY_FEEDBACK = [
-    "feedback.num_queries=4",
-    "feedback.resampler_dim=16",
-    "feedback.resampler_heads=2",
-    "feedback.image_size=null",
-]
+# Settings of a feedback small enough for a test, by the section of the recipe that has it.
+TINY_FEEDBACK = {
+    "feedback": [
+        "feedback.diffusion_model.path={sd}",
+        "feedback.diffusion_model.dtype=float32",
+        "feedback.diffusion_model.image_size=null",
+        "feedback.condition.num_queries=4",
+        "feedback.condition.resampler_dim=16",
+        "feedback.condition.resampler_heads=2",
+    ],
+    "ross": ["ross.autoencoder={sd}", "ross.width=16", "ross.layers=1", "ross.heads=2"],
+}
 
 
-def tiny_overrides(parts: Path, out: Path, feedback: bool = True, **settings) -> list[str]:
-    """Returns overrides that put the tiny parts in place of a recipe's big ones, for two steps on a CPU."""
+def tiny_overrides(parts: Path, out: Path, feedback: str | None = "feedback", **settings) -> list[str]:
+    """
+    Returns overrides that put the tiny parts in place of a recipe's big ones, for two steps on a CPU; `feedback` is
+    the recipe's section of that kind.
+    """
     training = {
         "output_dir": out,
         "max_steps": 2,
@@ -31,6 +39,5 @@ def tiny_overrides(parts: Path, out: Path, feedback: bool = True, **settings) ->
     overrides = [f"training.{key}={value}" for key, value in training.items()]
     overrides += [f"data.path={parts / 'data.json'}", f"data.image_dir={parts / 'images'}"]
     overrides += [f"data.cache_dir={parts / 'cache'}", "model.dtype=float32"]
-    if feedback:
-        overrides += [f"feedback.denoiser={parts / 'sd'}", "feedback.dtype=float32", *TINY_FEEDBACK]
+    overrides += [setting.format(sd=parts / "sd") for setting in TINY_FEEDBACK.get(feedback, ())]
     return overrides + [f"{key.replace('__', '.')}={value}" for key, value in settings.items()]

@@ -31,7 +31,7 @@ def losses(out):
 
 @pytest.mark.parametrize("make", [recipe, encoder_recipe])
 def test_a_recipe_trains_from_its_cache_as_without(parts, tmp_path, make):
-    settings = {"training__max_steps": 3, "feedback__latent_cache": tmp_path / "cache"}
+    settings = {"training__max_steps": 3, "feedback__diffusion_model__latent_cache": tmp_path / "cache"}
     cache_latents(make(parts, tmp_path / "fill", **settings), batch_size=3)
     train(make(parts, tmp_path / "plain", training__max_steps=3))
     train(make(parts, tmp_path / "cached", **settings))
@@ -42,7 +42,7 @@ def test_a_recipe_trains_from_its_cache_as_without(parts, tmp_path, make):
 
 
 def test_a_second_filling_finds_all_there(parts, tmp_path):
-    given = recipe(parts, tmp_path, feedback__latent_cache=tmp_path / "cache")
+    given = recipe(parts, tmp_path, feedback__diffusion_model__latent_cache=tmp_path / "cache")
 
     first, second = cache_latents(given, batch_size=4), cache_latents(given, batch_size=5)
 
@@ -53,7 +53,7 @@ def test_a_second_filling_finds_all_there(parts, tmp_path):
 def test_an_interrupted_filling_keeps_what_it_had_and_goes_on(parts, tmp_path, monkeypatch):
     from deem_plugin.feedback import VaeCodec
 
-    given = recipe(parts, tmp_path, feedback__latent_cache=tmp_path / "cache")
+    given = recipe(parts, tmp_path, feedback__diffusion_model__latent_cache=tmp_path / "cache")
     with monkeypatch.context() as patch:
         calls, posterior = [], VaeCodec.posterior
 
@@ -72,7 +72,7 @@ def test_an_interrupted_filling_keeps_what_it_had_and_goes_on(parts, tmp_path, m
 
 
 def test_a_picture_that_was_never_cached_stops_the_run(parts, tmp_path):
-    settings = {"feedback__latent_cache": tmp_path / "cache"}
+    settings = {"feedback__diffusion_model__latent_cache": tmp_path / "cache"}
     cache_latents(recipe(parts, tmp_path, **settings))
 
     with pytest.raises(ValueError, match="is not among the 12 in the latent cache .*deem cache-latents RECIPE"):
@@ -84,7 +84,7 @@ def test_the_command_reports_counts_and_asks_for_a_folder(parts, tmp_path, capsy
     assert main(["cache-latents", "tiny-tune", *given]) == 1
     assert "names no cache to fill" in capsys.readouterr().err
 
-    folder = f"feedback.latent_cache={tmp_path / 'cache'}"
+    folder = f"feedback.diffusion_model.latent_cache={tmp_path / 'cache'}"
     assert main(["cache-latents", "tiny-tune", *given, folder, "--batch-size", "8"]) == 0
     printed = capsys.readouterr().out
     assert "12 pictures encoded, 0 were already there, 0 were duplicates." in printed
@@ -94,6 +94,8 @@ def test_the_command_reports_counts_and_asks_for_a_folder(parts, tmp_path, capsy
 def test_a_recipe_with_a_cache_can_be_planned(parts, tmp_path):
     from deem_plugin.training.skeleton import build_skeleton
 
-    skeleton = build_skeleton(recipe(parts, tmp_path, feedback__latent_cache=tmp_path / "not-filled-yet"))
+    skeleton = build_skeleton(
+        recipe(parts, tmp_path, feedback__diffusion_model__latent_cache=tmp_path / "not-filled-yet")
+    )
 
     assert skeleton.generator.latent_cache is None

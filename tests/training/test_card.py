@@ -14,7 +14,7 @@ def recipe(denoiser, source="org/vlm"):
     sections = {
         "model": {"model": source, "freeze": ["language_model"]},
         "data": {"path": "questions.json"},
-        "feedback": {"denoiser": denoiser, "weight": 3.0},
+        "feedback": {"diffusion_model": {"path": denoiser}, "weight": 3.0},
         "training": {"max_steps": 9, "use_cpu": True, "output_dir": "/secret/place"},
     }
     return build_recipe("mine", sections)
@@ -31,7 +31,7 @@ def test_a_card_tells_provenance_losses_and_the_recipe(tmp_path):
     assert "Its licence: openrail++." in card.text and "| feedback_loss | 1 | 0.5 |" in card.text
     sections = yaml.safe_load(card.text.split("```yaml")[1].split("```")[0])
     assert sections["model"] == {"model": "org/vlm", "freeze": ["language_model"]}
-    assert sections["feedback"] == {"denoiser": str(tmp_path / "sd"), "weight": 3.0}
+    assert sections["feedback"] == {"diffusion_model": {"path": str(tmp_path / "sd")}, "weight": 3.0}
     assert sections["training"]["max_steps"] == 9 and "/secret/place" not in card.text
 
 
@@ -51,7 +51,7 @@ def test_the_card_of_an_interleaved_model_says_how_it_is_loaded_and_names_its_da
 
     text = ModelCard.load(write_card(tmp_path, build_recipe("mine", sections), LOG)).text
 
-    assert named in text and "judged it and is not part of it" in text and "CreativeML OpenRAIL-M" in text
+    assert named in text and "gave the feedback and is not part of it" in text and "CreativeML OpenRAIL-M" in text
     assert "import deem_plugin.models" in text and "without any generator" in text
     assert yaml.safe_load(text.rsplit("```yaml", 1)[1].split("```")[0])["data"].keys() == data.keys()
 
@@ -65,7 +65,7 @@ def test_the_card_of_a_later_stage_names_the_generators_of_the_earlier_ones(tmp_
 
     text = ModelCard.load(tmp_path / "two" / "README.md").text
 
-    assert "The frozen generator `org/sd` judged it" in text and "CreativeML OpenRAIL-M" in text
+    assert "The frozen diffusion model `org/sd` gave the feedback" in text and "CreativeML OpenRAIL-M" in text
 
 
 def test_a_local_folder_is_no_base_model_of_the_hub(tmp_path):

@@ -26,7 +26,7 @@ def overrides(parts, out, **settings):
         "generator.config={patch_size: 2, num_layers: 1, num_attention_heads: 2, attention_head_dim: 8, "
         "joint_attention_dim: 16, caption_projection_dim: 16, pooled_projection_dim: 8, pos_embed_max_size: 4}",
     ]
-    return [*small, *tiny_overrides(parts, out, feedback=False, **settings)]
+    return [*small, *tiny_overrides(parts, out, feedback=None, **settings)]
 
 
 def losses(folder):
@@ -46,7 +46,7 @@ def test_it_learns_and_loads_as_any_generator_and_the_encoder_stays(parts, tmp_p
     assert generator.image_size == 8 and generator.denoiser.vector_dim == 8
     assert not any(parameter.requires_grad for parameter in generator.denoiser.model.parameters())
     conditioner, settings = load_conditioner(final)
-    assert settings["denoiser"] == str(final) and conditioner.arguments["vector_dim"] == 8
+    assert settings.diffusion_model.path == str(final) and conditioner.arguments["vector_dim"] == 8
     after = load_file(parts / "clip" / "model.safetensors")
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert sorted(path.name for path in final.iterdir()) == [
@@ -60,7 +60,7 @@ def test_it_learns_and_loads_as_any_generator_and_the_encoder_stays(parts, tmp_p
 def test_an_encoder_trains_with_it_in_the_second_stage(parts, tmp_path):
     first = train_denoiser(load_recipe("tiny-generator", overrides(parts, tmp_path / "first")))
     stage = {"model__encoder": parts / "clip", "data__path": parts / "images"}
-    stage |= {"feedback__denoiser": first, "feedback__conditioner": first, "model__lora_r": 2}
+    stage |= {"feedback__diffusion_model__path": first, "feedback__conditioner": first, "model__lora_r": 2}
     second = tiny_overrides(parts, tmp_path / "second", **stage, training__learning_rate=0.1)
 
     final = train(load_recipe("genhancer", second))
@@ -110,7 +110,7 @@ def test_genhancers_network_has_the_published_size():
         ({"generator__network": "Unet"}, "`generator.network` must be one of UNet2DConditionModel"),
         ({"generator__config": "{widht: 3}"}, "names \\['widht'\\], which a SD3Transformer2DModel does not know"),
         ({"generator__config": "{in_channels: 5}"}, "of 5 channels, but its autoencoder's latents have 3"),
-        ({"feedback__objective": "contrastive"}, "trained by its denoising error on the tower's tokens alone"),
+        ({"feedback__objective__kind": "contrastive"}, "trained by its denoising error on the tower's tokens alone"),
     ],
 )
 def test_what_makes_no_generator_is_an_error(settings, message, parts, tmp_path):

@@ -40,8 +40,8 @@ def test_two_processes_train_with_feedback_and_save_once(parts, tmp_path, lora):
 @pytest.mark.slow
 def test_two_processes_take_the_steps_that_one_takes_with_twice_the_batch(parts, tmp_path):
     settings = {"model__model": parts / "llava", "data__cache_dir": tmp_path / "cache", "training__optim": "sgd"}
-    one = tiny_overrides(parts, tmp_path / "one", feedback=False, **settings, training__per_device_train_batch_size=4)
-    two = tiny_overrides(parts, tmp_path / "two", feedback=False, **settings, training__per_device_train_batch_size=2)
+    one = tiny_overrides(parts, tmp_path / "one", feedback=None, **settings, training__per_device_train_batch_size=4)
+    two = tiny_overrides(parts, tmp_path / "two", feedback=None, **settings, training__per_device_train_batch_size=2)
 
     single = load_file(train(load_recipe("tiny-tune", [*one, "feedback=null"])) / "model.safetensors")
     torchrun([*two, "feedback=null"])

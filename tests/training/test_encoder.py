@@ -49,7 +49,9 @@ def recipe_for(name, parts, out, **settings):
 def test_diva_trains_the_whole_vision_side_and_no_text(parts, tmp_path):
     before = load_file(parts / "clip" / "model.safetensors")
 
-    final = train(recipe_for("diva", parts, tmp_path, feedback__num_patches=7, training__learning_rate=10.0))
+    final = train(
+        recipe_for("diva", parts, tmp_path, feedback__condition__num_patches=7, training__learning_rate=10.0)
+    )
 
     after = load_file(final / "model.safetensors")
     moved = {name for name, value in before.items() if not torch.equal(after[name], value)}
@@ -71,7 +73,7 @@ def test_in_stage_two_the_adapters_learn_and_nothing_else_moves(name, parts, tmp
 
     monkeypatch.setattr(DiffusionFeedbackCallback, "attach", watched)
     monkeypatch.setattr(DiffusionFeedbackCallback, "on_pre_optimizer_step", probe.on_pre_optimizer_step)
-    settings = {"feedback__conditioner": "null", "feedback__prompt": "null", "training__learning_rate": 0.1}
+    settings = {"feedback__conditioner": "null", "feedback__condition__prompt": "null", "training__learning_rate": 0.1}
     final = train(recipe_for(name, parts, tmp_path, **settings, training__max_steps=2))
 
     # The first step leaves A without a gradient of any size, since B starts at zero.

@@ -36,14 +36,21 @@ def overflowing(parts, tmp_path, request):
 
 def test_a_run_on_an_autoencoder_that_overflows_stops_and_leaves_no_result(parts, tmp_path, overflowing):
     with pytest.raises(RuntimeError, match="pictures was not finite"):
-        train(recipe(parts, tmp_path / "out", feedback__denoiser=overflowing, training__max_steps=4))
+        train(recipe(parts, tmp_path / "out", feedback__diffusion_model__path=overflowing, training__max_steps=4))
 
     assert not (tmp_path / "out/final").exists()
 
 
 def test_latents_that_are_not_finite_are_not_kept(parts, tmp_path, overflowing):
     with pytest.raises(ValueError, match="not finite"):
-        cache_latents(recipe(parts, tmp_path, feedback__denoiser=overflowing, feedback__latent_cache=tmp_path / "c"))
+        cache_latents(
+            recipe(
+                parts,
+                tmp_path,
+                feedback__diffusion_model__path=overflowing,
+                feedback__diffusion_model__latent_cache=tmp_path / "c",
+            )
+        )
 
     for file in (tmp_path / "c").rglob("*.safetensors"):
         with safe_open(file, framework="pt") as shard:

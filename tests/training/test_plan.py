@@ -26,7 +26,11 @@ RECIPES = {
     "full": ("tiny-tune", {"model__model": "llava"}, True),
     "frozen": ("tiny-tune", {"model__model": "llava", "model__freeze": "[language_model]"}, True),
     "checkpointing": ("tiny-tune", {"model__model": "llava", "training__activation_checkpointing": "true"}, True),
-    "bf16": ("tiny-tune", {"model__model": "llava", "training__bf16": "true", "feedback__dtype": "bfloat16"}, True),
+    "bf16": (
+        "tiny-tune",
+        {"model__model": "llava", "training__bf16": "true", "feedback__diffusion_model__dtype": "bfloat16"},
+        True,
+    ),
     "baseline": ("llava-1.5-7b-baseline", {"model__model": "llava", "model__learning_rates": "{}"}, False),
     "lora": ("llava-1.5-7b-feedback-lora", {"model__model": "llava", "model__lora_r": 2}, True),
     "mounted": ("tiny-tune", {"model__model": "llava", "model__vision_tower": "deem:{clip}"}, True),
@@ -57,7 +61,7 @@ def recipe_of(case, parts, out, data=None, **more):
     } | {key: value for key, value in settings.items() if not isinstance(value, str)}
     data = parts / "images" if case == "encoder" else data or parts / "data.json"
     training = {"data__path": data, "training__max_steps": 1, "training__save_strategy": "'no'", **more}
-    return load_recipe(name, tiny_overrides(parts, out, feedback, **{**settings, **training}))
+    return load_recipe(name, tiny_overrides(parts, out, "feedback" if feedback else None, **{**settings, **training}))
 
 
 class Probe(TrainerCallback):
@@ -141,7 +145,7 @@ def test_the_generator_is_counted_as_it_is_loaded(parts, tmp_path):
     recipe = recipe_of("bf16", parts, tmp_path)
     plan = make_plan(recipe, gpus=[1])
 
-    generator = load_diffusion_model(recipe.feedback.denoiser, "bfloat16")
+    generator = load_diffusion_model(recipe.feedback.diffusion_model.path, "bfloat16")
     networks = {"denoiser": generator.denoiser.model, "autoencoder": generator.codec.vae}
     for name, network in networks.items():
         assert plan.parameters[name] == [0, sum(p.numel() for p in network.parameters())]
@@ -162,7 +166,7 @@ def test_a_larger_batch_and_no_checkpointing_hold_more(parts, tmp_path):
 def test_the_7b_recipe_has_the_published_sizes_and_allocates_nothing(tmp_path):
     write_configs(tmp_path)
     overrides = [f"model.model={tmp_path / 'llava-1.5-7b'}"]
-    overrides += [f"feedback.denoiser={tmp_path / 'stable-diffusion-2-1-base'}", "training.bf16=false"]
+    overrides += [f"feedback.diffusion_model.path={tmp_path / 'stable-diffusion-2-1-base'}", "training.bf16=false"]
     recipe = load_recipe("llava-1.5-7b-feedback", [*overrides, "training.tf32=null"])
     before = resident_bytes()
 
@@ -189,7 +193,7 @@ def test_the_whole_plan_of_7b_takes_little_memory(tmp_path):
     write_configs(tmp_path)
     command = [sys.executable, "-c", WATCHED, "plan", "llava-1.5-7b-feedback"]
     command += [f"model.model={tmp_path / 'llava-1.5-7b'}"]
-    command += [f"feedback.denoiser={tmp_path / 'stable-diffusion-2-1-base'}"]
+    command += [f"feedback.diffusion_model.path={tmp_path / 'stable-diffusion-2-1-base'}"]
     command += ["--gpu", "a100-40", "--json", str(tmp_path / "plan.json")]
 
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -214,7 +218,7 @@ def test_a_language_model_needs_its_config_alone(parts, tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text((parts / name / "config.json").read_text())
     settings = {"model__language_model": tmp_path / "llama", "model__vision_tower": f"deem:{tmp_path / 'clip'}"}
-    overrides = tiny_overrides(parts, tmp_path / "out", feedback=False, **settings)
+    overrides = tiny_overrides(parts, tmp_path / "out", feedback=None, **settings)
 
     plan = make_plan(load_recipe("llava-1.5-7b-align", overrides), gpus=[1])
 
@@ -241,7 +245,7 @@ def test_an_optimizer_of_unknown_states_is_an_error(parts, tmp_path):
         make_plan(recipe)
 
 
-def tiny_command(parts, tmp_path, feedback=True, **settings):
+def tiny_command(parts, tmp_path, feedback="feedback", **settings):
     """Returns the overrides of a tiny recipe for the command."""
     return tiny_overrides(parts, tmp_path, feedback, model__model=parts / "llava", **settings)
 
@@ -281,7 +285,7 @@ def test_options_are_tried_until_one_fits(parts, tmp_path):
 
     text = main("tiny-tune", overrides, memory_gib=(context + 0.7 * beyond) / GIB, gpus=[1])
     assert "As it is it takes at least" in text and ", fits" in text
-    for setting in ("feedback.dtype=bfloat16", "activation_checkpointing=true"):
+    for setting in ("feedback.diffusion_model.dtype=bfloat16", "activation_checkpointing=true"):
         assert setting in text
     assert "lora_r" not in text
 
@@ -319,9 +323,9 @@ def test_what_saves_memory_in_the_generator_is_planned_as_it_works(parts, tmp_pa
 
     plain, lent, recomputed, reduced = (
         row(),
-        row(feedback__cpu_offload="true"),
-        row(feedback__gradient_checkpointing="true"),
-        row(feedback__quantization="bnb_4bit"),
+        row(feedback__diffusion_model__cpu_offload="true"),
+        row(feedback__diffusion_model__gradient_checkpointing="true"),
+        row(feedback__diffusion_model__quantization="bnb_4bit"),
     )
 
     memory = [plan.rows[0].memory for plan in (plain, lent, recomputed, reduced)]

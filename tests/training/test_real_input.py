@@ -86,7 +86,7 @@ def test_a_real_language_model_trains_on_photographs_and_is_evaluated(smollm2, p
         f"data.path={tmp_path / 'data.json'}",
         f"data.image_dir={photographs[0][1].parents[1]}",
         f"data.cache_dir={tmp_path / 'cache'}",
-        f"feedback.denoiser={tmp_path / 'sd'}",
+        f"feedback.diffusion_model.path={tmp_path / 'sd'}",
         *TINY_FEEDBACK,
         f"training.output_dir={tmp_path / 'out'}",
         "training.max_steps=3",

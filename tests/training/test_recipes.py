@@ -1,7 +1,10 @@
 import pytest
 
+from deem_plugin.feedback.config import DiffusionModelConfig, ObjectiveConfig, RossConfig
+from deem_plugin.settings import changed_settings
 from deem_plugin.training.recipes import build_recipe, list_recipes, load_recipe
 
+SECTIONS = {"model": {"model": "m"}, "data": {"path": "d"}}
 MINIMAL = "model: {model: m}\ndata: {path: d}\n"
 
 
@@ -17,12 +20,14 @@ def write(tmp_path):
 
 
 def test_a_recipe_is_read_from_its_sections(write):
-    text = MINIMAL + "feedback: {denoiser: sd, weight: 2}\ntraining: {learning_rate: 1e-5, max_steps: 7}\n"
+    text = (
+        MINIMAL + "feedback: {diffusion_model: {path: sd}, weight: 2}\ntraining: {learning_rate: 1e-5, max_steps: 7}\n"
+    )
 
     recipe = load_recipe(write(text))
 
     assert (recipe.name, recipe.model.model, recipe.data.path) == ("mine", "m", "d")
-    assert (recipe.feedback.denoiser, recipe.feedback.weight) == ("sd", 2.0)
+    assert (recipe.feedback.diffusion_model.path, recipe.feedback.weight) == ("sd", 2.0)
     assert (recipe.training.learning_rate, recipe.training.max_steps) == (1e-5, 7)
     assert recipe.training.output_dir == "runs/mine"
     assert recipe.training.remove_unused_columns is False
@@ -34,12 +39,32 @@ def test_no_feedback_section_means_no_feedback(write):
 
 
 def test_a_recipe_extends_another_key_by_key(write):
-    write(MINIMAL + "feedback: {denoiser: sd}\ntraining: {max_steps: 7, seed: 3}\n", "parent")
+    write(MINIMAL + "feedback: {weight: 2}\ntraining: {max_steps: 7, seed: 3}\n", "parent")
 
     recipe = load_recipe(write("extends: parent\nfeedback: null\ntraining: {max_steps: 9}\n"))
 
     assert recipe.feedback is None
     assert (recipe.training.max_steps, recipe.training.seed, recipe.model.model) == (9, 3, "m")
+
+
+def test_a_recipe_extends_the_parts_of_a_section_key_by_key_and_other_values_as_a_whole(write):
+    parent = "feedback: {diffusion_model: {path: sd, dtype: bfloat16}, objective: {draws_per_image: 2}}\n"
+    write(MINIMAL.replace("m}", "m, learning_rates: {a: 1e-3}}") + parent, "parent")
+    own = "model: {learning_rates: {b: 1e-4}}\nfeedback: {diffusion_model: {path: other}, objective: null}\n"
+
+    recipe = load_recipe(write("extends: parent\n" + own), ["feedback.diffusion_model.image_size=64"])
+
+    assert recipe.feedback.diffusion_model == DiffusionModelConfig("other", dtype="bfloat16", image_size=64)
+    assert recipe.feedback.objective == ObjectiveConfig()
+    assert recipe.model.learning_rates == {"b": 1e-4}
+
+
+def test_ross_has_a_section_of_its_own_whose_parts_keep_their_defaults(write):
+    recipe = load_recipe(write(MINIMAL + "ross: {autoencoder: sd, objective: {draws_per_image: 2}}\n"))
+
+    assert recipe.feedback == RossConfig("sd", objective=ObjectiveConfig("mse", "uniform", draws_per_image=2))
+    assert changed_settings(recipe.feedback) == {"autoencoder": "sd", "objective": {"draws_per_image": 2}}
+    assert build_recipe("again", {**SECTIONS, "ross": changed_settings(recipe.feedback)}).feedback == recipe.feedback
 
 
 def test_a_recipe_that_extends_itself_is_an_error(write):
@@ -50,15 +75,15 @@ def test_a_recipe_that_extends_itself_is_an_error(write):
 
 def test_overrides_are_yaml_values(write):
     overrides = ["model.freeze=[lm_head]", "model.learning_rates={vision_tower: 1e-6}", "data.max_length=12"]
-    overrides += ["feedback.denoiser=sd", "training.bf16=false"]
+    overrides += ["feedback.diffusion_model.path=sd", "training.bf16=false"]
 
     recipe = load_recipe(write(MINIMAL), overrides)
 
     assert recipe.model.freeze == ["lm_head"]
     assert recipe.model.learning_rates == {"vision_tower": 1e-6}
     assert recipe.data.max_length == 12
-    assert recipe.feedback.denoiser == "sd"
-    assert load_recipe(write(MINIMAL), ["feedback.denoiser=sd", "feedback=null"]).feedback is None
+    assert recipe.feedback.diffusion_model.path == "sd"
+    assert load_recipe(write(MINIMAL), ["feedback.weight=2", "feedback=null"]).feedback is None
 
 
 def test_a_chat_template_beside_the_recipe_is_found(write, tmp_path):
@@ -74,13 +99,34 @@ def test_a_chat_template_beside_the_recipe_is_found(write, tmp_path):
     [
         (
             ["feedback.wieght=3"],
-            "Unknown key in `feedback` 'wieght' .*did you mean 'weight'.*Choices: denoiser, source",
+            "Unknown key in `feedback` 'wieght' .*did you mean 'weight'.*Choices: diffusion_model, condition",
+        ),
+        (
+            ["feedback.diffusion_model.pth=x"],
+            "Unknown key in `feedback.diffusion_model` 'pth' in the recipe 'mine'; did you mean 'path'.*Choices: path",
+        ),
+        (["feedback.diffusion_model.path.x=1"], "Unknown key in `feedback.diffusion_model` 'path.x'.* mean 'path'"),
+        (["feedback.denoiser=x"], "Unknown key in `feedback` 'denoiser'"),
+        (
+            ["feedback.condition=cls"],
+            "`feedback.condition` must hold `key: value` lines with keys of kind, num_patches.*got 'cls'",
+        ),
+        (["feedback.condition.num_queries=many"], "`feedback.condition.num_queries` must be of kind int, got 'many'"),
+        (["feedback.objective.kind=mae"], "`objective.kind` must be one of mse, contrastive, got 'mae'"),
+        (["ross.autoencoder=x"], "sections `feedback` and `ross`, each of which is a feedback.*`feedback=null`"),
+        (
+            ["feedback=null", "ross.objective.draws_per_img=2"],
+            "Unknown key in `ross.objective` 'draws_per_img' .*'draws_per_image'",
+        ),
+        (
+            ["feedback=null", "ross.autoencoder=x", "model.model=null", "model.encoder=e"],
+            "`model.encoder: e` trains an encoder alone, and `ross` restores",
         ),
         (["training.learning_rat=3"], "Unknown key in `training` 'learning_rat' .*did you mean 'learning_rate'"),
         (["model.modle=x"], "Unknown key in `model` 'modle'.*did you mean 'model'"),
         (
             ["modle.model=x"],
-            "Unknown section 'modle'.*did you mean 'model'.*Choices: model, data, feedback, deem, generator, training",
+            "Unknown section 'modle'.*did you mean 'model'.*Choices: model, data, feedback, ross, deem, generator",
         ),
         (["max_steps=3"], "Cannot read the override 'max_steps=3'; expected `section.key=value`"),
         (["model.freeze"], "Cannot read the override 'model.freeze'"),
@@ -101,7 +147,7 @@ def test_a_chat_template_beside_the_recipe_is_found(write, tmp_path):
 )
 def test_wrong_settings_are_errors_that_say_what_is_expected(write, overrides, message):
     with pytest.raises(ValueError, match=message):
-        load_recipe(write(MINIMAL + "feedback: {denoiser: sd}\n"), overrides)
+        load_recipe(write(MINIMAL + "feedback: {diffusion_model: {path: sd}}\n"), overrides)
 
 
 def test_an_unknown_key_in_the_file_is_an_error(write):
@@ -133,7 +179,7 @@ def test_the_baseline_differs_from_the_feedback_recipe_by_the_feedback_alone():
 
 
 def test_recipes_can_be_built_without_a_file():
-    assert build_recipe("name", {"model": {"model": "m"}, "data": {"path": "d"}}).training.output_dir == "runs/name"
+    assert build_recipe("name", SECTIONS).training.output_dir == "runs/name"
 
 
 def test_every_shipped_recipe_explains_itself():

@@ -46,13 +46,15 @@ def recipe_for(name, parts, out, **settings):
         stand_ins[key] = value.format(parts=parts) if "{" in value else parts / value
     if name in ENCODERS:
         # Compiling takes a minute and quantizing a package: tests/feedback/test_economy.py has them.
-        without = dict.fromkeys(("feedback__conditioner", "feedback__quantization"), "null")
-        settings = {**without, "feedback__compile_denoiser": "false", **settings}
+        without = dict.fromkeys(("feedback__conditioner", "feedback__diffusion_model__quantization"), "null")
+        settings = {**without, "feedback__diffusion_model__compile": "false", **settings}
         if name.startswith("diva"):
-            settings["feedback__num_patches"] = 7  # with the class token as many as the tiny text encoder's states
+            # With the class token as many as the tiny text encoder's states.
+            settings["feedback__condition__num_patches"] = 7
     if name.endswith("-lora"):
         stand_ins |= {"model__lora_r": 2, "model__lora_alpha": 4}
-    overrides = tiny_overrides(parts, out, name not in WITHOUT_FEEDBACK, **{**stand_ins, **settings})
+    section = "ross" if name.startswith("ross") else None if name in WITHOUT_FEEDBACK else "feedback"
+    overrides = tiny_overrides(parts, out, section, **{**stand_ins, **settings})
     return load_recipe(name, overrides)
 
 
@@ -266,7 +268,7 @@ def test_a_second_stage_goes_on_with_the_conditioner_of_the_first(parts, tmp_pat
 
 def test_a_conditioner_of_other_settings_is_an_error_with_the_remedy(parts, tmp_path):
     first = train(recipe_for("tiny-align", parts, tmp_path / "first"))
-    other = recipe_for("tiny-tune", parts, tmp_path / "second", model__model=first, feedback__num_queries=3)
+    other = recipe_for("tiny-tune", parts, tmp_path / "second", model__model=first, feedback__condition__num_queries=3)
     with pytest.raises(ValueError, match="move the file feedback.safetensors"):
         train(other)
 
@@ -299,7 +301,7 @@ def test_without_feedback_the_data_and_the_new_weights_are_the_same(parts, tmp_p
 def test_an_encoder_with_lora_is_saved_merged_and_keeps_its_text_tower(parts, tmp_path):
     before = weights(parts / "clip")
 
-    final = train(recipe_for("dcr", parts, tmp_path, training__learning_rate=0.1, feedback__prompt="null"))
+    final = train(recipe_for("dcr", parts, tmp_path, training__learning_rate=0.1, feedback__condition__prompt="null"))
 
     after = weights(final)
     assert set(before) == set(after) and (final / "adapter" / "adapter_model.safetensors").is_file()

@@ -153,7 +153,7 @@ class Lumina2Denoiser(FlowDenoiser):
         if context.shape[1] > longest:
             raise ValueError(
                 f"The context has {context.shape[1]} tokens, but this Lumina 2 has positions for {longest} at most. "
-                f"Set `feedback.num_queries` to {longest} or less."
+                f"Set `feedback.condition.num_queries` to {longest} or less."
             )
         everything = torch.ones(context.shape[:2], dtype=torch.bool, device=context.device)
         return -self.model(
