@@ -5,6 +5,7 @@ import difflib
 import types
 import typing
 from collections.abc import Iterable
+from dataclasses import fields
 from functools import cache
 from typing import Any
 
@@ -63,7 +64,7 @@ def changed_settings(settings: Any, defaults: Any = None) -> dict:
         defaults (*optional*): Another of its class to compare with, in place of the defaults of its fields.
     """
     changed = {}
-    for item in dataclasses.fields(settings):
+    for item in fields(settings):
         default = default_of(item) if defaults is None else getattr(defaults, item.name)
         if (value := getattr(settings, item.name)) != default:
             changed[item.name] = changed_settings(value, default) if dataclasses.is_dataclass(value) else value
@@ -71,31 +72,33 @@ def changed_settings(settings: Any, defaults: Any = None) -> dict:
 
 
 def check_names(
-    given: Iterable[str], choices: Iterable[str], kind: str, origin: str, also: tuple[str, ...] = ()
+    given: Iterable[str], choices: Iterable[str], kind: str, origin: str, inner: Iterable[str] = ()
 ) -> None:
-    """Raises a `ValueError` on the first of `given` that is not among `choices`."""
+    """Raises a `ValueError` on the first of `given` that is not among `choices`; `inner` as in [`suggest`]."""
     choices = list(choices)
     for name in given:
         if name not in choices:
-            raise ValueError(f"Unknown {kind} {name!r} in {origin}{suggest(name, [*choices, *also])}.")
+            raise ValueError(f"Unknown {kind} {name!r} in {origin}{suggest(name, choices, inner)}.")
 
 
-def suggest(name: str, choices: list[str]) -> str:
-    """Returns the end of an error: the closest choices, and all of them."""
-    close = difflib.get_close_matches(str(name), choices, n=3)
+def suggest(name: str, choices: list[str], inner: Iterable[str] = ()) -> str:
+    """Returns the end of an error: the closest choices, dotted names of `inner` settings too, and all choices."""
+    last = {choice.rpartition(".")[2]: choice for choice in (*inner, *choices)}
+    close = [last[match] for match in difflib.get_close_matches(str(name), last, n=3)]
     hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
     return f"{hint} Choices: {', '.join(choices)}"
 
 
 def _checked(cls, values, name, origin, strict) -> dict:
     values = dict(values or {})
-    known = {item.name: item for item in dataclasses.fields(cls) if item.init}
-    check_names(values, known, f"key in `{name}`", origin)
+    known = {item.name: item for item in fields(cls) if item.init}
+    inner = [f"{key}.{item.name}" for key in known if (part := section_class(cls, key)) for item in fields(part)]
+    check_names(values, known, f"key in `{name}`", origin, inner)
     hints = _hints(cls)
     for key, value in values.items():
-        inner = section_class(cls, key)
-        if inner is not None:
-            values[key] = _section(inner, value, default_of(known[key]), f"{name}.{key}", origin, strict)
+        part = section_class(cls, key)
+        if part is not None:
+            values[key] = _section(part, value, default_of(known[key]), f"{name}.{key}", origin, strict)
             continue
         values[key] = _coerce(value, hints[key], f"{name}.{key}", strict)
         # YAML's `key:` with nothing behind it means the default, unless none is a value that the key can take.
@@ -109,7 +112,7 @@ def _section(cls, value, default, name, origin, strict) -> Any:
     if value is None or isinstance(value, cls):
         return default if value is None else value
     if not isinstance(value, dict):
-        keys = ", ".join(item.name for item in dataclasses.fields(cls))
+        keys = ", ".join(item.name for item in fields(cls))
         raise ValueError(f"`{name}` must hold `key: value` lines with keys of {keys}, got {value!r}.")
     return dataclasses.replace(default, **_checked(cls, value, name, origin, strict))
 

@@ -198,7 +198,7 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, dict | None]:
     if not isinstance(document, dict):
         raise ValueError(f"The recipe {path} must hold the sections {', '.join(SECTIONS)}, got {document!r}.")
     parent = document.pop("extends", None)
-    check_names(document, SECTIONS, "section", f"the recipe {path.stem!r}", also=("extends",))
+    check_names(document, SECTIONS, "section", f"the recipe {path.stem!r}", ("extends",))
     sections: dict[str, dict | None] = {}
     if parent is not None:
         beside = path.parent / f"{parent}.yaml"

@@ -106,7 +106,7 @@ def test_a_chat_template_beside_the_recipe_is_found(write, tmp_path):
             "Unknown key in `feedback.diffusion_model` 'pth' in the recipe 'mine'; did you mean 'path'.*Choices: path",
         ),
         (["feedback.diffusion_model.path.x=1"], "Unknown key in `feedback.diffusion_model` 'path.x'.* mean 'path'"),
-        (["feedback.denoiser=x"], "Unknown key in `feedback` 'denoiser'"),
+        (["feedback.latent_cach=x"], "'latent_cach' in the recipe.*did you mean 'diffusion_model.latent_cache'"),
         (
             ["feedback.condition=cls"],
             "`feedback.condition` must hold `key: value` lines with keys of kind, num_patches.*got 'cls'",
