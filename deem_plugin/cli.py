@@ -212,7 +212,9 @@ def _import_mmvp(arguments) -> int:
 def _reconstruct(arguments) -> int:
     from .feedback.reconstruction import reconstruct_files
 
-    reconstruct_files(arguments.checkpoint, arguments.images, arguments.out, arguments.denoiser, arguments.steps)
+    reconstruct_files(
+        arguments.checkpoint, arguments.images, arguments.out, arguments.diffusion_model, arguments.steps
+    )
     return 0
 
 
@@ -259,8 +261,8 @@ def _add_training(commands) -> None:
     train.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example training.max_steps=10")
     train.set_defaults(run=_train)
 
-    denoiser = commands.add_parser("train-denoiser", help="train a generator of your own, on images alone")
-    denoiser.add_argument("recipe", help="one with a section `generator`, such as genhancer-generator")
+    denoiser = commands.add_parser("train-denoiser", help="train a denoiser of your own, on images alone")
+    denoiser.add_argument("recipe", help="one with a section `denoiser`, such as genhancer-denoiser")
     denoiser.add_argument("overrides", nargs="*", metavar="section.key=value", help="as `deem train` takes them")
     denoiser.set_defaults(run=_train_denoiser)
 
@@ -355,11 +357,11 @@ def _add_data(commands) -> None:
 
 
 def _add_models(commands) -> None:
-    reconstruct = commands.add_parser("reconstruct", help="show what the generator sees in a checkpoint's tokens")
+    reconstruct = commands.add_parser("reconstruct", help="sample pictures from a checkpoint's visual tokens")
     reconstruct.add_argument("checkpoint", type=Path, help="folder of a VLM trained with feedback")
     reconstruct.add_argument("images", type=Path, nargs="+", help="picture files")
     reconstruct.add_argument("--out", type=Path, default=Path("out/reconstruction.png"))
-    reconstruct.add_argument("--denoiser", help="generator, when it is no longer where the training run had it")
+    reconstruct.add_argument("--diffusion-model", help="its folder, if it is no longer where the training run had it")
     reconstruct.add_argument("--steps", type=int, default=50, help="denoising steps")
     reconstruct.set_defaults(run=_reconstruct)
 

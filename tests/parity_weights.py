@@ -60,7 +60,8 @@ def tower_weights(state_dict: dict) -> dict:
     """
     State dict of a multi-scale `DeemVisionTower` from the official visual tokenizer (fixture F2).
 
-    What is not part of the tower is left out: the two heads `proj_i` and `proj_t`, and the generator (`encoder.*`).
+    What is not part of the tower is left out: the two heads `proj_i` and `proj_t`, and the diffusion model
+        (`encoder.*`).
     The position embedding is computed, not stored.
     """
     return _renamed_part(state_dict, "visual_tokenizer.", "vision_tower.")

@@ -230,7 +230,7 @@ def tiny_sd_folder(path: str | Path, context_dim: int = 16, prediction_type: str
 
 
 def tiny_text_encoder(folder: Path, context_dim: int = 16) -> Path:
-    """Adds a tiny CLIP text encoder of eight positions, with a tokenizer, to a generator's folder."""
+    """Adds a tiny CLIP text encoder of eight positions, with a tokenizer, to a diffusion model's folder."""
     words = ["<pad>", "</s>", "a", "photo", "of", "."]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

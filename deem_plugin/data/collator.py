@@ -204,7 +204,8 @@ class ImageCollator:
         crop_area (`float`, *optional*):
             Crops each picture at random to a square that keeps so much of its area at least, 0.9 in DIVA, GenHancer
             and DCR. By default the processor's own geometry.
-        target_size (`int`, *optional*): Also gives the crop itself with so many pixels a side, for the generator.
+        target_size (`int`, *optional*): Also gives the crop itself with so many pixels a side, for the diffusion
+            model.
     """
 
     def __init__(self, image_processor, crop_area: float | None = None, target_size: int | None = None):

@@ -16,7 +16,7 @@ SETTINGS_FILE = "settings.json"
 RESULTS_FOLDER = "evaluation"
 COMPARE_FOLDER = "compare"
 TOKENS_FILE = "tokens.json"
-PAINTED_FILE = "painted.safetensors"
+RECONSTRUCTED_FILE = "reconstructed.safetensors"
 # Precedes in an arm's log the name of what it does next.
 PHASE = "deem demo: "
 
@@ -88,17 +88,17 @@ def train_arm(folder: Path, name: str, settings: Settings) -> Path:
     from deem_plugin.training.run import train
 
     from .controls import CONTROLS
-    from .generator import shipped_generator
+    from .diffusion_model import shipped_diffusion_model
     from .methods import method_overrides, train_first_stage
 
     arm = ALL_ARMS[name]
     checkpoint = start = folder / START
-    chosen = [f"feedback.diffusion_model.path={shipped_generator()}"] if arm.feedback else ["feedback=null"]
+    chosen = [f"feedback.diffusion_model.path={shipped_diffusion_model()}"] if arm.feedback else ["feedback=null"]
     if arm.method is not None:
         _announce("first stage")
-        chosen = method_overrides(arm.method, shipped_generator())
+        chosen = method_overrides(arm.method, shipped_diffusion_model())
         chosen += train_first_stage(
-            arm.method, folder / name, start, shipped_generator(), settings.seed, settings.fast
+            arm.method, folder / name, start, shipped_diffusion_model(), settings.seed, settings.fast
         )
     for index, (stage, data) in enumerate(zip(STAGES, ("captions.json", "questions.json"), strict=True)):
         overrides = [
@@ -135,7 +135,7 @@ def run_arm(folder: Path, name: str):
     from deem_plugin.evaluation.run import evaluate
     from deem_plugin.feedback.diffusion_model import load_diffusion_model
 
-    from .generator import load_code, shipped_generator
+    from .diffusion_model import load_code, shipped_diffusion_model
     from .models import load_names
     from .probes import look_into, zero_shot
     from .sets import probe_scenes
@@ -148,9 +148,9 @@ def run_arm(folder: Path, name: str):
     _announce("tokens")
     model, processor = load_vlm(str(checkpoint), "auto", "cpu")
     scenes, pictures = probe_scenes(settings.probe_count)
-    generator, code = load_diffusion_model(str(shipped_generator())), load_code(shipped_generator())
-    report = look_into(model, processor, generator, code, scenes, pictures)
-    save_file({"painted": report.reconstructions}, folder / name / PAINTED_FILE)
+    diffusion_model, code = load_diffusion_model(str(shipped_diffusion_model())), load_code(shipped_diffusion_model())
+    report = look_into(model, processor, diffusion_model, code, scenes, pictures)
+    save_file({"reconstructed": report.reconstructions}, folder / name / RECONSTRUCTED_FILE)
     names = load_names(folder / START, model.model.vision_tower.config.encoder_dim)
     tokens = {
         "probes": report.probes,

@@ -2,14 +2,14 @@
 
 from deem_plugin.feedback.diffusion_feedback import DiffusionFeedback
 
-from .generator import CONTEXT_TOKENS, IMAGE_SIZE
+from .diffusion_model import CONTEXT_TOKENS, IMAGE_SIZE
 
 
 class AnotherImage:
     """
     Feedback toward the next picture of the batch: the gradient of a denoising error that holds no information.
 
-    What is left of the gain under it is due to the disturbance, not to what the generator knows.
+    What is left of the gain under it is due to the disturbance, not to what the diffusion model knows.
     """
 
     def __init__(self, denoiser, sample_timesteps):
@@ -17,7 +17,7 @@ class AnotherImage:
 
     @property
     def context_dim(self) -> int:
-        """Width of the context, the generator's."""
+        """Width of the context, the diffusion model's."""
         return self.feedback.context_dim
 
     def __call__(self, latents, context, *, generator=None):
@@ -27,9 +27,9 @@ class AnotherImage:
 
 class PixelDecoder:
     """
-    Reconstruction without diffusion: each token paints its share of the picture, by the conditioner's linear layer.
+    Reconstruction without diffusion: each token gives its share of the picture, by the conditioner's linear layer.
 
-    What is left of the gain under it is due to restoring the picture, not to the generator.
+    What is left of the gain under it is due to restoring the picture, not to the diffusion model.
     """
 
     context_dim = 3 * IMAGE_SIZE**2 // CONTEXT_TOKENS
@@ -38,7 +38,7 @@ class PixelDecoder:
         pass
 
     def __call__(self, latents, context, *, generator=None):
-        """Returns the squared error `(batch,)` of the picture that the context `(batch, 8, 96)` paints."""
+        """Returns the squared error `(batch,)` of the picture that the context `(batch, 8, 96)` gives."""
         return (context.flatten(1) - latents.flatten(1)).square().mean(dim=1)
 
 

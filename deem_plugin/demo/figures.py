@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 from deem_plugin.feedback.diffusion_model import load_diffusion_model
 
-from .arms import PAINTED_FILE, STAGES, START, Arm
-from .generator import load_code, shipped_generator
-from .probes import SHOWN, paint
+from .arms import RECONSTRUCTED_FILE, STAGES, START, Arm
+from .diffusion_model import load_code, shipped_diffusion_model
+from .probes import SHOWN, reconstruct
 from .scores import HEADLINES, Metric
 from .sets import probe_scenes
 
@@ -74,15 +74,15 @@ def draw_scores(path: Path, metrics: list[dict[str, dict[str, Metric]]], arms: d
 
 
 def draw_reconstructions(path: Path, folder: Path, arms: dict[str, Arm], probe_count: int):
-    """Draws held-out scenes and below them what the generator paints from its own code and from each arm's tokens."""
+    """Draws held-out scenes and below them what is reconstructed from its own code and each arm's tokens."""
     _, pictures = probe_scenes(probe_count)
     pictures = pictures[probe_count // 2 :][:SHOWN]
-    generator = load_diffusion_model(str(shipped_generator()))
+    diffusion_model = load_diffusion_model(str(shipped_diffusion_model()))
     with torch.no_grad():
-        best = paint(generator, load_code(shipped_generator())(generator.encode(pictures)))
+        best = reconstruct(diffusion_model, load_code(shipped_diffusion_model())(diffusion_model.encode(pictures)))
     rows = [("original", pictures), ("from its own code\n(best case)", best)]
     for name, arm in {START: Arm("before"), **arms}.items():
-        rows.append((arm.title.replace(", ", ",\n"), load_file(folder / name / PAINTED_FILE)["painted"]))
+        rows.append((arm.title.replace(", ", ",\n"), load_file(folder / name / RECONSTRUCTED_FILE)["reconstructed"]))
     figure, axes = plt.subplots(len(rows), SHOWN, figsize=(0.85 * SHOWN + 1.6, 0.9 * len(rows)), layout="constrained")
     for line, (title, row) in zip(axes, rows, strict=True):
         for axis, picture in zip(line, row, strict=True):

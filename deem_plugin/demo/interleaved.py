@@ -131,7 +131,7 @@ def main(out_dir: str | Path, fast: bool = False) -> int:
     from deem_plugin.training.recipes import load_recipe
     from deem_plugin.training.run import train
 
-    from .generator import shipped_generator
+    from .diffusion_model import shipped_diffusion_model
     from .interleaved_report import look_at, write_report
 
     out = Path(out_dir).absolute()
@@ -151,7 +151,7 @@ def main(out_dir: str | Path, fast: bool = False) -> int:
         recipe = load_recipe(stage, overrides)
         recipe.data.path = str(out / "data" / Path(recipe.data.path).name)
         if recipe.deem.denoiser is not None:
-            recipe.deem.denoiser = str(shipped_generator())
+            recipe.deem.denoiser = str(shipped_diffusion_model())
         if fast:
             recipe.training.max_steps = FAST_STEPS
             recipe.training.logging_steps = 1

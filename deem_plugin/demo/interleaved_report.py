@@ -17,7 +17,7 @@ from deem_plugin.feedback.diffusion_model import load_diffusion_model
 from deem_plugin.models import generate_images, generate_interleaved
 from deem_plugin.models.processing import IMAGE_START_TOKEN
 
-from .generator import shipped_generator
+from .diffusion_model import shipped_diffusion_model
 from .interleaved import HELD_OUT_SEED, TILES, long_captions, mosaics, tile_box
 from .models import IMAGE_SIZE
 
@@ -28,7 +28,7 @@ QUESTIONS_A_SCENE = 8
 BEGINNING = "a big"  # the model goes on with the caption, draws it, and may go on again
 BATCH = 32
 STEPS = 25
-GUIDANCE = 1.5  # the paper's 3.5 oversaturates what a generator of this size draws
+GUIDANCE = 1.5  # the paper's 3.5 oversaturates what a diffusion model of this size draws
 ABILITIES = {
     "answers": "yes/no questions on details of held-out scenes (chance 0.5)",
     "regions": "colour and shape of a boxed tile, both right (chance 1/64)",
@@ -131,7 +131,7 @@ def look_at(checkpoint: Path, fast: bool) -> Look:
     from deem_plugin.evaluation.loading import load_vlm
 
     model, processor = load_vlm(str(checkpoint), "auto", "cpu")
-    model.attach_generator(load_diffusion_model(str(shipped_generator())))
+    model.attach_diffusion_model(load_diffusion_model(str(shipped_diffusion_model())))
     look = Look()
     right, rows = ask(model, processor, FAST_ASKED if fast else ASKED)
     look.scores["answers"], look.examples["answers"] = _score(right, QUESTIONS_A_SCENE), rows[:SHOWN]

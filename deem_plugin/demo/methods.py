@@ -18,7 +18,7 @@ METHOD_KEYS = (
 )
 # Factor on the feedback of every method, the demo's own.
 WEIGHT = 5.0
-# Steps that a conditioner, or a generator of its own, gets on the frozen tower before the arm starts.
+# Steps that a conditioner, or a diffusion model of its own, gets on the frozen tower before the arm starts.
 FIRST_STAGE_STEPS = 500
 
 
@@ -40,11 +40,12 @@ class Method:
 
 METHODS = {
     "deem": Method("deem"),
-    # With the pooled vector as many tokens as the generator knows. It has no text encoder that a prompt could ask.
+    # With the pooled vector as many tokens as the diffusion model knows. It has no text encoder that a prompt could
+    # ask.
     "diva": Method("diva", settings=("feedback.condition.num_patches=7",)),
-    # All 47 other pictures of a batch would cost 49 runs of the generator each; these are 5.
+    # All 47 other pictures of a batch would cost 49 runs of the diffusion model each; these are 5.
     "dcr": Method("dcr", "dcr-align", ("feedback.objective.num_negatives=3",)),
-    "genhancer": Method("genhancer", "tiny-generator"),
+    "genhancer": Method("genhancer", "tiny-denoiser"),
     # The tower's eight queries have no places of their own: each is given 8 x 8 pixels, in two rows of four.
     "ross": Method(
         "ross",
@@ -80,7 +81,9 @@ def _at(settings: dict, key: str):
     return value if not dot or value is None else _at(value, rest)
 
 
-def train_first_stage(name: str, folder: Path, start: Path, generator: Path, seed: int, fast: bool) -> Sequence[str]:
+def train_first_stage(
+    name: str, folder: Path, start: Path, diffusion_model: Path, seed: int, fast: bool
+) -> Sequence[str]:
     """
     Runs a method's stage on images alone, if it has one.
 
@@ -88,7 +91,7 @@ def train_first_stage(name: str, folder: Path, start: Path, generator: Path, see
         name (`str`): The method.
         folder (`Path`): The arm's folder.
         start (`Path`): The model that all arms start from, with its tower beside it.
-        generator (`Path`): The generator that the other arms use.
+        diffusion_model (`Path`): The diffusion model that the other arms use.
         seed (`int`): Of the training.
         fast (`bool`): Whether a few steps must do.
 
@@ -115,7 +118,7 @@ def train_first_stage(name: str, folder: Path, start: Path, generator: Path, see
         "training.tf32=null",
         "training.report_to=none",
     ]
-    if method.first_stage == "tiny-generator":
+    if method.first_stage == "tiny-denoiser":
         from deem_plugin.training.denoiser import train_denoiser
         from deem_plugin.training.recipes import load_recipe
 
@@ -124,7 +127,7 @@ def train_first_stage(name: str, folder: Path, start: Path, generator: Path, see
     from deem_plugin.training.recipes import load_recipe
     from deem_plugin.training.run import train
 
-    model = {"path": generator, "dtype": "float32", "image_size": "null"}
+    model = {"path": diffusion_model, "dtype": "float32", "image_size": "null"}
     overrides += [f"feedback.diffusion_model.{key}={value}" for key, value in model.items()]
     overrides += ["feedback.condition.prompt=null"]
     return [f"feedback.conditioner={train(load_recipe(method.first_stage, overrides))}"]

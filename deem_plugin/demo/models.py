@@ -19,9 +19,9 @@ from deem_plugin.data.scenes import COLOR_NAMES, SHAPES, TEXTURES, Scenes
 from deem_plugin.vision import DeemVisionConfig, DeemVisionTower
 from deem_plugin.vision.hosts import assemble_llava
 
-from .generator import CONTEXT_TOKENS
+from .diffusion_model import CONTEXT_TOKENS
 
-IMAGE_SIZE = 32  # pixels; twice the generator's, so that the tower sees a little more than it must restore
+IMAGE_SIZE = 32  # pixels; twice the diffusion model's, so that the tower sees a little more than it must restore
 WIDTH = 64
 # The 0.02 that weights are usually drawn with is meant for widths of a thousand; at this width nothing would start.
 INITIALIZER_RANGE = 0.1

@@ -1,5 +1,5 @@
 """
-Looks into a tower's tokens: what can be read from them linearly, and what the generator paints from them.
+Looks into a tower's tokens: what can be read from them linearly, and what the diffusion model reconstructs from them.
 
 Both are measured alike for every arm on frozen tokens, whether or not the arm trained with feedback.
 """
@@ -14,16 +14,16 @@ from deem_plugin.feedback.diffusion_feedback import DiffusionFeedback
 from deem_plugin.feedback.diffusion_model import DiffusionModel
 from deem_plugin.vision.towers import find_tower
 
-from .generator import PictureCode
+from .diffusion_model import PictureCode
 
 # What is read from the tokens, and from which attributes: the accuracy of a class, or the mean R2 of quantities.
 CLASSES = {"shape": "shape", "background": "texture"}
 QUANTITIES = {"position": ("x", "y"), "size": ("scale",)}
 # Of the ridge regressions. Tokens are standardised and there are about as many values in them as pictures.
 RIDGE = 60.0
-# The first pictures of the second half are painted.
+# The first pictures of the second half are reconstructed.
 SHOWN = 12
-PAINTING_NOISES = 8
+RECONSTRUCTION_NOISES = 8
 
 
 @dataclass
@@ -34,8 +34,8 @@ class TokenReport:
     Args:
         probes (`dict[str, float]`): Accuracy (shape, background) or R2 (position, size) of linear probes on pictures
             that they were not fitted on.
-        denoising_error (`float`): The generator's error on such pictures when it reads the tokens.
-        reconstructions (`torch.Tensor`): What it paints from them, `(pictures, 3, 16, 16)` in [0, 1].
+        denoising_error (`float`): The diffusion model's error on such pictures when it reads the tokens.
+        reconstructions (`torch.Tensor`): What it makes of them, `(pictures, 3, 16, 16)` in [0, 1].
     """
 
     probes: dict[str, float]
@@ -96,7 +96,8 @@ def probe(tokens: torch.Tensor, scenes: Scenes) -> dict[str, float]:
 @torch.no_grad()
 def read_context(code: PictureCode, tokens: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
     """
-    Reads the generator's context from tokens: a ridge regression to the code that the generator was trained with.
+    Reads the diffusion model's context from tokens: a ridge regression to the code that the diffusion model was
+    trained with.
 
     Args:
         code (`PictureCode`): The code.
@@ -111,14 +112,14 @@ def read_context(code: PictureCode, tokens: torch.Tensor, pictures: torch.Tensor
     codes = code(pictures * 2 - 1)
     reader = Ridge(RIDGE).fit(values[:fitted].numpy(), codes.flatten(1).numpy())
     context = torch.from_numpy(reader.predict(values[fitted:].numpy())).float().unflatten(1, codes.shape[1:])
-    # What cannot be read is near zero; the generator knows contexts of unit scale only.
+    # What cannot be read is near zero; the diffusion model knows contexts of unit scale only.
     return code.norm(context)
 
 
 @torch.no_grad()
-def paint(generator: DiffusionModel, context: torch.Tensor) -> torch.Tensor:
+def reconstruct(diffusion_model: DiffusionModel, context: torch.Tensor) -> torch.Tensor:
     """
-    Paints what the generator expects of a picture of which it knows the context only: its estimate of the clean
+    Returns what the diffusion model expects of a picture of which it knows the context only: its estimate of the clean
     picture from pure noise (Salimans & Ho 2022, https://arxiv.org/abs/2202.00512, Eq. 8), averaged over noises.
 
     Drawing samples step by step would add details that are not in the context.
@@ -126,36 +127,36 @@ def paint(generator: DiffusionModel, context: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor`: Pictures `(batch, 3, 16, 16)` in [0, 1].
     """
-    denoiser = generator.denoiser
+    denoiser = diffusion_model.denoiser
     last = denoiser.num_train_timesteps - 1
     alpha = denoiser.scheduler.alphas_cumprod[last]
     rng = torch.Generator().manual_seed(2)
     shape = (len(context), denoiser.channels, denoiser.sample_size, denoiser.sample_size)
     estimates = []
-    for _ in range(PAINTING_NOISES):
+    for _ in range(RECONSTRUCTION_NOISES):
         noise = torch.randn(shape, generator=rng)
         velocity = denoiser(noise, torch.full((len(context),), last), context)
         estimates.append(alpha.sqrt() * noise - (1 - alpha).sqrt() * velocity)
-    return generator.codec.decode(torch.stack(estimates).mean(dim=0)) / 2 + 0.5
+    return diffusion_model.codec.decode(torch.stack(estimates).mean(dim=0)) / 2 + 0.5
 
 
 def look_into(
-    model, processor, generator: DiffusionModel, code: PictureCode, scenes: Scenes, pictures: torch.Tensor
+    model, processor, diffusion_model: DiffusionModel, code: PictureCode, scenes: Scenes, pictures: torch.Tensor
 ) -> TokenReport:
     """
-    Measures a VLM's visual tokens on scenes; the first half fits probes and reader, the second half judges them.
+    Measures a VLM's visual tokens on scenes; the first half fits probes and reader, the second half scores them.
 
     Args:
         model, processor: The VLM.
-        generator (`DiffusionModel`): Paints from the tokens.
-        code (`PictureCode`): The generator's code.
+        diffusion_model (`DiffusionModel`): Reconstructs from the tokens.
+        code (`PictureCode`): The diffusion model's code.
         scenes (`Scenes`), pictures (`torch.Tensor`): Held-out scenes without correlations; pictures in [0, 1].
     """
     half = len(scenes) // 2
     tokens = visual_tokens(model, processor, pictures)
-    latents = generator.encode(pictures)
+    latents = diffusion_model.encode(pictures)
     context = read_context(code, tokens, latents[:half] / 2 + 0.5)
     with torch.no_grad():
         rng = torch.Generator().manual_seed(1)
-        errors = DiffusionFeedback(generator.denoiser)(latents[half:], context, generator=rng)
-    return TokenReport(probe(tokens, scenes), errors.mean().item(), paint(generator, context[:SHOWN]))
+        errors = DiffusionFeedback(diffusion_model.denoiser)(latents[half:], context, generator=rng)
+    return TokenReport(probe(tokens, scenes), errors.mean().item(), reconstruct(diffusion_model, context[:SHOWN]))

@@ -14,8 +14,8 @@ TITLE = "# A small vision-language model with and without diffusion feedback"
 FAST = "**Short form: a few steps on little data, to see that everything runs. The scores mean nothing.**"
 INTRODUCTION = """\
 Stage 1 aligns on captions ("a red square"), stage 2 tunes on yes/no questions. Every arm starts from the same model
-and sees the same data in the same order. The feedback comes from a frozen generator that tries to restore each picture
-from the visual tokens. Seeds: {seeds}. All scores are lmms-eval's, on held-out scenes:
+and sees the same data in the same order. The feedback comes from a frozen diffusion model that tries to restore each
+picture from the visual tokens. Seeds: {seeds}. All scores are lmms-eval's, on held-out scenes:
 
 * **details**: where the object is, how big, and on what background, which no caption named;
 * **POPE**: is there an object that is not there, on scenes without the correlations of the training;
@@ -31,22 +31,23 @@ differences is of the differences within a seed. The test pictures are the same 
 TOKENS = """\
 Linear probes on frozen tokens of held-out scenes: accuracy for shape (chance 0.13) and background texture (0.25), R2
 for position and size. *Before* is the tower that the arms of seed 0 start from. *Denoising error* is that of the
-generator when its condition is read from the tokens by one more linear probe: the lower, the more of the picture is in
-the tokens. *Zero-shot shape* is what the encoder retains of its pretraining: how often the vector that it learned for
+diffusion model when its condition is read from the tokens by one more linear probe: the lower, the more of the picture
+is in the tokens. *Zero-shot shape* is what the encoder retains of its pretraining: how often the vector that it
+learned for
 a shape's name then still fits best. The pictures are what it then expects to see before it is shown anything."""
 COMMANDS = """\
-The arm with feedback by hand; the other one has `feedback=null` in place of the generator:
+The arm with feedback by hand; the other one has `feedback=null` in place of the diffusion model:
 
 ```
 deem train tiny-align model.model={seed}/start data.path={seed}/data/captions.json \\
-    training.output_dir=align feedback.diffusion_model.path=GENERATOR
+    training.output_dir=align feedback.diffusion_model.path=DIFFUSION_MODEL
 deem train tiny-tune model.model=align/final data.path={seed}/data/questions.json \\
-    training.output_dir=tune feedback.diffusion_model.path=GENERATOR
+    training.output_dir=tune feedback.diffusion_model.path=DIFFUSION_MODEL
 export DEEM_HOME={out}/sets LMMS_EVAL_DATASETS_CACHE={out}/cache HF_HUB_OFFLINE=1
 lmms-eval --model deem --model_args pretrained=tune/final --tasks {tasks} --batch_size 64
 ```
 
-GENERATOR is `deem_plugin/demo/pretrained_generator` of the installed package."""
+DIFFUSION_MODEL is `deem_plugin/demo/pretrained_diffusion_model` of the installed package."""
 
 
 def write_report(out: Path, folders: list[Path], arms: dict[str, Arm], fast: bool) -> Path:

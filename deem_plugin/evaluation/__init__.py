@@ -1,1 +1,1 @@
-"""How a trained model is judged: the lmms-eval model and tasks, yes/no scoring, and offline data sets."""
+"""How a trained model is evaluated: the lmms-eval model and tasks, yes/no scoring, and offline data sets."""

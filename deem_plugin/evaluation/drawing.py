@@ -14,13 +14,13 @@ from deem_plugin.models.processing import IMAGE_START_TOKEN, IMAGE_TOKEN
 _WISH, _QUESTION = (re.compile(rf"\[{tag}\](.*?)\[/{tag}\]", re.DOTALL) for tag in ("GEN_PROMPT", "QUESTION"))
 
 
-def give_generator(model, path: str, dtype: str) -> None:
+def give_diffusion_model(model, path: str, dtype: str) -> None:
     """
-    Gives an interleaved model the generator that it draws with.
+    Gives an interleaved model the diffusion model that it draws with.
 
     Args:
         model (`PreTrainedModel`): The model that is evaluated.
-        path (`str`): Folder or hub id of the generator.
+        path (`str`): Folder or hub id of the diffusion model.
         dtype (`str`): Precision of its denoiser.
 
     Raises:
@@ -30,10 +30,10 @@ def give_generator(model, path: str, dtype: str) -> None:
 
     if not isinstance(model, DeemForConditionalGeneration):
         raise ValueError(
-            f"generator={path} is for the interleaved model, which draws; this is a {type(model).__name__}. Leave "
-            f"`generator` out."
+            f"diffusion_model={path} is for the interleaved model, which draws; this is a {type(model).__name__}. "
+            f"Leave `diffusion_model` out."
         )
-    model.attach_generator(load_diffusion_model(path, dtype))
+    model.attach_diffusion_model(load_diffusion_model(path, dtype))
 
 
 def drawing_prompt(chat: Chat) -> str:

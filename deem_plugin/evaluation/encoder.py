@@ -232,7 +232,7 @@ def _list_classes(root: Path) -> tuple[list[str], list[int], list[str]]:
 def _encode_images(clip: Clip, paths: Sequence[Path], batch_size: int) -> torch.Tensor:
     """Returns features of unit length, (pictures, dim), in float32."""
     features = []
-    with tqdm(total=len(paths), desc="Looking at pictures") as progress:
+    with tqdm(total=len(paths), desc="encoding pictures") as progress:
         for start in range(0, len(paths), batch_size):
             batch = paths[start : start + batch_size]
             features.append(clip.image_features(list(_open(batch))))

@@ -12,7 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from deem_plugin.evaluation.chats import Chat, about_region, asks_for_a_region, cut, read_messages
-from deem_plugin.evaluation.drawing import drawing_prompt, give_generator, keep_drawing, split_wish, with_drawing
+from deem_plugin.evaluation.drawing import drawing_prompt, give_diffusion_model, keep_drawing, split_wish, with_drawing
 from deem_plugin.evaluation.feature_cache import FeatureCache
 from deem_plugin.evaluation.loading import load_vlm
 from deem_plugin.evaluation.model_args import read_model_args
@@ -48,8 +48,8 @@ class _Deem(lmms):
         self.tokenizer = self.processor.tokenizer
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        if args.generator is not None:
-            give_generator(self.model, args.generator, str(self.model.dtype).removeprefix("torch."))
+        if args.diffusion_model is not None:
+            give_diffusion_model(self.model, args.diffusion_model, str(self.model.dtype).removeprefix("torch."))
 
     def _messages(self, request: Instance) -> list[dict]:
         """Returns lmms-eval's chat messages of a request, the images in them as PIL images."""
@@ -260,10 +260,10 @@ class DeemSimple(_Deem):
 
     def generate_visual_cot(self, requests: list[Instance]) -> list[str]:
         """Draws what each prompt wishes for, and answers its question with the drawing behind its own pictures."""
-        if getattr(self.model, "generator", None) is None:
+        if getattr(self.model, "diffusion_model", None) is None:
             raise ValueError(
                 "A task has a picture drawn before it asks, which takes the interleaved model and what it draws with: "
-                "`--model_args pretrained=...,generator=FOLDER_OR_HUB_ID`."
+                "`--model_args pretrained=...,diffusion_model=FOLDER_OR_HUB_ID`."
             )
 
         def answer(chats: list[Chat], kwargs: dict) -> list[str]:

@@ -30,9 +30,9 @@ class ModelArgs:
         feature_cache_mb (`int`):
             Megabytes for image features that questions about one picture share, see `feature_cache`; 0 computes them
             for each question.
-        generator (`str`, *optional*):
-            Folder or hub id of the generator that the interleaved model draws with, for `answer_by=drawing` and for
-            tasks that have a picture drawn before they ask (`generate_visual_cot`).
+        diffusion_model (`str`, *optional*):
+            Folder or hub id of the diffusion model that the interleaved model draws with, for `answer_by=drawing` and
+            for tasks that have a picture drawn before they ask (`generate_visual_cot`).
         image_dir (`str` or `Path`, *optional*): Where drawn answers go, as `TASK/DOCUMENT.png`.
         steps, guidance (`int` and `float`): Of drawing, as in [`~deem_plugin.models.generate_images`].
 
@@ -47,7 +47,7 @@ class ModelArgs:
     raw_answers: bool = False
     answer_by: str = "generation"
     feature_cache_mb: int = 512
-    generator: str | None = None
+    diffusion_model: str | None = None
     image_dir: str | Path | None = None
     steps: int = STEPS
     guidance: float = GUIDANCE
@@ -70,9 +70,10 @@ class ModelArgs:
                 f"steps is {self.steps!r} and guidance is {self.guidance!r}; give a whole number from 1 up, and a "
                 f"number."
             )
-        if self.answer_by == "drawing" and (self.generator is None or self.image_dir is None):
+        if self.answer_by == "drawing" and (self.diffusion_model is None or self.image_dir is None):
             raise ValueError(
-                "answer_by=drawing needs generator=FOLDER_OR_HUB_ID to draw with, and image_dir=FOLDER to draw into."
+                "answer_by=drawing needs diffusion_model=FOLDER_OR_HUB_ID to draw with, and image_dir=FOLDER to draw "
+                "into."
             )
         self.pretrained = str(self.pretrained)
         self.batch_size, self.feature_cache_mb = int(self.batch_size), int(self.feature_cache_mb)

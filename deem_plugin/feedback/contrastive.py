@@ -16,7 +16,7 @@ class ContrastiveFeedback:
     and the true target, not the negatives: conditions that say the same of every picture, which a plain denoising
     error forgives, are punished.
 
-    With `official_defects` the target is the velocity whatever the generator predicts, as in the published code.
+    With `official_defects` the target is the velocity whatever the diffusion model predicts, as in the published code.
 
     Args:
         denoiser (`Denoiser`): The frozen network.

@@ -1,4 +1,4 @@
-"""Loads a frozen generator (denoiser + latents codec) from a diffusers folder or hub id."""
+"""Loads a frozen diffusion model (denoiser + latents codec) from a diffusers folder or hub id."""
 
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 from .denoisers import DENOISERS, Denoiser, torch_dtype
 from .latent_cache import LatentCache
 from .latents import CODECS, PixelCodec, VaeCodec
-from .offload import lent
+from .offload import onloaded
 from .pictures import fit
 from .quantization import quantization_config
 
@@ -54,13 +54,14 @@ class PictureEncoder:
 @dataclass
 class DiffusionModel(PictureEncoder):
     """
-    The two frozen halves of a generator, and the size of the pictures that they restore.
+    The two frozen halves of a diffusion model, and the size of the pictures that they restore.
 
     Args:
         denoiser (`Denoiser`): Predicts the noise (or velocity, or picture) from noisy latents and context.
         codec (`VaeCodec` or `PixelCodec`): Pictures in [-1, 1] to latents and back.
         latent_cache (`LatentCache`, *optional*): Where pictures are looked up in place of being encoded.
-        restored_size (`int`, *optional*): Their side in pixels, where it is not that of the generator's training.
+        restored_size (`int`, *optional*): Their side in pixels, where it is not that of the diffusion model's
+            training.
         cpu_offload (`bool`, *optional*, defaults to `False`): Whether it is on a device in [`on_device`] only.
     """
 
@@ -87,7 +88,7 @@ class DiffusionModel(PictureEncoder):
 
     def to(self, device):
         """
-        Moves both halves to `device` and returns the generator; with a cache the codec stays where it is, with
+        Moves both halves to `device` and returns the diffusion model; with a cache the codec stays where it is, with
         `cpu_offload` both do.
         """
         if not self.cpu_offload:
@@ -100,14 +101,14 @@ class DiffusionModel(PictureEncoder):
     def on_device(self, device):
         """A context in which all that the feedback needs is on `device`, forward and backward."""
         self.to(device)
-        with lent(self.modules(), device) if self.cpu_offload else nullcontext():
+        with onloaded(self.modules(), device) if self.cpu_offload else nullcontext():
             yield
 
 
 @dataclass
 class Autoencoder(PictureEncoder):
     """
-    The codec of a generator without its denoiser, for targets of another size.
+    The codec of a diffusion model without its denoiser, for targets of another size.
 
     Args:
         codec (`VaeCodec` or `PixelCodec`): Pictures in [-1, 1] to latents and back.
@@ -134,12 +135,12 @@ def load_diffusion_model(
     quantization: str | None = None,
 ) -> DiffusionModel:
     """
-    Loads the frozen generator that gives the feedback.
+    Loads the frozen diffusion model that gives the feedback.
 
     Args:
         path_or_id (`str`):
             A folder or hub id in diffusers' layout. Known networks are those of `DENOISERS`, with an autoencoder of
-            `CODECS`, or without one for a pixel-space generator.
+            `CODECS`, or without one for a pixel-space diffusion model.
         dtype (`str`, *optional*, defaults to `"float32"`):
             Precision of the denoiser. The VAE stays in float32: in half precision it overflows on some pictures.
         weights (`bool`, *optional*, defaults to `True`):

@@ -16,10 +16,10 @@ from .contrastive import ContrastiveFeedback
 from .denoisers import check_context_dim
 from .diffusion_feedback import DiffusionFeedback
 from .diffusion_model import load_autoencoder, load_diffusion_model
-from .economy import economise
 from .hook import FeedbackHook, TowerSource
 from .latent_cache import LatentCache, fingerprint
 from .loss import FeedbackLoss
+from .optimizations import apply_optimizations
 from .prompts import prompt_states
 from .ross import DecoderSource, RossLoss
 from .synchroniser import UNET_KEYS
@@ -94,7 +94,7 @@ def build_feedback(
             f"`cpu_offload` needs an objective whose `denoiser` is frozen, so that its gradient can be taken before "
             f"the weights leave, and a {type(objective).__name__} has none. Leave `cpu_offload` out."
         )
-    economise(diffusion_model, holding)
+    apply_optimizations(diffusion_model, holding)
     hook = FeedbackHook(
         TowerSource(eyes),
         loss,

@@ -39,20 +39,20 @@ def picture_keys(pictures) -> list[str]:
     return [hashlib.sha256(size + picture.tobytes()).hexdigest() for picture in pixels]
 
 
-def fingerprint(generator) -> dict:
+def fingerprint(diffusion_model) -> dict:
     """
     Returns all that the cached values depend on but the pictures: the encoding half of the VAE, and the picture size.
 
     Args:
-        generator (`DiffusionModel`): With its weights loaded.
+        diffusion_model (`DiffusionModel`): With its weights loaded.
 
     Raises:
-        ValueError: If the generator works on pixels, so that there is nothing to cache.
+        ValueError: If the diffusion model works on pixels, so that there is nothing to cache.
     """
-    vae = getattr(generator.codec, "vae", None)
+    vae = getattr(diffusion_model.codec, "vae", None)
     if vae is None:
         raise ValueError(
-            "The generator works on pixels and has no VAE, so that there is nothing to cache. Leave "
+            "The diffusion model works on pixels and has no VAE, so that there is nothing to cache. Leave "
             "`feedback.diffusion_model.latent_cache` out."
         )
     weights = hashlib.sha256()
@@ -63,7 +63,7 @@ def fingerprint(generator) -> dict:
     config = {name: value for name, value in vae.config.items() if name[0] != "_" and name not in _AFTERWARDS}
     described = {
         "format": FORMAT,
-        "image_size": generator.image_size,
+        "image_size": diffusion_model.image_size,
         "vae": type(vae).__name__,
         "vae_dtype": str(vae.dtype).removeprefix("torch."),
         "vae_weights": weights.hexdigest(),
@@ -78,7 +78,7 @@ class LatentCache:
 
     Args:
         folder (`str` or `PathLike`): Filled by `deem cache-latents`.
-        expected (`dict`): The [`fingerprint`] of the generator that will use it.
+        expected (`dict`): The [`fingerprint`] of the diffusion model that will use it.
 
     Raises:
         ValueError: If there is no cache, or it was filled with another VAE or for another picture size.
@@ -158,7 +158,7 @@ class LatentWriter:
 
     Args:
         folder (`str` or `PathLike`): Made when it does not exist.
-        expected (`dict`): The [`fingerprint`] of the generator; that of a folder already begun must be the same.
+        expected (`dict`): The [`fingerprint`] of the diffusion model; that of a folder already begun must be the same.
         shard_entries (`int`): Entries a shard; what a kill may cost.
     """
 
@@ -226,7 +226,7 @@ def _check_manifest(folder: Path, expected: dict):
     ]
     if differences:
         raise ValueError(
-            f"The latent cache {folder} belongs to another generator: {'; '.join(differences)}. Set "
+            f"The latent cache {folder} belongs to another diffusion model: {'; '.join(differences)}. Set "
             f"`feedback.diffusion_model.latent_cache` to a folder of its own for each VAE and picture size, and fill "
             f"it by `deem cache-latents RECIPE`."
         )

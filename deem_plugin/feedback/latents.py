@@ -1,4 +1,4 @@
-"""Pictures to latents and back: through a frozen VAE, or as they are for a generator that works on pixels."""
+"""Pictures to latents and back: through a frozen VAE, or as they are for a diffusion model that works on pixels."""
 
 import torch
 
@@ -18,7 +18,7 @@ class VaeCodec:
         if vae.config.get("latents_mean") is not None or vae.config.get("latents_std") is not None:
             raise ValueError(
                 "The VAE normalises its latents channel by channel (its config has latents_mean and latents_std). "
-                "Known are VAEs with one scaling_factor and shift_factor; choose another VAE or generator."
+                "Known are VAEs with one scaling_factor and shift_factor; choose another VAE or diffusion model."
             )
         # Some VAEs (SD3's, FLUX's) also shift; SD's do not.
         self.shift = vae.config.get("shift_factor") or 0.0
@@ -106,7 +106,7 @@ CODECS = {"AutoencoderKL": VaeCodec, "AutoencoderDC": DeepCompressionCodec}
 
 
 class PixelCodec:
-    """The codec of a generator that has no VAE: its latents are the pictures themselves, in [-1, 1]."""
+    """The codec of a diffusion model that has no VAE: its latents are the pictures themselves, in [-1, 1]."""
 
     downscale = 1
     channels = 3

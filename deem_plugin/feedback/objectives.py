@@ -25,8 +25,8 @@ def denoising_target(scheduler, latents, noise, timesteps):
     if prediction_type == "sample":
         return latents
     raise ValueError(
-        f"The generator's scheduler has prediction_type {prediction_type!r}; expected 'epsilon', 'v_prediction' or "
-        f"'sample'. Correct `scheduler_config.json` or choose another generator."
+        f"The diffusion model's scheduler has prediction_type {prediction_type!r}; expected 'epsilon', 'v_prediction' "
+        f"or 'sample'. Correct `scheduler_config.json` or choose another diffusion model."
     )
 
 

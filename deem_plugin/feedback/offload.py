@@ -1,11 +1,11 @@
-"""Frozen weights that live on the CPU and are lent to a device while they are needed."""
+"""Frozen weights that are kept on the CPU, and on a device only while they are needed."""
 
 from contextlib import contextmanager
 from itertools import chain
 
 
 @contextmanager
-def lent(modules, device):
+def onloaded(modules, device):
     """
     A context in which modules compute on `device`; nothing is copied back, for frozen weights come back unchanged.
 

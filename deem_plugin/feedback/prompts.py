@@ -1,4 +1,4 @@
-"""The states of a fixed text, to which methods made for text-to-image generators add the visual tokens."""
+"""The states of a fixed text, to which methods made for text-to-image diffusion models add the visual tokens."""
 
 import torch
 
@@ -6,20 +6,20 @@ import torch
 @torch.no_grad()
 def prompt_states(path_or_id, prompt, context_dim):
     """
-    Returns what a generator's own text encoder says of a prompt.
+    Returns what a diffusion model's own text encoder says of a prompt.
 
     The encoder is loaded, asked once and forgotten: a constant needs no network.
 
     Args:
-        path_or_id (`str`): The generator's folder or hub id, of Stable Diffusion 1.x or 2.x.
+        path_or_id (`str`): The diffusion model's folder or hub id, of Stable Diffusion 1.x or 2.x.
         prompt (`str`): The text; `""` is the empty one.
-        context_dim (`int`): Width of the generator's context.
+        context_dim (`int`): Width of the diffusion model's context.
 
     Returns:
         `torch.Tensor`: Shape `(77, context_dim)`, float32.
 
     Raises:
-        ValueError: If the generator has no such text encoder.
+        ValueError: If the diffusion model has no such text encoder.
     """
     from transformers import AutoTokenizer, CLIPTextModel
 
@@ -28,15 +28,16 @@ def prompt_states(path_or_id, prompt, context_dim):
         encoder = CLIPTextModel.from_pretrained(path_or_id, subfolder="text_encoder", use_safetensors=True)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"`feedback.condition.prompt` needs the generator's own text encoder, and `{path_or_id}` has no CLIP "
-            f"`text_encoder` with a `tokenizer` that can be loaded ({error}). Leave `prompt` out, or give the whole "
-            f"folder of a Stable Diffusion."
+            f"`feedback.condition.prompt` needs the diffusion model's own text encoder, and `{path_or_id}` has no "
+            f"CLIP `text_encoder` with a `tokenizer` that can be loaded ({error}). Leave `prompt` out, or give the "
+            f"whole folder of a Stable Diffusion."
         ) from error
     width = encoder.config.hidden_size
     if width != context_dim:
         raise ValueError(
             f"The text encoder of `{path_or_id}` gives states of width {width}, but the denoiser attends to width "
-            f"{context_dim}: it reads more than one encoder. Leave `feedback.condition.prompt` out for this generator."
+            f"{context_dim}: it reads more than one encoder. Leave `feedback.condition.prompt` out for this diffusion "
+            f"model."
         )
     inputs = tokenizer(
         prompt,

@@ -1,4 +1,4 @@
-"""What a generator paints from a tower's tokens alone: the plainest view of what the tower has kept."""
+"""Pictures reconstructed from a tower's tokens alone: the plainest view of what the tower has kept."""
 
 from pathlib import Path
 
@@ -9,19 +9,19 @@ from .checkpoint import load_conditioner
 from .conditions import attached_maps, condition_of
 from .config import RossConfig
 from .diffusion_model import load_diffusion_model
-from .painting import paint
 from .pictures import fit
+from .sampling import sample_pictures
 
 
-def reconstruct_files(checkpoint, image_files, out, denoiser=None, steps=50):
+def reconstruct_files(checkpoint, image_files, out, path=None, steps=50):
     """
-    Writes one PNG with two rows: the pictures as the tower saw them, and what the generator paints of its tokens.
+    Writes one PNG with two rows: the pictures as the tower saw them, and what is sampled from its tokens.
 
     Args:
         checkpoint (`str` or `Path`): A VLM trained with feedback: model, processor and `feedback.safetensors`.
         image_files (`list[Path]`): Pictures to show.
         out (`str` or `Path`): The PNG.
-        denoiser (`str`, *optional*): The generator; by default the one that the run was trained with.
+        path (`str`, *optional*): Of the diffusion model; by default the one that the run was trained with.
         steps (`int`, *optional*, defaults to `50`): Denoising steps.
 
     Raises:
@@ -40,7 +40,7 @@ def reconstruct_files(checkpoint, image_files, out, denoiser=None, steps=50):
             f"from a tower's tokens. Give a checkpoint that was trained with the section `feedback`."
         )
     held = config.diffusion_model
-    diffusion_model = load_diffusion_model(denoiser or held.path, held.dtype)
+    diffusion_model = load_diffusion_model(path or held.path, held.dtype)
     model = AutoModelForImageTextToText.from_pretrained(checkpoint).eval()
     image_processor = AutoProcessor.from_pretrained(checkpoint).image_processor
     eyes = Eyes.of(model, image_processor)
@@ -50,10 +50,11 @@ def reconstruct_files(checkpoint, image_files, out, denoiser=None, steps=50):
     with torch.no_grad():
         context, vector = condition_of(views, config.condition, conditioner)
         with attached_maps(views, config.condition, conditioner, diffusion_model):
-            painted = paint(diffusion_model, context, vector=vector, steps=steps, rng=torch.Generator().manual_seed(0))
+            generator = torch.Generator().manual_seed(0)
+            sampled = sample_pictures(diffusion_model, context, vector=vector, steps=steps, generator=generator)
     seen = torch.cat([fit(view.picture.clamp(0, 1), None, diffusion_model.picture_size)[0] for view in views])
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    save_image(torch.cat([seen, painted]), out, nrow=len(views), padding=1, pad_value=1.0)
+    save_image(torch.cat([seen, sampled]), out, nrow=len(views), padding=1, pad_value=1.0)
 
 
 def _whole(views):

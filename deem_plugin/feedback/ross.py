@@ -109,7 +109,7 @@ class RossLoss:
     def __call__(
         self, views: list[View], denoiser, generator, *, scale=1.0, targets=None, on_nonfinite=None
     ) -> ImageLosses:
-        """As [`FeedbackLoss`]; `denoiser` is the [`TokenDenoiser`]. Pictures of one size are judged together."""
+        """As [`FeedbackLoss`]; `denoiser` is the [`TokenDenoiser`]. Pictures of one size are restored together."""
         if targets is not None:
             views = [replace(view, picture=target) for view, target in zip(views, targets, strict=True)]
         shares: dict[int, int] = {}

@@ -26,8 +26,8 @@ def min_snr(process, timesteps):
 
     if isinstance(process, FlowProcess):
         raise ValueError(
-            "`loss_weighting: min_snr` is for generators with a DDPM noise schedule, and this one was trained by flow "
-            "matching. Set `objective.loss_weighting` to cosmap or uniform."
+            "`loss_weighting: min_snr` is for diffusion models with a DDPM noise schedule, and this one was trained "
+            "by flow matching. Set `objective.loss_weighting` to cosmap or uniform."
         )
     snr = compute_snr(process.scheduler, timesteps)
     clamped = snr.clamp(max=GAMMA)
@@ -49,7 +49,7 @@ def cosmap(process, timesteps):
 
     if not isinstance(process, FlowProcess):
         raise ValueError(
-            "`loss_weighting: cosmap` is for generators trained by flow matching, and this one has a DDPM noise "
+            "`loss_weighting: cosmap` is for diffusion models trained by flow matching, and this one has a DDPM noise "
             "schedule. Set `objective.loss_weighting` to min_snr or uniform."
         )
     return compute_loss_weighting_for_sd3("cosmap", process.sigma(timesteps))

@@ -62,7 +62,7 @@ class DeemOutput(CausalLMOutputWithPast):
 class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """
     The model of DEEM (https://arxiv.org/abs/2405.15232, Sec. 2): a tower, a causal language model, and two heads that
-    speak to one frozen generator, which is attached for training and drawing and is no part of the model.
+    speak to one frozen diffusion model, which is attached for training and drawing and is no part of the model.
 
     - next token (NTP): the language model reads the tower's queries in the slots of each picture;
     - next image (NIP): an [`ImageDecoder`] makes the denoiser's context of what stands before a picture;
@@ -115,7 +115,7 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
             options = dict(config.unet_synchroniser)
             unet = SimpleNamespace(**options.pop("unet"))
             self.unet_synchroniser = UNetSynchroniser(unet, config.vision_config.encoder_dim, **options)
-        self.generator = None
+        self.diffusion_model = None
         self.post_init()
 
     def _init_weights(self, module):
@@ -130,22 +130,24 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
         elif isinstance(module, (DeformableAttention, GatedImageAttention, UNetSynchroniserBlock)):
             module.reset_parameters()
 
-    def attach_generator(self, generator):
+    def attach_diffusion_model(self, diffusion_model):
         """
-        Gives the model the frozen generator that its losses and its drawing need.
+        Gives the model the frozen diffusion model that its losses and its drawing need.
 
-        The generator is no module of the model: no state dict, optimizer, DDP bucket or FSDP shard ever sees it.
+        The diffusion model is no module of the model: no state dict, optimizer, DDP bucket or FSDP shard ever sees it.
 
         Args:
-            generator (`DiffusionModel`): From [`load_diffusion_model`].
+            diffusion_model (`DiffusionModel`): From [`load_diffusion_model`].
 
         Raises:
             ValueError: If the model only reads, or its heads do not fit the denoiser's context.
         """
         if self.config.context_dim is None:
-            raise ValueError("This model only reads (`context_dim` is None), so a generator has nothing to listen to.")
-        check_context_dim(self.config.context_dim, generator.denoiser)
-        self.generator = generator
+            raise ValueError(
+                "This model only reads (`context_dim` is None), so a diffusion model has nothing to listen to."
+            )
+        check_context_dim(self.config.context_dim, diffusion_model.denoiser)
+        self.diffusion_model = diffusion_model
 
     @property
     def reads_maps(self) -> bool:
@@ -226,7 +228,7 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 Shape `(images, 1, height, width)`, nonzero where a picture is meant. Patches outside are not seen, and
                 the feedback is the mean error inside.
             target_pixel_values (`torch.Tensor`, *optional*):
-                The pictures for the generator, `(images, 3, height, width)` in [-1, 1]; made of `pixel_values` by
+                The pictures to be restored, `(images, 3, height, width)` in [-1, 1]; made of `pixel_values` by
                 default.
             document_ids (`torch.Tensor`, *optional*):
                 Number of the packed document that each token belongs to, -1 at padding, `(batch, tokens)`. Documents
@@ -249,7 +251,7 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
             or with `draws`.
 
         Raises:
-            ValueError: If pictures and slots do not match, or a loss asks for a generator that is not attached.
+            ValueError: If pictures and slots do not match, or a loss asks for a diffusion model that is not attached.
         """
         features, starts = None, None
         if inputs_embeds is None:
@@ -266,10 +268,10 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
             # Positions that start anew, without mask and cache, tell transformers' attention of packed documents.
             position_ids, attention_mask, use_cache = positions_in_documents(document_ids), None, False
 
-        looking = nullcontext()
+        attached = nullcontext()
         if image_maps is not None:
-            looking = self.language_synchroniser.attached(self.language_model, *image_maps)
-        with looking:
+            attached = self.language_synchroniser.attached(self.language_model, *image_maps)
+        with attached:
             outputs = self.language_model(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
@@ -316,12 +318,12 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return count_images(self.config, inputs)
 
     def _add_denoising_losses(self, result, reading, draws, generator, share):
-        """Adds the two losses of the generator to a result, those of weight 0 left out."""
+        """Adds the two losses of the diffusion model to a result, those of weight 0 left out."""
         config = self.config
-        if (config.feedback_weight or config.image_weight) and self.generator is None:
+        if (config.feedback_weight or config.image_weight) and self.diffusion_model is None:
             raise ValueError(
-                "Training with `feedback_weight` or `image_weight` above 0 needs the frozen generator: call "
-                "`model.attach_generator(load_diffusion_model(PATH))`, or set both weights of the config to 0."
+                "Training with `feedback_weight` or `image_weight` above 0 needs the frozen diffusion model: call "
+                "`model.attach_diffusion_model(load_diffusion_model(PATH))`, or set both weights of the config to 0."
             )
         if config.feedback_weight:
             result.feedback_loss = share * feedback_loss(self, reading, draws.get("feedback"), generator)

@@ -1,4 +1,4 @@
-"""The two losses of a frozen generator: the same image from what the tower saw, the next from what was read."""
+"""The two losses of a frozen diffusion model: the same image from what the tower saw, the next from what was read."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -28,7 +28,7 @@ class Reading:
         hidden_states (`torch.Tensor`): Of the language model, `(batch, tokens, hidden_size)`.
         image_tokens (`torch.Tensor`): What the tower saw, `(images, queries, tower width)`.
         maps (`dict[str, torch.Tensor]`): The tower's maps.
-        pictures (`torch.Tensor`): What the generator must restore, `(images, 3, height, width)` in [0, 1].
+        pictures (`torch.Tensor`): What the diffusion model must restore, `(images, 3, height, width)` in [0, 1].
         region_masks (`torch.Tensor`, *optional*): Shape `(images, 1, height, width)`.
         image_loss_mask (`torch.Tensor`, *optional*): Zero where the next image is not to be learned, `(images,)`.
         totals (`torch.Tensor`, *optional*): What to divide by, as `count_images` returns it; `(2,)`.
@@ -49,12 +49,12 @@ class Reading:
 
 def restorable_pictures(config, pixel_values, target_pixel_values=None):
     """
-    Returns the pictures that the generator must restore, `(images, 3, height, width)` in [0, 1].
+    Returns the pictures that the diffusion model must restore, `(images, 3, height, width)` in [0, 1].
 
     Args:
         config (`DeemConfig`): Knows how `pixel_values` were normalised.
         pixel_values (`torch.Tensor`): What the tower reads, `(images, 3, size, size)`.
-        target_pixel_values (`torch.Tensor`, *optional*): The same pictures in [-1, 1], at the generator's size.
+        target_pixel_values (`torch.Tensor`, *optional*): The same pictures in [-1, 1], at the diffusion model's size.
     """
     if target_pixel_values is None:
         return unnormalize(pixel_values, config.vision_config.image_mean, config.vision_config.image_std)
@@ -66,7 +66,7 @@ def feedback_loss(model, reading, draws=None, generator=None):
     The error of the same image from its own queries (CSR, Eq. 5), inside its region where there is one.
 
     Args:
-        model (`DeemForConditionalGeneration`): With a generator attached.
+        model (`DeemForConditionalGeneration`): With a diffusion model attached.
         reading (`Reading`): Of a batch.
         draws (`Draws`, *optional*): Instead of drawing.
         generator (`torch.Generator`, *optional*): Source of what is drawn.
@@ -85,14 +85,14 @@ def feedback_loss(model, reading, draws=None, generator=None):
         if official:  # a region that came out empty has a loss of 0, which counts in the mean
             seen = mask.flatten(1).any(1)
             mask = torch.where(seen[:, None, None, None], mask, torch.ones_like(mask))
-    looking = nullcontext()
+    attached = nullcontext()
     if model.config.feedback_maps:
         maps = [level[:, None] for level in positioned_maps(reading.maps, reading.region_masks, official)]
         itself = torch.ones(len(latents), 1, device=latents.device)
-        looking = model.unet_synchroniser.attached(model.generator.denoiser.model, maps, itself)
-    feedback = DiffusionFeedback(model.generator.denoiser, TIMESTEP_SAMPLERS[model.config.feedback_timesteps])
+        attached = model.unet_synchroniser.attached(model.diffusion_model.denoiser.model, maps, itself)
+    feedback = DiffusionFeedback(model.diffusion_model.denoiser, TIMESTEP_SAMPLERS[model.config.feedback_timesteps])
     context = model.feedback_head(reading.image_tokens)
-    with looking:
+    with attached:
         losses = feedback(
             latents, context, mask=mask, timesteps=draws.timesteps, noise=draws.noise, generator=generator
         )
@@ -116,8 +116,8 @@ def image_loss(model, reading, draws=None, generator=None):
         # The official code hands over what it has normalised to [-1, 1], and normalises it once more.
         reading = replace(reading, pictures=reading.pictures * 2 - 1, posterior=None)
     latents = _draw_latents(model, reading, draws, generator)
-    with looking_back(model, reading.maps, reading.input_ids, reading.starts):
-        losses = DiffusionFeedback(model.generator.denoiser)(
+    with attached_previous(model, reading.maps, reading.input_ids, reading.starts):
+        losses = DiffusionFeedback(model.diffusion_model.denoiser)(
             latents,
             model.image_decoder.drop(context, dropped),
             timesteps=draws.timesteps,
@@ -171,13 +171,13 @@ def image_contexts(model, hidden_states, input_ids, starts):
     return model.image_decoder(states.to(model.image_decoder.projection.weight.dtype), mask), mask.sum(1)
 
 
-def looking_back(model, maps, input_ids, starts, chosen=slice(None), repeats=1):
+def attached_previous(model, maps, input_ids, starts, chosen=slice(None), repeats=1):
     """
     Returns a context in which the UNet sees the maps of the image before each one; without a synchroniser it does
     nothing.
 
     Args:
-        model (`DeemForConditionalGeneration`): With a generator attached.
+        model (`DeemForConditionalGeneration`): With a diffusion model attached.
         maps (`dict[str, torch.Tensor]`): The tower's maps of the images that were read.
         input_ids, starts (`torch.Tensor`): As in [`Reading`].
         chosen (`slice` or `list[int]`, *optional*): Which of the image starts are drawn.
@@ -192,12 +192,12 @@ def looking_back(model, maps, input_ids, starts, chosen=slice(None), repeats=1):
     previous = torch.where((previous >= 0) & read[previous], read.cumsum(0)[previous] - 1, -1)
     before, seen = of_previous(positioned_maps(maps), previous)
     before = [torch.cat([level] * repeats) for level in before]
-    return model.unet_synchroniser.attached(model.generator.denoiser.model, before, torch.cat([seen] * repeats))
+    return model.unet_synchroniser.attached(model.diffusion_model.denoiser.model, before, torch.cat([seen] * repeats))
 
 
 def _draw_latents(model, reading, draws, generator):
     """Draws latents of the pictures; each loss its own from one posterior, for encoding is half of a step's time."""
-    frozen = model.generator.to(reading.pictures.device)
+    frozen = model.diffusion_model.to(reading.pictures.device)
     if reading.posterior is None:
         reading.posterior = frozen.posterior(reading.pictures)
     return frozen.codec.draw(*reading.posterior, noise=draws.latent_noise, generator=generator)

@@ -4,8 +4,8 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
-from ..feedback.painting import paint
-from .denoising import image_contexts, looking_back
+from ..feedback.sampling import sample_pictures
+from .denoising import attached_previous, image_contexts
 from .interleaving import image_places, row_starts
 from .processing import IMAGE_START_TOKEN
 
@@ -23,20 +23,20 @@ def generate_images(model, inputs, seeds, *, steps=STEPS, guidance=GUIDANCE, sch
     Draws what comes at the last image start of each row.
 
     Args:
-        model (`DeemForConditionalGeneration`): With a generator attached.
+        model (`DeemForConditionalGeneration`): With a diffusion model attached.
         inputs (`dict`): What the processor makes of texts that end in `<image_start>`, padded on either side.
         seeds (`list[int]`): One for each row; a picture depends on its own seed alone.
-        steps, guidance, scheduler: As in [`paint`].
+        steps, guidance, scheduler: As in [`sample_pictures`].
 
     Returns:
-        `list[Image.Image]`: One picture a row, at the generator's size.
+        `list[Image.Image]`: One picture a row, at the diffusion model's size.
 
     Raises:
-        ValueError: If no generator is attached, or a row has no image start.
+        ValueError: If no diffusion model is attached, or a row has no image start.
     """
-    if model.generator is None:
+    if model.diffusion_model is None:
         raise ValueError(
-            "Drawing needs the generator: call `model.attach_generator(load_diffusion_model(PATH))` first."
+            "Drawing needs the diffusion model: call `model.attach_diffusion_model(load_diffusion_model(PATH))` first."
         )
     ids = inputs["input_ids"]
     rows, places = image_places(ids, model.config.image_start_token_id)
@@ -48,15 +48,15 @@ def generate_images(model, inputs, seeds, *, steps=STEPS, guidance=GUIDANCE, sch
     starts = row_starts(ids, inputs.get("attention_mask"))
     context, _ = image_contexts(model, output.last_hidden_state, ids, starts)
     # The null context hides what was read, not the picture before: guidance leads away from it with its maps.
-    with looking_back(model, output.maps, ids, starts, chosen=last, repeats=1 if guidance == 1.0 else 2):
-        pictures = paint(
-            model.generator.to(context.device),
+    with attached_previous(model, output.maps, ids, starts, chosen=last, repeats=1 if guidance == 1.0 else 2):
+        pictures = sample_pictures(
+            model.diffusion_model.to(context.device),
             context[last],
             steps=steps,
             scheduler=scheduler,
             guidance=guidance,
             null_context=model.image_decoder.null_context,
-            rng=_seeded(seeds, context.device),
+            generator=_seeded(seeds, context.device),
         )
     return [to_pil_image(picture.cpu()) for picture in pictures]
 
@@ -69,13 +69,13 @@ def generate_interleaved(
     Writes and draws in turn: stops at an image start, draws the picture, reads it, and goes on.
 
     Args:
-        model (`DeemForConditionalGeneration`): With a generator attached.
+        model (`DeemForConditionalGeneration`): With a diffusion model attached.
         processor (`DeemProcessor`): Of the model.
         prompt (`str`): Text with marks.
         images (`Sequence[Image.Image]`, *optional*): The pictures of the marks.
         seed (`int`, *optional*): Of the first picture; each further one has the next number.
         max_images (`int`, *optional*, defaults to 4): Pictures to draw at most.
-        steps, guidance: As in [`paint`].
+        steps, guidance: As in [`sample_pictures`].
         generation: For `model.generate`; `max_new_tokens` counts for each stretch of text.
 
     Returns:

@@ -122,7 +122,7 @@ def has_picture(input_ids, rows, places, image_token_id):
 
 def visible_images(input_ids, starts, image_start_token_id, image_token_id):
     """
-    Tells which pictures of its row each token can look back at: those of its own document that began before it.
+    Tells which pictures of its row each token can attend to: those of its own document that began before it.
 
     Args:
         input_ids (`torch.Tensor`): Shape `(batch, tokens)`.

@@ -45,14 +45,14 @@ _ADAPTER = re.compile(r"^visual_tokenizer\.sniffer\.vision_model\.adapter_c([2-5
 
 # What has no place in our model, and why.
 _IGNORED = [
-    (r"^visual_tokenizer\.encoder\.(unet|vae)\.", "the frozen generator, which is loaded from its own folder"),
+    (r"^visual_tokenizer\.encoder\.(unet|vae)\.", "the frozen diffusion model, which is loaded from its own folder"),
     (r"^visual_tokenizer\.pos_embed$", "a fixed sine-cosine embedding, which is computed"),
     (r"^visual_tokenizer\.clip_(mean|std)$", "the normalisation, which the image processor has"),
     (r"^visual_tokenizer\.neg_prompt_embeds$", "the null context, which `image_decoder.neg_prompt_embeds` holds too"),
     (r"^visual_tokenizer\.sniffer\.vision_model\.visual\.head\.", "CLIP's projection, which nothing of DEEM reads"),
     (r"\.rotary_emb\.inv_freq$", "frequencies, which are computed"),
 ]
-# Made in every official model, and of no use in one that was trained without a generator (the third stage).
+# Made in every official model, and of no use in one that was trained without a diffusion model (the third stage).
 _HEADS_OF_A_GENERATOR = re.compile(r"^(visual_tokenizer\.proj_i|context_feat_proj)\.")
 # One parameter under two names, of which a safetensors file keeps either.
 _NULL = "neg_prompt_embeds"
@@ -116,7 +116,7 @@ def convert_state_dict(official: dict[str, torch.Tensor], image_start_token_id: 
         elif reason := next((why for pattern, why in _IGNORED if re.search(pattern, name)), None):
             result.ignored[name] = reason
         elif not draws and _HEADS_OF_A_GENERATOR.match(name):
-            result.ignored[name] = "a head for a generator, which this model was trained without"
+            result.ignored[name] = "a head for a diffusion model, which this model was trained without"
         elif (ours := rename(name)) is not None:
             result.weights[ours] = value
             result.renamed[name] = ours

@@ -9,7 +9,7 @@ _ENCODER = "visual_tokenizer.perceiver_resampler."
 _DECODER = "image_decoder.perceiver_resampler."
 _LAYERS = "blip2qformer.encoder.layer."
 _MMFS = "visual_tokenizer.encoder.mmfs_module."
-_LOOKING = "mm_decoder.layers."
+_ATTENDING = "mm_decoder.layers."
 # What every checkpoint with a ConvNeXt has, whatever parts it was trained without.
 _NEEDED = (f"{_TRUNK}stem.0.weight", f"{_ENCODER}queries", "visual_tokenizer.pos_proj.bias")
 
@@ -48,8 +48,8 @@ def config_options(official, image_size: int, image_decoder_heads: int) -> dict:
         {int(m[1]) for name in official if (m := re.match(r"mm_decoder\.layers\.(\d+)\.llama_cross", name))}
     )
     if blocks:
-        attention = f"{_LOOKING}{blocks[0]}.llama_cross_attn.attn."
-        layers = _count(official, _LOOKING)
+        attention = f"{_ATTENDING}{blocks[0]}.llama_cross_attn.attn."
+        layers = _count(official, _ATTENDING)
         options["language_synchroniser"] = {
             "frequency": blocks[1] if len(blocks) > 1 else layers,
             **_attention(official, attention),

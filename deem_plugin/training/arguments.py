@@ -113,7 +113,8 @@ class DeemArguments:
 
     Args:
         denoiser (`str`, *optional*):
-            Folder or hub id of the frozen generator, in diffusers' layout. Needed unless both weights below are 0.
+            Folder or hub id of the frozen diffusion model, in diffusers' layout. Needed unless both weights below are
+            0.
         dtype (`str`, *optional*, defaults to `"float32"`): Precision of the denoiser.
         lm_weight, image_weight, feedback_weight (`float`, *optional*, defaults to 1, 5 and 5):
             Factors on the losses of the next token, the next image and the same image; 0 leaves a loss out.
@@ -128,10 +129,10 @@ class DeemArguments:
         region_tokens (`bool`, *optional*, defaults to `False`):
             Whether the queries also read tokens made of the region and its maps (the official `mask_align`).
         target_size (`int`, *optional*):
-            Side in pixels of the pictures that the generator restores, where it is more than the tower sees.
+            Side in pixels of the pictures that the diffusion model restores, where it is more than the tower sees.
     """
 
-    denoiser: str | None = field(default=None, metadata={"help": "Folder or hub id of the frozen generator."})
+    denoiser: str | None = field(default=None, metadata={"help": "Folder or hub id of the frozen diffusion model."})
     dtype: str = field(default="float32", metadata={"help": "Precision of the denoiser."})
     lm_weight: float = field(default=1.0, metadata={"help": "Factor on the next-token loss."})
     image_weight: float = field(default=5.0, metadata={"help": "Factor on the next-image loss; 0 leaves it out."})
@@ -141,32 +142,32 @@ class DeemArguments:
     language_synchroniser: dict | None = field(default=None, metadata={"help": "Options; none without it."})
     unet_synchroniser: bool = field(default=False, metadata={"help": "Whether the next image sees the one before."})
     region_tokens: bool = field(default=False, metadata={"help": "Whether the queries read tokens of the region."})
-    target_size: int | None = field(default=None, metadata={"help": "Pixels that the generator restores."})
+    target_size: int | None = field(default=None, metadata={"help": "Pixels that the diffusion model restores."})
 
     def __post_init__(self):
         if (self.image_weight or self.feedback_weight) and self.denoiser is None:
             raise ValueError(
-                "`deem.image_weight` and `deem.feedback_weight` need a generator: set `deem.denoiser` to a folder or "
-                "hub id in diffusers' layout, or both weights to 0."
+                "`deem.image_weight` and `deem.feedback_weight` need a diffusion model: set `deem.denoiser` to a "
+                "folder or hub id in diffusers' layout, or both weights to 0."
             )
 
 
 @dataclass
-class GeneratorArguments:
+class DenoiserArguments:
     """
-    A generator of one's own, as `deem train-denoiser` trains it (GenHancer, https://arxiv.org/abs/2503.19480).
+    A denoiser of one's own, as `deem train-denoiser` trains it (GenHancer, https://arxiv.org/abs/2503.19480).
 
     Args:
         network (`str`): Class of diffusers, one that `feedback.diffusion_model.path` may have.
         config (`dict`): The arguments of that class; channels and size are filled in.
         image_size (`int`): Side of the pictures that it is trained on, in pixels.
-        autoencoder (`str`, *optional*): DiffusionModel whose autoencoder it shares; without one it paints pixels.
+        autoencoder (`str`, *optional*): Diffusion model whose autoencoder it shares; without one it works on pixels.
     """
 
     network: str = field(default="FluxTransformer2DModel", metadata={"help": "Class of diffusers."})
     config: dict = field(default_factory=dict, metadata={"help": "The arguments of that class."})
     image_size: int = field(default=224, metadata={"help": "Side of its pictures, in pixels."})
-    autoencoder: str | None = field(default=None, metadata={"help": "DiffusionModel whose autoencoder it shares."})
+    autoencoder: str | None = field(default=None, metadata={"help": "Diffusion model whose autoencoder it shares."})
 
 
 @dataclass
@@ -197,7 +198,7 @@ class DataArguments:
             For an encoder alone: crops each picture at random, keeping so much of its area at least; by default the
             image processor's own geometry. A resumed run draws other crops.
         target_size (`int`, *optional*):
-            With `crop_area`: side of the crop that the generator restores, in pixels, where it is more than the
+            With `crop_area`: side of the crop that the diffusion model restores, in pixels, where it is more than the
             encoder sees.
         cache_dir (`str`, *optional*): Where the memory-mapped tables are kept; the `datasets` cache by default.
     """
@@ -214,7 +215,9 @@ class DataArguments:
     image_dir: str | None = field(default=None, metadata={"help": "Folder that the image paths are relative to."})
     max_length: int | None = field(default=None, metadata={"help": "Longest conversation in tokens."})
     crop_area: float | None = field(default=None, metadata={"help": "Least share of a picture that a crop keeps."})
-    target_size: int | None = field(default=None, metadata={"help": "Side of the crop that the generator restores."})
+    target_size: int | None = field(
+        default=None, metadata={"help": "Side of the crop that the diffusion model restores."}
+    )
     cache_dir: str | None = field(default=None, metadata={"help": "Where the memory-mapped tables are kept."})
 
     def __post_init__(self):
@@ -239,5 +242,5 @@ class DataArguments:
         if self.target_size is not None and self.crop_area is None:
             raise ValueError(
                 "`data.target_size` is the side of a random crop. Set `data.crop_area` too (0.9 in DIVA), or leave it "
-                "out: the generator then restores what the encoder sees."
+                "out: the diffusion model then restores what the encoder sees."
             )

@@ -15,7 +15,7 @@ from statistics import median
 import torch
 from tqdm.auto import tqdm
 
-from deem_plugin.training.bench_setting import OPTIONS, PLAIN, Setting, make_setting, save_generator
+from deem_plugin.training.bench_setting import OPTIONS, PLAIN, Setting, make_setting, save_diffusion_model
 from deem_plugin.training.bench_sizes import CONFIGS
 
 PARTS = ("encode", "tower", "denoise", "denoise backward", "tower backward")
@@ -105,19 +105,19 @@ def step(setting: Setting) -> tuple[dict[str, float], float, torch.Tensor]:
             torch.cuda.synchronize()
         times.append(clock())
 
-    generator, draws = setting.generator, setting.draws
+    diffusion_model, draws = setting.diffusion_model, setting.draws
     mark()
-    with generator.on_device(device):
-        posterior = setting.posterior or generator.posterior(setting.pictures)
-        latents = generator.codec.draw(*posterior, noise=draws["latent_noise"])
+    with diffusion_model.on_device(device):
+        posterior = setting.posterior or diffusion_model.posterior(setting.pictures)
+        latents = diffusion_model.codec.draw(*posterior, noise=draws["latent_noise"])
         mark()
         context = setting.conditioner(setting.tower(setting.pixel_values).last_hidden_state)
         mark()
-        judged = context.detach().requires_grad_()
-        feedback = DiffusionFeedback(generator.denoiser)
-        loss = feedback(latents, judged, timesteps=draws["timesteps"], noise=draws["noise"]).mean()
+        inputs = context.detach().requires_grad_()
+        feedback = DiffusionFeedback(diffusion_model.denoiser)
+        loss = feedback(latents, inputs, timesteps=draws["timesteps"], noise=draws["noise"]).mean()
         mark()
-        (gradient,) = torch.autograd.grad(loss, judged)
+        (gradient,) = torch.autograd.grad(loss, inputs)
         mark()
     context.backward(gradient)
     mark()
@@ -149,7 +149,7 @@ def run_bench(
     bench = Bench(config, str(place), torch.get_num_threads(), clock_of(place)[1], pairs)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        save_generator(config, folder)
+        save_diffusion_model(config, folder)
         plain, first, peak, (_, loss, gradients) = _prepared(config, place, folder, PLAIN)
         plain_steps = []
         for name in tqdm(options, desc="options"):

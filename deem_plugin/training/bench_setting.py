@@ -49,22 +49,22 @@ class Setting:
 
     Args:
         tower, conditioner (`nn.Module`): What trains.
-        generator (`DiffusionModel`): What judges.
-        pixel_values, pictures (`torch.Tensor`): What the tower reads, and what the generator restores, in [0, 1].
+        diffusion_model (`DiffusionModel`): The frozen diffusion model.
+        pixel_values, pictures (`torch.Tensor`): What the tower reads, and what is restored, in [0, 1].
         draws (`dict[str, torch.Tensor]`): `latent_noise`, `noise` and `timesteps`.
         posterior (`tuple`, *optional*): What the VAE says of the pictures, where that is cached.
     """
 
     tower: torch.nn.Module
     conditioner: torch.nn.Module
-    generator: object
+    diffusion_model: object
     pixel_values: torch.Tensor
     pictures: torch.Tensor
     draws: dict[str, torch.Tensor]
     posterior: tuple | None = None
 
 
-def save_generator(config: str, folder: Path):
+def save_diffusion_model(config: str, folder: Path):
     """Saves a Stable Diffusion of one of the `CONFIGS` in diffusers' layout, with new weights from a fixed seed."""
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
@@ -89,33 +89,33 @@ def make_setting(config: str, device: torch.device, folder: Path, option: Option
     Args:
         config (`str`): Name of the sizes.
         device (`torch.device`): Where it runs.
-        folder (`Path`): With the generator that [`save_generator`] wrote.
+        folder (`Path`): With the diffusion model that [`save_diffusion_model`] wrote.
         option (`Option`): The plain step by default.
 
     Raises:
         ValueError: If a quantization cannot be had here.
     """
     from deem_plugin.feedback import Conditioner, DiffusionModelConfig
-    from deem_plugin.feedback.economy import economise
     from deem_plugin.feedback.factory import load_configured
+    from deem_plugin.feedback.optimizations import apply_optimizations
     from deem_plugin.vision import DeemVisionConfig, DeemVisionTower
 
     sizes, settings = CONFIGS[config], DiffusionModelConfig(str(folder), **option.settings)
-    generator = load_configured(settings)
-    economise(generator, settings)
+    diffusion_model = load_configured(settings)
+    apply_optimizations(diffusion_model, settings)
     with torch.random.fork_rng():
         torch.manual_seed(1)
         tower = DeemVisionTower(DeemVisionConfig(class_token=False, **sizes["tower"]))
-        conditioner = Conditioner(tower.config.hidden_size, generator.denoiser.context_dim)
+        conditioner = Conditioner(tower.config.hidden_size, diffusion_model.denoiser.context_dim)
         torch.nn.init.normal_(conditioner.head.weight, std=0.02)
-        batch, side = sizes["batch"], generator.denoiser.sample_size
-        channels = generator.codec.channels
+        batch, side = sizes["batch"], diffusion_model.denoiser.sample_size
+        channels = diffusion_model.codec.channels
         setting = Setting(
             tower.to(device).eval(),  # no stochastic depth: each step is then the same
             conditioner.to(device),
-            generator.to(device),
+            diffusion_model.to(device),
             torch.randn(batch, 3, tower.config.image_size, tower.config.image_size).to(device),
-            torch.rand(batch, 3, generator.image_size, generator.image_size).to(device),
+            torch.rand(batch, 3, diffusion_model.image_size, diffusion_model.image_size).to(device),
             {
                 "latent_noise": torch.randn(batch, channels, side, side).to(device),
                 "noise": torch.randn(batch, channels, side, side).to(device),
@@ -123,6 +123,6 @@ def make_setting(config: str, device: torch.device, folder: Path, option: Option
             },
         )
     if option.cached:
-        with generator.on_device(device):
-            setting.posterior = generator.posterior(setting.pictures)
+        with diffusion_model.on_device(device):
+            setting.posterior = diffusion_model.posterior(setting.pictures)
     return setting

@@ -36,7 +36,7 @@ def main(name: str, overrides=(), batch_size: int = 16) -> str:
     return f"{cache_latents(recipe, batch_size)} Latents are in {recipe.feedback.diffusion_model.latent_cache}."
 
 
-def cache_latents(recipe: Recipe, batch_size: int = 16, generator=None) -> Counts:
+def cache_latents(recipe: Recipe, batch_size: int = 16, diffusion_model=None) -> Counts:
     """
     Walks a recipe's data once, as training would see it, and keeps what the VAE says of each picture.
 
@@ -45,10 +45,10 @@ def cache_latents(recipe: Recipe, batch_size: int = 16, generator=None) -> Count
     Args:
         recipe (`Recipe`): With `feedback.diffusion_model.latent_cache` set to the folder to fill.
         batch_size (`int`, *optional*, defaults to 16): Examples that are read and encoded together.
-        generator (`DiffusionModel`, *optional*): Loaded from `feedback.diffusion_model.path` by default.
+        diffusion_model (`DiffusionModel`, *optional*): Loaded from `feedback.diffusion_model.path` by default.
 
     Raises:
-        ValueError: If the recipe has no feedback or names no folder, or the folder belongs to another generator.
+        ValueError: If the recipe has no feedback or names no folder, or the folder belongs to another diffusion model.
     """
     from tqdm import tqdm
 
@@ -68,9 +68,9 @@ def cache_latents(recipe: Recipe, batch_size: int = 16, generator=None) -> Count
     eyes = Eyes.of(model, processor, config.image_mean, config.image_std)
     model.to(args.device)
     # The denoiser only says how large its latents are.
-    generator = load_configured(replace(held, quantization=None)) if generator is None else generator
-    generator.codec.to(args.device)
-    expected = fingerprint(generator)
+    diffusion_model = load_configured(replace(held, quantization=None)) if diffusion_model is None else diffusion_model
+    diffusion_model.codec.to(args.device)
+    expected = fingerprint(diffusion_model)
     counts, done = Counts(), set()
     loader = DataLoader(dataset, batch_size, collate_fn=collator, num_workers=args.dataloader_num_workers)
     with LatentWriter(held.latent_cache, expected) as writer:
@@ -86,8 +86,8 @@ def cache_latents(recipe: Recipe, batch_size: int = 16, generator=None) -> Count
             counts.duplicates += len(keys) - len(set(keys) - done)
             done.update(keys)
             if new:
-                fitted = torch.cat([generator.resize(pictures[index]) for index in new.values()])
-                means, deviations = generator.codec.posterior(fitted * 2 - 1)
+                fitted = torch.cat([diffusion_model.resize(pictures[index]) for index in new.values()])
+                means, deviations = diffusion_model.codec.posterior(fitted * 2 - 1)
                 for place, key in enumerate(new):
                     deviation = None if deviations is None else deviations[place]
                     if not all(value.isfinite().all() for value in (means[place], deviation) if value is not None):

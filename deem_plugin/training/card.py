@@ -13,8 +13,8 @@ from deem_plugin.training.recipes import Recipe
 
 NAMED_LOSSES = ("loss", "lm_loss", "image_loss", "feedback_loss")
 PAPER = "2405.15232"
-# Key of the card's metadata, by which a later stage learns which generators judged the earlier ones.
-_GENERATORS = "feedback_generators"
+# Key of the card's metadata, by which a later stage learns which diffusion models gave feedback to the earlier ones.
+_DIFFUSION_MODELS = "feedback_diffusion_models"
 # How to read with an interleaved model, whose class transformers does not have.
 _USE = """```python
 import deem_plugin.models  # makes the class known
@@ -24,7 +24,7 @@ model = AutoModelForImageTextToText.from_pretrained("THIS/MODEL")
 processor = AutoProcessor.from_pretrained("THIS/MODEL")
 ```
 
-It reads pictures without any generator; to draw it is given one by `model.attach_generator`."""
+It reads pictures without any diffusion model; to draw it is given one by `model.attach_diffusion_model`."""
 
 
 def write_card(folder: str | Path, recipe: Recipe, log_history: list[dict]) -> Path:
@@ -42,36 +42,33 @@ def write_card(folder: str | Path, recipe: Recipe, log_history: list[dict]) -> P
     from huggingface_hub import ModelCard, ModelCardData
 
     source = recipe.model.model or recipe.model.language_model or recipe.model.encoder
-    generators = _generators(recipe, source)
+    diffusion_models = _diffusion_models(recipe, source)
     data = ModelCardData(
         base_model=source,
         library_name="transformers",
         pipeline_tag="feature-extraction" if recipe.model.encoder else "image-text-to-text",
         tags=["deem-plugin", "diffusion-feedback", f"arxiv:{PAPER}"],
-        **({_GENERATORS: generators} if generators else {}),
+        **({_DIFFUSION_MODELS: diffusion_models} if diffusion_models else {}),
     )
     # Local folders are no names on the hub, which refuses cards that point at them.
     if Path(source).expanduser().exists() or source.count("/") != 1:
         data.base_model = None
     path = Path(folder) / "README.md"
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(recipe, source, generators, log_history)}").save(path)
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(recipe, source, diffusion_models, log_history)}").save(path)
     return path
 
 
-def _generators(recipe: Recipe, source: str) -> dict[str, str]:
-    """Returns the generators that judged the model, now or in an earlier stage, each with the line about it."""
+def _diffusion_models(recipe: Recipe, source: str) -> dict[str, str]:
+    """Returns the diffusion models that gave feedback, now or in an earlier stage, each with the line about it."""
     card = Path(source).expanduser() / "README.md"
     earlier = {}
     if card.is_file():
         from huggingface_hub import ModelCard
 
-        earlier = ModelCard.load(card).data.to_dict().get(_GENERATORS, {})
+        earlier = ModelCard.load(card).data.to_dict().get(_DIFFUSION_MODELS, {})
     name, role = None, "The frozen diffusion model `{}` gave the feedback"
     if isinstance(recipe.feedback, RossConfig):
-        name, role = (
-            recipe.feedback.autoencoder,
-            "The frozen autoencoder of `{}` said what its words should restore",
-        )
+        name, role = recipe.feedback.autoencoder, "The frozen autoencoder of `{}` said what its words should restore"
     elif recipe.feedback is not None:
         name = recipe.feedback.diffusion_model.path
     elif recipe.deem is not None:
@@ -81,7 +78,7 @@ def _generators(recipe: Recipe, source: str) -> dict[str, str]:
     return earlier | {name: f"{role.format(name)} and is not part of it. {_licence(name)}"}
 
 
-def _text(recipe: Recipe, source: str, generators: dict[str, str], log_history: list[dict]) -> str:
+def _text(recipe: Recipe, source: str, diffusion_models: dict[str, str], log_history: list[dict]) -> str:
     lines = [
         f"# {recipe.name}",
         "",
@@ -92,7 +89,7 @@ def _text(recipe: Recipe, source: str, generators: dict[str, str], log_history: 
     if recipe.model.vision_tower:
         weights = recipe.model.vision_pretrained or "as that name says"
         lines += [f"Vision tower: `{recipe.model.vision_tower}`, weights: {weights}.", ""]
-    for line in generators.values():
+    for line in diffusion_models.values():
         lines += [line, ""]
     lines += [
         f"Data: {_data(recipe.data)}. Its terms, and those of what the model started from, hold for it, too.",
@@ -125,7 +122,7 @@ def _data(data) -> str:
 
 
 def _licence(denoiser: str) -> str:
-    """Returns what the generator's own card says of its licence, where it lies in a local folder."""
+    """Returns what the diffusion model's own card says of its licence, where it lies in a local folder."""
     card = Path(denoiser).expanduser() / "README.md"
     if card.is_file():
         from huggingface_hub import ModelCard

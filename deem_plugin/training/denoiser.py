@@ -1,4 +1,4 @@
-"""Trains a generator of one's own on the tokens of a frozen encoder: `deem train-denoiser`."""
+"""Trains a denoiser of one's own on the tokens of a frozen encoder: `deem train-denoiser`."""
 
 import logging
 import os
@@ -15,8 +15,8 @@ from deem_plugin.feedback.checkpoint import save_conditioner
 from deem_plugin.feedback.config import FeedbackConfig
 from deem_plugin.feedback.diffusion_model import load_autoencoder
 from deem_plugin.feedback.factory import make_conditioner, make_objective
+from deem_plugin.feedback.from_scratch import make_diffusion_model, save_diffusion_model
 from deem_plugin.feedback.latents import PixelCodec
-from deem_plugin.feedback.light import make_generator, save_generator
 from deem_plugin.feedback.loss import FeedbackLoss
 from deem_plugin.settings import changed_settings
 from deem_plugin.training.checkpoint import FINAL_NAME, check_writable, save_in_one_piece, train_or_set_aside
@@ -27,28 +27,30 @@ from deem_plugin.vision.eyes import Eyes
 logger = logging.getLogger(__name__)
 
 
-class GeneratorTraining(nn.Module):
+class DenoiserTraining(nn.Module):
     """
-    A generator and the conditioner that speaks to it, both new, on a frozen encoder.
+    A denoiser and the conditioner that speaks to it, both new, on a frozen encoder.
 
-    It makes visible what the encoder does not tell: the generator learns to restore pictures as well as the encoder's
+    It makes visible what the encoder does not tell: the denoiser learns to restore pictures as well as the encoder's
     tokens allow, and in the next stage the encoder is asked to allow more (GenHancer's stage 1,
     https://arxiv.org/abs/2503.19480).
 
     Args:
         eyes (`Eyes`): Of the vision encoder, which is frozen, and no module of this one.
-        conditioner (`Conditioner`), generator (`DiffusionModel`): What is trained.
+        conditioner (`Conditioner`), diffusion_model (`DiffusionModel`): What is trained; of the latter its denoiser.
         config (`FeedbackConfig`): Condition, timesteps and draws.
     """
 
-    def __init__(self, eyes, conditioner, generator, config):
+    def __init__(self, eyes, conditioner, diffusion_model, config):
         super().__init__()
         # In a tuple, so that neither state dict nor optimizer nor DDP sees them.
         eyes.tower.requires_grad_(False).eval()
-        loss = FeedbackLoss(generator, make_objective(config.objective, generator.denoiser), config.condition, eyes)
+        loss = FeedbackLoss(
+            diffusion_model, make_objective(config.objective, diffusion_model.denoiser), config.condition, eyes
+        )
         self.frozen = (eyes, loss)
         self.conditioner = conditioner
-        self.network = generator.denoiser.model
+        self.network = diffusion_model.denoiser.model
         self.seed = 0  # of the next micro-batch, set before each step
 
     def forward(self, pixel_values):
@@ -75,7 +77,7 @@ class _StepSeeds(TrainerCallback):
 
 
 def main(name: str, overrides: Sequence[str] = ()) -> str:
-    """Trains the generator of the recipe `name`; what `deem train-denoiser` runs. Returns what to print."""
+    """Trains the denoiser of the recipe `name`; what `deem train-denoiser` runs. Returns what to print."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     final = train_denoiser(load_recipe(name, overrides))
     return f"Saved {final}. Train with it: `feedback.diffusion_model.path={final} feedback.conditioner={final}`."
@@ -83,10 +85,10 @@ def main(name: str, overrides: Sequence[str] = ()) -> str:
 
 def train_denoiser(recipe: Recipe) -> Path:
     """
-    Trains the generator of a recipe's section `generator`, and the conditioner, on images alone.
+    Trains the denoiser of a recipe's section `denoiser`, and the conditioner, on images alone.
 
     Args:
-        recipe (`Recipe`): With `model.encoder`, a folder of pictures, and the section `generator`.
+        recipe (`Recipe`): With `model.encoder`, a folder of pictures, and the section `denoiser`.
 
     Returns:
         `Path`: A folder in diffusers' layout with `feedback.safetensors` beside it. It appears only when it is
@@ -109,13 +111,13 @@ def train_denoiser(recipe: Recipe) -> Path:
     with args.main_process_first(desc="listing images"):
         dataset = load_image_folder(recipe.data.path, recipe.data.cache_dir)
     _, tower, image_processor = load_encoder(recipe.model, config.condition.reads_pooled)
-    shape = recipe.generator
+    shape = recipe.denoiser
     codec = PixelCodec() if shape.autoencoder is None else load_autoencoder(shape.autoencoder).codec
-    generator = make_generator(shape.network, shape.config, codec, shape.image_size)
+    diffusion_model = make_diffusion_model(shape.network, shape.config, codec, shape.image_size)
     eyes = Eyes.of(tower, image_processor, config.image_mean, config.image_std)
-    conditioner = make_conditioner(config.condition, eyes, generator.denoiser, seed=config.seed)
+    conditioner = make_conditioner(config.condition, eyes, diffusion_model.denoiser, seed=config.seed)
     trainer = Trainer(
-        model=GeneratorTraining(eyes, conditioner, generator, config),
+        model=DenoiserTraining(eyes, conditioner, diffusion_model, config),
         args=args,
         train_dataset=dataset,
         data_collator=ImageCollator(image_processor, recipe.data.crop_area),
@@ -127,7 +129,7 @@ def train_denoiser(recipe: Recipe) -> Path:
     def save(folder: str):
         if args.should_save:
             os.makedirs(folder, exist_ok=True)
-            save_generator(generator, folder)
+            save_diffusion_model(diffusion_model, folder)
             own = replace(config, diffusion_model=replace(config.diffusion_model, path=str(final)))
             save_conditioner(conditioner, own, folder)
 
@@ -135,11 +137,11 @@ def train_denoiser(recipe: Recipe) -> Path:
 
 
 def _check(recipe: Recipe):
-    """Raises on recipes that train no generator."""
-    if recipe.generator is None or not isinstance(recipe.feedback, FeedbackConfig) or recipe.model.encoder is None:
+    """Raises on recipes that train no denoiser."""
+    if recipe.denoiser is None or not isinstance(recipe.feedback, FeedbackConfig) or recipe.model.encoder is None:
         raise ValueError(
-            f"The recipe {recipe.name!r} trains no generator: it needs the sections `generator` and `feedback`, and "
-            f"`model.encoder`. See the recipe `genhancer-generator`; for a model with feedback run `deem train`."
+            f"The recipe {recipe.name!r} trains no denoiser: it needs the sections `denoiser` and `feedback`, and "
+            f"`model.encoder`. See the recipe `genhancer-denoiser`; for a model with feedback run `deem train`."
         )
     config, model = recipe.feedback, recipe.model
     condition = config.condition
@@ -156,6 +158,6 @@ def _check(recipe: Recipe):
     settings |= {"model.freeze": model.freeze, "model.learning_rates": model.learning_rates}
     if given := [name for name, value in settings.items() if value]:
         raise ValueError(
-            f"{given} mean nothing here: the encoder stays as it is, generator and conditioner are new and train "
-            f"alike, on pictures of `generator.image_size`. Leave them out."
+            f"{given} mean nothing here: the encoder stays as it is, denoiser and conditioner are new and train "
+            f"alike, on pictures of `denoiser.image_size`. Leave them out."
         )

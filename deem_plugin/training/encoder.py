@@ -15,7 +15,8 @@ class AlignedEncoder(nn.Module):
     A CLIP's vision encoder in the space that it shares with its text tower: every token is normed and projected, the
     patches as `last_hidden_state` and the class token as `pooler_output`.
 
-    DIVA, GenHancer and DCR show the generator such tokens. The parts are those of the CLIP, so that it trains with it.
+    DIVA, GenHancer and DCR show the diffusion model such tokens. The parts are those of the CLIP, so that it trains
+    with it.
 
     Args:
         whole (`CLIPModel`): Or another model with a `vision_model` and a `visual_projection`.

@@ -78,11 +78,11 @@ def _storage_key(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-class PlacedGenerator(DiffusionModel):
-    """A generator that is where it is needed: modules of fake tensors cannot be moved."""
+class PlacedDiffusionModel(DiffusionModel):
+    """A diffusion model that is where it is needed: modules of fake tensors cannot be moved."""
 
     def to(self, device):
-        """Returns the generator."""
+        """Returns the diffusion model."""
         return self
 
 
@@ -102,14 +102,14 @@ class StepCounter:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         replaced: dict[int, torch.Tensor] = {}
         self._modules = [skeleton.model]
-        if skeleton.generator is not None:
-            generator = PlacedGenerator(
-                **{f.name: getattr(skeleton.generator, f.name) for f in fields(DiffusionModel)}
+        if skeleton.diffusion_model is not None:
+            diffusion_model = PlacedDiffusionModel(
+                **{f.name: getattr(skeleton.diffusion_model, f.name) for f in fields(DiffusionModel)}
             )
-            skeleton.hook.loss.diffusion_model = generator
+            skeleton.hook.loss.diffusion_model = diffusion_model
             skeleton.hook.checks = False  # their values are asked for
-            self._modules += [generator.denoiser.model]
-            self._modules += [generator.codec.vae] if hasattr(generator.codec, "vae") else []
+            self._modules += [diffusion_model.denoiser.model]
+            self._modules += [diffusion_model.codec.vae] if hasattr(diffusion_model.codec, "vae") else []
             self._modules += [skeleton.hook.anchor.tower] if skeleton.hook.anchor is not None else []
         for module in self._modules:
             _put_fakes(module, self.mode, replaced)
@@ -131,8 +131,8 @@ class StepCounter:
 
     def count_memory(self, pictures: int, tokens: int, feedback: bool) -> int:
         """
-        Returns the most bytes that the same micro-batch holds beside the model's and the generator's weights and all
-        gradients: what the backward pass needs, weights cast by autocast, and what comes and goes.
+        Returns the most bytes that the same micro-batch holds beside the model's and the diffusion model's weights and
+        all gradients: what the backward pass needs, weights cast by autocast, and what comes and goes.
         """
         weights = [parameter for module in self._modules for parameter in module.parameters()]
         with self.mode:
@@ -157,10 +157,10 @@ class StepCounter:
 
     def count_encoding(self, pictures: int) -> int:
         """Returns the FLOPs of encoding pictures to latents, a part of the feedback that never changes."""
-        generator = self.skeleton.hook.loss.diffusion_model
+        diffusion_model = self.skeleton.hook.loss.diffusion_model
         with self.mode, flop_counter() as counter:
-            size = generator.image_size
-            generator.codec.encode(torch.zeros(pictures, 3, size, size, device=DEVICE))
+            size = diffusion_model.image_size
+            diffusion_model.codec.encode(torch.zeros(pictures, 3, size, size, device=DEVICE))
         return counter.get_total_flops()
 
     def _autocast(self):

@@ -1,18 +1,18 @@
-"""The interleaved model of a recipe: loaded or assembled, its losses weighted, its generator attached."""
+"""The interleaved model of a recipe: loaded or assembled, its losses weighted, its diffusion model attached."""
 
 from deem_plugin.training.arguments import DeemArguments, ModelArguments
 
 
 def load_deem(arguments: ModelArguments, deem: DeemArguments):
     """
-    Returns the DEEM of a recipe, with its generator attached where a loss needs one, and its processor.
+    Returns the DEEM of a recipe, with its diffusion model attached where a loss needs one, and its processor.
 
     Args:
         arguments (`ModelArguments`): The recipe's section `model`.
         deem (`DeemArguments`): Its section `deem`.
 
     Raises:
-        ValueError: If `model.model` is no DEEM, or the generator does not fit what was asked for.
+        ValueError: If `model.model` is no DEEM, or the diffusion model does not fit what was asked for.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
@@ -20,12 +20,12 @@ def load_deem(arguments: ModelArguments, deem: DeemArguments):
     from deem_plugin.models import DeemConfig
     from deem_plugin.vision import build_image_processor
 
-    generator = None if deem.denoiser is None else load_diffusion_model(deem.denoiser, deem.dtype)
+    diffusion_model = None if deem.denoiser is None else load_diffusion_model(deem.denoiser, deem.dtype)
     options = {"dtype": arguments.dtype}
     if arguments.attn_implementation is not None:
         options["attn_implementation"] = arguments.attn_implementation
     if arguments.language_model is not None:
-        model, processor = _assemble(arguments, deem, generator, options)
+        model, processor = _assemble(arguments, deem, diffusion_model, options)
     else:
         config = AutoConfig.from_pretrained(arguments.model)
         if not isinstance(config, DeemConfig):
@@ -40,8 +40,8 @@ def load_deem(arguments: ModelArguments, deem: DeemArguments):
         processor.image_processor = build_image_processor(config.vision_config, deem.target_size)
     for name in ("lm_weight", "image_weight", "feedback_weight", "feedback_timesteps", "null_context_rate"):
         setattr(model.config, name, getattr(deem, name))
-    if generator is not None:
-        model.attach_generator(generator)
+    if diffusion_model is not None:
+        model.attach_diffusion_model(diffusion_model)
     return model, processor
 
 
@@ -63,7 +63,7 @@ def resized(vision_config, image_size: int):
     return DeemVisionConfig(**kept | {"open_clip_config": vision_config.open_clip_config | {"image_size": image_size}})
 
 
-def _assemble(arguments, deem, generator, options):
+def _assemble(arguments, deem, diffusion_model, options):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from deem_plugin.feedback.synchroniser import UNET_KEYS
@@ -81,11 +81,11 @@ def _assemble(arguments, deem, generator, options):
     )
     unet = None
     if deem.unet_synchroniser:
-        config = None if generator is None else generator.denoiser.model.config
+        config = None if diffusion_model is None else diffusion_model.denoiser.model.config
         if config is None or not all(name in config for name in UNET_KEYS):
             raise ValueError(
                 f"`deem.unet_synchroniser` looks into a UNet of Stable Diffusion; `deem.denoiser: {deem.denoiser}` is "
-                f"none. Leave it out, or choose another generator."
+                f"none. Leave it out, or choose another diffusion model."
             )
         unet = {"unet": {name: config[name] for name in UNET_KEYS}}
     return assemble_deem(
@@ -93,7 +93,7 @@ def _assemble(arguments, deem, generator, options):
         AutoTokenizer.from_pretrained(arguments.language_model),
         tower,
         target_size=deem.target_size,
-        context_dim=None if generator is None else generator.denoiser.context_dim,
+        context_dim=None if diffusion_model is None else diffusion_model.denoiser.context_dim,
         language_synchroniser=deem.language_synchroniser,
         unet_synchroniser=unet,
     )

@@ -78,7 +78,7 @@ class Memory:
         weights (`int`): Parameters of the model.
         gradients (`int`): Their gradients.
         optimizer (`int`): States of the optimizer and, under DeepSpeed, the float32 weights that it updates.
-        generator (`int`): The frozen denoiser and autoencoder, and an anchor's tower, whole on each GPU.
+        diffusion_model (`int`): The frozen denoiser and autoencoder, and an anchor's tower, whole on each GPU.
         activations (`int`): Most that a micro-batch holds beside them.
         communication (`int`): Buckets of gradients, and gathered weights.
         context (`int`): See `CONTEXT`.
@@ -87,7 +87,7 @@ class Memory:
     weights: int
     gradients: int
     optimizer: int
-    generator: int = 0
+    diffusion_model: int = 0
     activations: int = 0
     communication: int = 0
     context: int = CONTEXT

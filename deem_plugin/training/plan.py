@@ -123,7 +123,7 @@ def make_plan(recipe: Recipe, gpus: Sequence[int] = (1, 8), tokens: int | None =
             f"The recipe {recipe.name!r} trains the interleaved model, which `deem plan` does not know yet; it plans "
             f"VLMs and encoders. The parameters of the 7B recipes are in docs/interleaved.md."
         )
-    if recipe.generator is not None or isinstance(recipe.feedback, RossConfig):
+    if recipe.denoiser is not None or isinstance(recipe.feedback, RossConfig):
         raise ValueError(
             f"The recipe {recipe.name!r} trains a denoiser of its own, which `deem plan` does not know yet; it plans "
             f"VLMs and encoders with a frozen one. docs/methods.md names the parameters of such denoisers."
@@ -223,7 +223,7 @@ def _lora(recipe: Recipe) -> list[str]:
 # What can make a recipe fit, from what costs nothing to what changes the training.
 OPTIONS = {
     "the denoiser in bfloat16": _smaller_denoiser,
-    "the generator on the CPU between feedbacks": _offload,
+    "the diffusion model on the CPU between feedbacks": _offload,
     "activation checkpointing (a forward pass more)": _checkpointing,
     "one conversation a micro-batch, accumulated": _smaller_batch,
     "LoRA on bfloat16 weights": _lora,
@@ -276,7 +276,7 @@ class _MemoryRows:
             Weight(tuple(parameter.shape), parameter.element_size(), parameter.requires_grad)
             for parameter in skeleton.model.parameters()
         ]
-        self.generator = _frozen_bytes(recipe, skeleton)
+        self.diffusion_model = _frozen_bytes(recipe, skeleton)
         self.root, self.unit = _fsdp_units(skeleton.model)
 
     def __call__(self, counter: StepCounter, gpus: Sequence[int], tokens: int) -> list[Row]:
@@ -291,7 +291,7 @@ class _MemoryRows:
         for number in gpus:
             for strategy in STRATEGIES if number > 1 else STRATEGIES[:1]:
                 memory = state_memory(self.weights, states, strategy, number, self.mixed)
-                memory.generator = self.generator
+                memory.diffusion_model = self.diffusion_model
                 memory.activations = peaks[self.mixed and strategy != "ddp"]
                 memory.communication = communication_memory(
                     self.weights, strategy, number, self.mixed, self.root, self.unit
@@ -331,11 +331,11 @@ def _autocast_dtype(recipe: Recipe) -> torch.dtype | None:
 
 
 def _frozen_beside(skeleton: Skeleton) -> dict[str, nn.Module]:
-    """Returns what the feedback holds beside the model: the generator's parts, and an anchor's copy of the tower."""
-    if skeleton.generator is None:
+    """Returns what the feedback holds beside the model: denoiser, autoencoder, and an anchor's copy of the tower."""
+    if skeleton.diffusion_model is None:
         return {}
-    modules = {"denoiser": skeleton.generator.denoiser.model}
-    codec, anchor = skeleton.generator.codec, skeleton.hook.anchor
+    modules = {"denoiser": skeleton.diffusion_model.denoiser.model}
+    codec, anchor = skeleton.diffusion_model.codec, skeleton.hook.anchor
     if hasattr(codec, "vae"):
         modules["autoencoder"] = codec.vae
     if anchor is not None:

@@ -10,7 +10,7 @@ from deem_plugin.training.parts import parameter_table
 from deem_plugin.training.plan import ON_ANY_MACHINE, Option, Plan, Row, fit, least, make_plan
 from deem_plugin.training.recipes import load_recipe
 
-KINDS = ("weights", "gradients", "optimizer", "generator", "activations", "communication", "context")
+KINDS = ("weights", "gradients", "optimizer", "diffusion model", "activations", "communication", "context")
 ESTIMATES = ("activations", "communication", "context")
 
 

@@ -14,7 +14,7 @@ from deem_plugin.training.arguments import (
     TOWER_ONLY,
     DataArguments,
     DeemArguments,
-    GeneratorArguments,
+    DenoiserArguments,
     ModelArguments,
 )
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
     from deem_plugin.feedback.config import FeedbackConfig, RossConfig
 
-SECTIONS = ("model", "data", "feedback", "ross", "deem", "generator", "training")
+SECTIONS = ("model", "data", "feedback", "ross", "deem", "denoiser", "training")
 # `section: null` takes these out of what a recipe extends; elsewhere an empty section changes nothing.
-OPTIONAL_SECTIONS = ("feedback", "ross", "deem", "generator")
+OPTIONAL_SECTIONS = ("feedback", "ross", "deem", "denoiser")
 # The annotations of `TrainingArguments` are looser than what it takes (`fsdp: true` for a `str`).
 LOOSE_SECTIONS = ("training",)
 # Of these a recipe has one at most.
@@ -45,7 +45,7 @@ class Recipe:
             The diffusion feedback of a VLM or an encoder, from the section `feedback` or `ross`; none without it.
         deem (`DeemArguments`, *optional*): The interleaved model, which has its own feedback; none without it.
         training (`TrainingArguments`): The Trainer's own arguments.
-        generator (`GeneratorArguments`, *optional*): What `deem train-denoiser` trains; none for `deem train`.
+        diffusion_model (`DenoiserArguments`, *optional*): What `deem train-denoiser` trains; none for `deem train`.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Recipe:
     feedback: "FeedbackConfig | RossConfig | None"
     deem: DeemArguments | None
     training: "TrainingArguments"
-    generator: GeneratorArguments | None = None
+    denoiser: DenoiserArguments | None = None
 
 
 def list_recipes() -> list[str]:
@@ -95,7 +95,7 @@ def build_recipe(name: str, sections: dict[str, dict | None]) -> Recipe:
     Args:
         name (`str`): The run's name; the default of `training.output_dir` is `runs/<name>`.
         sections (`dict`): `model`, `data`, `training` and, for a run with feedback, `feedback`, `ross` or `deem`;
-            `generator` for one of `deem train-denoiser`.
+            `denoiser` for one of `deem train-denoiser`.
 
     Raises:
         ValueError: On an unknown section or key, a value of the wrong kind, or sections that do not fit together.
@@ -125,7 +125,7 @@ def build_recipe(name: str, sections: dict[str, dict | None]) -> Recipe:
         feedback=built.get("feedback") or built.get("ross"),
         deem=built.get("deem"),
         training=built["training"],
-        generator=built.get("generator"),
+        denoiser=built.get("denoiser"),
     )
     _check(recipe)
     return recipe
@@ -167,7 +167,7 @@ def _classes() -> dict[str, type]:
         "feedback": FeedbackConfig,
         "ross": RossConfig,
         "deem": DeemArguments,
-        "generator": GeneratorArguments,
+        "denoiser": DenoiserArguments,
         "training": TrainingArguments,
     }
 

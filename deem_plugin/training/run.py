@@ -92,9 +92,9 @@ def _check(recipe: Recipe):
             f"`data.kind: {recipe.data.kind}` is for the interleaved model alone. Add the section `deem`, or train on "
             f"conversations."
         )
-    if recipe.generator is not None:
+    if recipe.denoiser is not None:
         raise ValueError(
-            f"The recipe {recipe.name!r} has a section `generator`: it trains one. Run `deem train-denoiser "
+            f"The recipe {recipe.name!r} has a section `denoiser`: it trains one. Run `deem train-denoiser "
             f"{recipe.name}`, or leave the section out."
         )
     if recipe.data.kind == "shards" and args.max_steps <= 0:

@@ -27,7 +27,7 @@ class Skeleton:
     Args:
         model (`nn.Module`): What the Trainer would get, the feedback's conditioner in it.
         tower (`PreTrainedModel`): Its vision tower.
-        generator (`DiffusionModel`, *optional*): The frozen generator; its scheduler is real.
+        diffusion_model (`DiffusionModel`, *optional*): The frozen diffusion model; its scheduler is real.
         hook (`FeedbackHook`, *optional*): The feedback's hook on the tower.
         image_tokens (`int`): Tokens that a picture takes in the language model; 0 for an encoder alone.
         notes (`list[str]`): What had to be supposed.
@@ -35,7 +35,7 @@ class Skeleton:
 
     model: nn.Module
     tower: nn.Module
-    generator: object | None
+    diffusion_model: object | None
     hook: object | None
     image_tokens: int
     notes: list[str]
@@ -70,8 +70,8 @@ def build_skeleton(recipe: Recipe) -> Skeleton:
                 model = add_lora(model, arguments)
         freeze(model, arguments.freeze)
         freeze_unread_layers(model)
-    generator, hook = _attach_feedback(recipe, model)
-    return Skeleton(model, tower, generator, hook, image_tokens, notes)
+    diffusion_model, hook = _attach_feedback(recipe, model)
+    return Skeleton(model, tower, diffusion_model, hook, image_tokens, notes)
 
 
 def _vlm(arguments: ModelArguments, notes: list[str]):
@@ -149,14 +149,14 @@ def _count_image_tokens(model, inputs) -> int:
 
 
 def _attach_feedback(recipe: Recipe, model):
-    """Loads the generator without weights and puts conditioner and hook on the model; `(None, None)` without one."""
+    """Loads the diffusion model without weights and attaches the feedback; `(None, None)` without one."""
     from deem_plugin.feedback.callback import DiffusionFeedbackCallback
     from deem_plugin.feedback.factory import load_configured
 
     if recipe.feedback is None:
         return None, None
     config = recipe.feedback
-    generator = load_configured(config.diffusion_model, weights=False)
+    diffusion_model = load_configured(config.diffusion_model, weights=False)
     # The processor may be missing, and whatever the normalisation is, the work is the same.
     # A cache is known by the weights of the VAE, and there are none: the plan counts the run without. A prompt and
     # the values that a conditioner starts from change no count.
@@ -168,6 +168,6 @@ def _attach_feedback(recipe: Recipe, model):
         image_mean=[0.0] * 3,
         image_std=[1.0] * 3,
     )
-    callback = DiffusionFeedbackCallback(config, generator)
+    callback = DiffusionFeedbackCallback(config, diffusion_model)
     callback.attach(model)
-    return generator, callback.hook
+    return diffusion_model, callback.hook

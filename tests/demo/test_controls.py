@@ -3,14 +3,14 @@
 import torch
 
 from deem_plugin.demo.controls import AnotherImage, PixelDecoder
-from deem_plugin.demo.generator import CONTEXT_DIM, CONTEXT_TOKENS, IMAGE_SIZE, shipped_generator
+from deem_plugin.demo.diffusion_model import CONTEXT_DIM, CONTEXT_TOKENS, IMAGE_SIZE, shipped_diffusion_model
 from deem_plugin.feedback.diffusion_feedback import DiffusionFeedback
 from deem_plugin.feedback.diffusion_model import load_diffusion_model
 from deem_plugin.feedback.timesteps import TIMESTEP_SAMPLERS
 
 
 def test_another_image_is_the_feedback_of_the_neighbour():
-    denoiser = load_diffusion_model(str(shipped_generator())).denoiser
+    denoiser = load_diffusion_model(str(shipped_diffusion_model())).denoiser
     pictures = torch.rand(3, 3, IMAGE_SIZE, IMAGE_SIZE) * 2 - 1
     context = torch.randn(3, CONTEXT_TOKENS, CONTEXT_DIM, requires_grad=True)
     sampler = TIMESTEP_SAMPLERS["shrink"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deem_plugin.demo.arms import ALL_ARMS, ARMS, METHOD_ARMS
-from deem_plugin.demo.generator import shipped_generator
+from deem_plugin.demo.diffusion_model import shipped_diffusion_model
 from deem_plugin.demo.methods import METHODS, method_overrides
 from deem_plugin.demo.methods_report import METHODS_ARMS
 from deem_plugin.demo.models import IMAGE_SIZE, build_vlm
@@ -14,24 +14,24 @@ from deem_plugin.demo.run import main
 from deem_plugin.feedback import DiffusionFeedbackCallback
 from deem_plugin.feedback.contrastive import ContrastiveFeedback
 from deem_plugin.feedback.diffusion_feedback import DiffusionFeedback
+from deem_plugin.feedback.from_scratch import make_diffusion_model, save_diffusion_model
 from deem_plugin.feedback.latents import PixelCodec
-from deem_plugin.feedback.light import make_generator, save_generator
 from deem_plugin.feedback.ross import RossLoss
 from deem_plugin.feedback.state import StepState
 from deem_plugin.training.recipes import load_recipe, read_sections
 
 
 @pytest.fixture(scope="module")
-def light_generator(tmp_path_factory):
-    """The untrained generator of the GenHancer arm."""
-    folder = tmp_path_factory.mktemp("generator")
-    section = read_sections("tiny-generator")["generator"]
-    save_generator(make_generator(section["network"], section["config"], PixelCodec(), 16), folder)
+def tiny_denoiser(tmp_path_factory):
+    """The untrained diffusion model of the GenHancer arm."""
+    folder = tmp_path_factory.mktemp("diffusion_model")
+    section = read_sections("tiny-denoiser")["denoiser"]
+    save_diffusion_model(make_diffusion_model(section["network"], section["config"], PixelCodec(), 16), folder)
     return folder
 
 
 def feedback_of(name, folder):
-    """The callback of an arm on the demo's model, after one training step, and its context as the generator got it."""
+    """The callback of an arm on the demo's model, after one training step, and the context that it made."""
     overrides = [*method_overrides(name, folder), "training.use_cpu=true"]
     callback = DiffusionFeedbackCallback(load_recipe("tiny-align", overrides).feedback)
     model, processor = build_vlm(0)
@@ -80,36 +80,36 @@ def test_what_a_recipe_says_of_its_method_is_what_the_arm_has(name):
 
 
 def test_deem_reads_the_queries_and_anchors_the_tower():
-    callback, scorer, seen = feedback_of("deem", shipped_generator())
+    callback, scorer, seen = feedback_of("deem", shipped_diffusion_model())
 
     assert type(scorer) is DiffusionFeedback and scorer.draws == 1
     assert callback.hook.anchor is not None and seen["context"].shape == (4, 8, 64)
 
 
 def test_diva_reads_the_pooled_vector_and_some_of_the_queries_twice():
-    callback, scorer, seen = feedback_of("diva", shipped_generator())
+    callback, scorer, seen = feedback_of("diva", shipped_diffusion_model())
 
     assert scorer.draws == 2 and callback.hook.anchor is None
     assert callback.config.condition.num_patches == 7 and seen["context"].shape == (4, 8, 64)
 
 
 def test_dcr_sets_a_view_and_three_other_pictures_against_the_picture():
-    _, scorer, seen = feedback_of("dcr", shipped_generator())
+    _, scorer, seen = feedback_of("dcr", shipped_diffusion_model())
 
     assert type(scorer) is ContrastiveFeedback and scorer.num_negatives == 3 and not scorer.official_defects
     assert seen["context"].shape == seen["second_view"][0].shape == (4, 1, 64)
     assert not torch.equal(seen["context"], seen["second_view"][0])
 
 
-def test_genhancer_modulates_a_generator_of_its_own_by_the_pooled_vector(light_generator):
-    callback, _, seen = feedback_of("genhancer", light_generator)
+def test_genhancer_modulates_a_diffusion_model_of_its_own_by_the_pooled_vector(tiny_denoiser):
+    callback, _, seen = feedback_of("genhancer", tiny_denoiser)
 
     assert type(callback.diffusion_model.denoiser.model).__name__ == "SD3Transformer2DModel"
     assert seen["context"].shape == (4, 1, 64) and seen["vector"].shape == (4, 64)
 
 
 def test_ross_asks_the_language_model_at_the_places_of_the_picture():
-    callback, scorer, seen = feedback_of("ross", shipped_generator())
+    callback, scorer, seen = feedback_of("ross", shipped_diffusion_model())
 
     assert isinstance(callback.hook.loss, RossLoss) and scorer.draws == 4
     assert seen["context"].shape == (4, 8, 64) and seen["latents"].shape == (4, 3, 16, 32)

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from deem_plugin.data.scenes import SHAPES, TEXTURES
-from deem_plugin.demo.generator import load_code, shipped_generator
+from deem_plugin.demo.diffusion_model import load_code, shipped_diffusion_model
 from deem_plugin.demo.models import build_vlm
-from deem_plugin.demo.probes import SHOWN, look_into, paint, probe, read_context, visual_tokens
+from deem_plugin.demo.probes import SHOWN, look_into, probe, read_context, reconstruct, visual_tokens
 from deem_plugin.demo.sets import probe_scenes
 from deem_plugin.feedback.diffusion_model import load_diffusion_model
 
@@ -17,13 +17,13 @@ def scenes_and_pictures():
 
 
 @pytest.fixture(scope="module")
-def generator():
-    return load_diffusion_model(str(shipped_generator()))
+def diffusion_model():
+    return load_diffusion_model(str(shipped_diffusion_model()))
 
 
 @pytest.fixture(scope="module")
 def code():
-    return load_code(shipped_generator())
+    return load_code(shipped_diffusion_model())
 
 
 def test_probes_read_what_the_tokens_hold(scenes_and_pictures):
@@ -53,9 +53,9 @@ def test_visual_tokens_are_those_of_the_tower(scenes_and_pictures):
     torch.testing.assert_close(tokens, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_context_is_read_where_the_tokens_hold_it(generator, code):
+def test_context_is_read_where_the_tokens_hold_it(diffusion_model, code):
     _, pictures = probe_scenes(300)
-    latents = generator.encode(pictures)
+    latents = diffusion_model.encode(pictures)
     with torch.no_grad():
         codes = code(latents)
     context = read_context(code, codes * 3 + 1, latents[:200] / 2 + 0.5)
@@ -63,20 +63,20 @@ def test_context_is_read_where_the_tokens_hold_it(generator, code):
     assert (context - codes[200:]).square().mean() < 0.2 * codes[200:].square().mean()
 
 
-def test_paintings_from_the_code_show_the_picture(generator, code):
+def test_reconstructions_from_the_code_show_the_picture(diffusion_model, code):
     _, pictures = probe_scenes(40)
-    latents = generator.encode(pictures)
+    latents = diffusion_model.encode(pictures)
     with torch.no_grad():
-        painted = paint(generator, code(latents))
-    errors = (painted - (latents / 2 + 0.5)).square().mean(dim=(1, 2, 3))
-    mismatched = (painted - (latents / 2 + 0.5).roll(1, 0)).square().mean(dim=(1, 2, 3))
+        reconstructed = reconstruct(diffusion_model, code(latents))
+    errors = (reconstructed - (latents / 2 + 0.5)).square().mean(dim=(1, 2, 3))
+    mismatched = (reconstructed - (latents / 2 + 0.5).roll(1, 0)).square().mean(dim=(1, 2, 3))
     assert errors.mean() < 0.4 * mismatched.mean()
 
 
-def test_report_of_a_model_has_probes_and_pictures(scenes_and_pictures, generator, code):
+def test_report_of_a_model_has_probes_and_pictures(scenes_and_pictures, diffusion_model, code):
     scenes, pictures = scenes_and_pictures
     model, processor = build_vlm(0)
-    report = look_into(model, processor, generator, code, scenes[:40], pictures[:40])
+    report = look_into(model, processor, diffusion_model, code, scenes[:40], pictures[:40])
     assert report.reconstructions.shape == (SHOWN, 3, 16, 16)
     assert set(report.probes) == {"shape", "background", "position", "size"}
     assert report.denoising_error > 0

@@ -15,7 +15,7 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from deem_plugin.evaluation.offline import write_to_cache
 from deem_plugin.evaluation.run import run_lmms_eval
 
-from ..feedback.tiny_generators import save_generator
+from ..feedback.tiny_diffusion_models import save_diffusion_model
 from ..models.tiny_deem import tiny_deem
 from ..tiny import tiny_image
 from .helpers import offline_env
@@ -25,13 +25,13 @@ STOCK_TASKS = Path(lmms_eval.tasks.__file__).parent
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A folder with a tiny model and generator, and an environment without a network."""
+    """A folder with a tiny model and diffusion model, and an environment without a network."""
     folder = tmp_path_factory.mktemp("workplace")
     model, processor = tiny_deem()
     model.generation_config.max_new_tokens = 8
     model.save_pretrained(folder / "deem")
     processor.save_pretrained(folder / "deem")
-    save_generator(folder / "generator", "sd1")
+    save_diffusion_model(folder / "diffusion_model", "sd1")
     return folder, offline_env(folder) | {"LMMS_EVAL_DATASETS_CACHE": str(folder / "cache")}
 
 
@@ -115,7 +115,7 @@ def test_wise_judges_the_pictures_that_were_drawn(workplace):
     server = HTTPServer(("127.0.0.1", 0), Judge)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     judge = {"WISE_API_KEY": "none", "WISE_BASE_URL": f"http://127.0.0.1:{server.server_port}/v1"}
-    model_args = {"pretrained": folder / "deem", "answer_by": "drawing", "generator": folder / "generator"}
+    model_args = {"pretrained": folder / "deem", "answer_by": "drawing", "diffusion_model": folder / "diffusion_model"}
     model_args |= {"image_dir": folder / "images", "steps": 2}
 
     results = run_lmms_eval(model_args, "WISE", folder / "wise", batch_size=2, env=env | judge)

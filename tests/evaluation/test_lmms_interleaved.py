@@ -11,7 +11,7 @@ from deem_plugin.evaluation.drawing import split_wish
 from deem_plugin.evaluation.lmms import DeemChat, DeemSimple
 from deem_plugin.models import generate_images
 
-from ..feedback.tiny_generators import save_generator
+from ..feedback.tiny_diffusion_models import save_diffusion_model
 from ..models.tiny_deem import tiny_deem
 from ..tiny import tiny_image, tiny_llava
 from .helpers import request
@@ -49,8 +49,8 @@ def test_it_answers_yes_or_no_by_log_likelihood(checkpoint, docs):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def generator(tmp_path_factory):
-    return str(save_generator(tmp_path_factory.mktemp("generator"), "sd1"))
+def diffusion_model(tmp_path_factory):
+    return str(save_diffusion_model(tmp_path_factory.mktemp("diffusion_model"), "sd1"))
 
 
 REGION = {"question": "What is this?", "bbox": [2, 3, 20, 30], "segmentation": [30, 0, 60, 0, 60, 60, 30, 60]}
@@ -88,8 +88,8 @@ def test_a_model_without_regions_gets_what_the_task_has_drawn(tmp_path):
     assert len(set(model.generate_until(requests))) == 1
 
 
-def test_it_answers_by_pictures_of_the_prompts_in_a_batch_or_alone(checkpoint, generator, tmp_path, docs):  # noqa: F811
-    options = {"answer_by": "drawing", "generator": generator, "steps": 2, "guidance": 2.0}
+def test_it_answers_by_pictures_of_the_prompts_in_a_batch_or_alone(checkpoint, diffusion_model, tmp_path, docs):  # noqa: F811
+    options = {"answer_by": "drawing", "diffusion_model": diffusion_model, "steps": 2, "guidance": 2.0}
     model = chat(checkpoint, docs, batch_size=3, image_dir=str(tmp_path / "one"), **options)
 
     answers = [json.loads(answer) for answer in model.generate_until(chat_requests(docs))]
@@ -107,11 +107,17 @@ def test_it_answers_by_pictures_of_the_prompts_in_a_batch_or_alone(checkpoint, g
     assert len({path.read_bytes() for path in paths}) == len(docs)
 
 
-def test_it_draws_first_and_then_answers_with_the_drawing_before_it(checkpoint, generator, docs):  # noqa: F811
+def test_it_draws_first_and_then_answers_with_the_drawing_before_it(checkpoint, diffusion_model, docs):  # noqa: F811
     text = "[GEN_PROMPT]mark it[/GEN_PROMPT][QUESTION]What is it?[/QUESTION]"
     asked = [{"images": doc["images"], "question": text} for doc in docs]
     model = DeemSimple(
-        pretrained=checkpoint, device="cpu", batch_size=2, raw_answers=True, generator=generator, steps=2, guidance=1.0
+        pretrained=checkpoint,
+        device="cpu",
+        batch_size=2,
+        raw_answers=True,
+        diffusion_model=diffusion_model,
+        steps=2,
+        guidance=1.0,
     )
     model.task_dict = {"task": {"test": asked}}
     requests = [
@@ -135,14 +141,14 @@ def test_it_draws_first_and_then_answers_with_the_drawing_before_it(checkpoint, 
     assert len(answers) == len(docs)
 
 
-def test_drawing_needs_a_model_that_draws_and_something_to_draw_with(checkpoint, generator, tmp_path):
+def test_drawing_needs_a_model_that_draws_and_something_to_draw_with(checkpoint, diffusion_model, tmp_path):
     with pytest.raises(ValueError, match="answer_by=drawing needs generator=.* and image_dir="):
-        DeemChat(pretrained=checkpoint, answer_by="drawing", generator=generator)
+        DeemChat(pretrained=checkpoint, answer_by="drawing", diffusion_model=diffusion_model)
     with pytest.raises(ValueError, match="takes the interleaved model and what it draws with: .*generator="):
         DeemSimple(pretrained=checkpoint, device="cpu").generate_visual_cot([])
     tiny_llava(tmp_path)
     with pytest.raises(ValueError, match="for the interleaved model, which draws; this is a LlavaForConditional"):
-        DeemChat(pretrained=str(tmp_path), device="cpu", generator=generator)
+        DeemChat(pretrained=str(tmp_path), device="cpu", diffusion_model=diffusion_model)
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"steps": "many"}, {"guidance": "strong"}])

@@ -25,7 +25,7 @@ BATCH = 4
 CONTEXT_DIM = 256
 
 
-def make_generator():
+def make_diffusion_model():
     """Makes a Stable Diffusion of 35 million parameters for pictures of 256 pixels."""
     unet = UNet2DConditionModel(
         sample_size=32,
@@ -49,35 +49,35 @@ def main():
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    generator = make_generator()
+    diffusion_model = make_diffusion_model()
     config = CLIPVisionConfig(hidden_size=384, intermediate_size=1024, num_hidden_layers=6, image_size=128)
     tower = CLIPVisionModel(config)
     conditioner = Conditioner(
         384, CONTEXT_DIM, num_queries=32, resampler_dim=384, resampler_layers=2, resampler_heads=6
     )
-    feedback = DiffusionFeedback(generator.denoiser)
+    feedback = DiffusionFeedback(diffusion_model.denoiser)
     pictures = torch.randint(0, 256, (BATCH, 3, 128, 128)) / 255
 
     def step():
         started = time.process_time()
         rng = torch.Generator().manual_seed(1)
-        latents = generator.encode(pictures, generator=rng)
+        latents = diffusion_model.encode(pictures, generator=rng)
         tokens = tower(pictures).last_hidden_state
         loss = feedback(latents, conditioner(tokens), generator=rng).mean()
         loss.backward()
         return loss.item(), time.process_time() - started
 
     with tempfile.TemporaryDirectory() as folder:
-        with LatentWriter(folder, fingerprint(generator)) as writer:
-            for key, mean, std in zip(picture_keys(pictures), *generator.posterior(pictures), strict=True):
+        with LatentWriter(folder, fingerprint(diffusion_model)) as writer:
+            for key, mean, std in zip(picture_keys(pictures), *diffusion_model.posterior(pictures), strict=True):
                 writer.add(key, mean, std)
-        cache = LatentCache(folder, fingerprint(generator))
+        cache = LatentCache(folder, fingerprint(diffusion_model))
         seconds = {"without": [], "with": []}
         for _ in range(PAIRS):
-            generator.latent_cache = None
+            diffusion_model.latent_cache = None
             plain, spent = step()
             seconds["without"].append(spent)
-            generator.latent_cache = cache
+            diffusion_model.latent_cache = cache
             cached, spent = step()
             seconds["with"].append(spent)
             if plain != cached:

@@ -28,7 +28,8 @@ CONFIG = {
 
 def feedback_config(**settings):
     """The small feedback's settings with others laid over them, nested as in a recipe."""
-    return build_settings(FeedbackConfig, merge_settings(FeedbackConfig, CONFIG, settings), "feedback", "a test")
+    nested = merge_settings(FeedbackConfig, CONFIG, settings)
+    return build_settings(FeedbackConfig, nested, "feedback", "a test", strict=False)
 
 
 class KeyedFeedback(DiffusionFeedback):
@@ -45,8 +46,8 @@ class KeyedFeedback(DiffusionFeedback):
         return super().__call__(latents, context, timesteps=timesteps, noise=noise, **options)
 
 
-def pixel_generator(context_dim=CONTEXT_DIM, prediction_type="epsilon"):
-    """A pixel-space generator of Stable Diffusion's UNet class; its codec draws nothing."""
+def pixel_diffusion_model(context_dim=CONTEXT_DIM, prediction_type="epsilon"):
+    """A pixel-space diffusion model of Stable Diffusion's UNet class; its codec draws nothing."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         unet = UNet2DConditionModel(
@@ -75,9 +76,9 @@ class LoudCallback(DiffusionFeedbackCallback):
 
 
 def keyed_callback(**settings):
-    """The callback under test, on the pixel generator with keyed noise."""
-    generator = pixel_generator()
-    return LoudCallback(feedback_config(**settings), generator, KeyedFeedback(generator.denoiser))
+    """The callback under test, on the pixel diffusion model with keyed noise."""
+    diffusion_model = pixel_diffusion_model()
+    return LoudCallback(feedback_config(**settings), diffusion_model, KeyedFeedback(diffusion_model.denoiser))
 
 
 def samples(processor, count=4, with_images=True):

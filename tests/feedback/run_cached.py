@@ -1,4 +1,4 @@
-"""One rank of a run with or without a cache: `torchrun -m tests.feedback.run_cached FOLDER GENERATOR [CACHE]`."""
+"""One rank of a run with or without a cache: `torchrun -m tests.feedback.run_cached FOLDER MODEL [CACHE]`."""
 
 import json
 import sys
@@ -8,9 +8,9 @@ from deem_plugin.feedback import DiffusionFeedbackCallback
 from tests.feedback.helpers import feedback_config, train
 
 
-def main(folder, generator, cache=None):
+def main(folder, diffusion_model, cache=None):
     """Trains two steps on one sample a rank and keeps the losses that are logged."""
-    config = feedback_config(diffusion_model={"path": generator, "latent_cache": cache})
+    config = feedback_config(diffusion_model={"path": diffusion_model, "latent_cache": cache})
     trainer, _ = train(
         folder,
         DiffusionFeedbackCallback(config),

@@ -12,7 +12,7 @@ from transformers import Trainer
 from deem_plugin.feedback import DiffusionFeedback
 
 from ..tiny import tiny_llava
-from .helpers import GradientProbe, LoudCallback, arguments, feedback_config, pixel_generator, samples
+from .helpers import GradientProbe, LoudCallback, arguments, feedback_config, pixel_diffusion_model, samples
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMESTEP = 500
@@ -29,7 +29,7 @@ class UndrawnFeedback(DiffusionFeedback):
 
 def undrawn_callback(objective_class=UndrawnFeedback, **settings):
     """The callback under test, whose feedback is a function of the pictures alone."""
-    diffusion_model = pixel_generator()
+    diffusion_model = pixel_diffusion_model()
     return LoudCallback(feedback_config(**settings), diffusion_model, objective_class(diffusion_model.denoiser))
 
 
@@ -102,7 +102,7 @@ def by_hand(rows, conversations, weight=50.0, counts=1):
     batch = collate(rows)
     pixels = batch["pixel_values"]
     tokens = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
-    errors = UndrawnFeedback(pixel_generator().denoiser)(
+    errors = UndrawnFeedback(pixel_diffusion_model().denoiser)(
         2 * pictures_of(processor, pixels) - 1, callback.conditioner(tokens)
     )
     (model(**batch).loss + weight * (errors * torch.tensor(counts)).sum() / conversations).backward()

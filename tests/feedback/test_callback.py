@@ -16,7 +16,7 @@ from .helpers import (
     collate,
     feedback_config,
     keyed_callback,
-    pixel_generator,
+    pixel_diffusion_model,
     relative_difference,
     samples,
     total_loss,
@@ -209,8 +209,8 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path):
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 
     def callback():
-        generator = pixel_generator()
-        return DiffusionFeedbackCallback(feedback_config(), generator)  # fresh noise at each step
+        diffusion_model = pixel_diffusion_model()
+        return DiffusionFeedbackCallback(feedback_config(), diffusion_model)  # fresh noise at each step
 
     whole, _ = train(tmp_path / "whole", callback(), **settings)
 
@@ -294,7 +294,7 @@ def test_the_weight_grows_over_the_warmup_and_then_stays():
 
 
 def test_target_pixel_values_of_a_batch_are_the_target(tmp_path):
-    """The pixels the generator must restore, given as a target, change nothing; other pixels do."""
+    """The pixels the diffusion model must restore, given as a target, change nothing; other pixels do."""
     _, processor = tiny_llava()
     rows = samples(processor)
     mean = torch.tensor(processor.image_processor.image_mean).view(3, 1, 1)
@@ -335,8 +335,8 @@ def test_a_conditioner_in_no_optimizer_group_is_refused(tmp_path):
 
 
 def test_a_context_of_the_wrong_width_is_refused():
-    generator = pixel_generator(context_dim=8)
-    feedback = KeyedFeedback(generator.denoiser)
+    diffusion_model = pixel_diffusion_model(context_dim=8)
+    feedback = KeyedFeedback(diffusion_model.denoiser)
 
     with pytest.raises(ValueError, match=r"width 16.*width 8.*context_dim=8"):
         feedback(torch.zeros(1, 3, 32, 32), torch.zeros(1, 4, 16))

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from deem_plugin.feedback import load_diffusion_model
 from deem_plugin.feedback.contrastive import ContrastiveFeedback
 
-from .tiny_generators import CONTEXT_DIM, SIZE, save_generator
+from .tiny_diffusion_models import CONTEXT_DIM, SIZE, save_diffusion_model
 
 
 @pytest.fixture(scope="module")
 def denoiser(tmp_path_factory):
-    return load_diffusion_model(save_generator(tmp_path_factory.mktemp("sd1"), "sd1")).denoiser
+    return load_diffusion_model(save_diffusion_model(tmp_path_factory.mktemp("sd1"), "sd1")).denoiser
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from deem_plugin.feedback.latents import PixelCodec, VaeCodec
 
 from ..tiny import LATENT_SIZE, tiny_sd_folder, tiny_unet, tiny_vae
 from .helpers import losses_of_training
-from .tiny_generators import CONTEXT_DIM, pixart
+from .tiny_diffusion_models import CONTEXT_DIM, pixart
 
 
 def make(name, prediction_type="epsilon"):
@@ -68,25 +68,25 @@ def test_training_the_context_alone_lowers_the_loss(name):
 
 
 def test_a_stable_diffusion_folder_is_loaded_whole(tmp_path):
-    generator = load_diffusion_model(tiny_sd_folder(tmp_path, CONTEXT_DIM, "v_prediction"))
+    diffusion_model = load_diffusion_model(tiny_sd_folder(tmp_path, CONTEXT_DIM, "v_prediction"))
 
-    assert isinstance(generator.denoiser, UNetDenoiser) and isinstance(generator.codec, VaeCodec)
-    assert generator.denoiser.context_dim == CONTEXT_DIM
-    assert generator.image_size == 32
-    assert generator.denoiser.scheduler.config.prediction_type == "v_prediction"
-    latents = generator.encode(torch.rand(2, 3, 50, 40), generator=torch.Generator().manual_seed(0))
+    assert isinstance(diffusion_model.denoiser, UNetDenoiser) and isinstance(diffusion_model.codec, VaeCodec)
+    assert diffusion_model.denoiser.context_dim == CONTEXT_DIM
+    assert diffusion_model.image_size == 32
+    assert diffusion_model.denoiser.scheduler.config.prediction_type == "v_prediction"
+    latents = diffusion_model.encode(torch.rand(2, 3, 50, 40), generator=torch.Generator().manual_seed(0))
     assert latents.shape == (2, 4, LATENT_SIZE, LATENT_SIZE)
-    assert generator.codec.decode(latents).shape == (2, 3, 32, 32)
+    assert diffusion_model.codec.decode(latents).shape == (2, 3, 32, 32)
 
 
-def test_a_folder_without_a_vae_is_a_pixel_space_generator(tmp_path):
+def test_a_folder_without_a_vae_is_a_pixel_space_diffusion_model(tmp_path):
     save_pixart(tmp_path)
 
-    generator = load_diffusion_model(tmp_path, dtype="bfloat16")
+    diffusion_model = load_diffusion_model(tmp_path, dtype="bfloat16")
 
-    assert isinstance(generator.denoiser, PixArtDenoiser) and isinstance(generator.codec, PixelCodec)
-    assert generator.denoiser.model.dtype == torch.bfloat16
-    assert generator.image_size == LATENT_SIZE
+    assert isinstance(diffusion_model.denoiser, PixArtDenoiser) and isinstance(diffusion_model.codec, PixelCodec)
+    assert diffusion_model.denoiser.model.dtype == torch.bfloat16
+    assert diffusion_model.image_size == LATENT_SIZE
 
 
 def save_pixart(path):
@@ -111,7 +111,7 @@ def save_pixart(path):
     ],
     ids=["network", "scheduler", "vae"],
 )
-def test_an_unknown_generator_is_refused_with_what_is_known(tmp_path, change, message):
+def test_an_unknown_diffusion_model_is_refused_with_what_is_known(tmp_path, change, message):
     import json
 
     save_pixart(tmp_path)
@@ -122,7 +122,7 @@ def test_an_unknown_generator_is_refused_with_what_is_known(tmp_path, change, me
         load_diffusion_model(tmp_path)
 
 
-def test_a_folder_that_is_no_generator_is_refused(tmp_path):
+def test_a_folder_that_is_no_diffusion_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no `model_index.json`.*mirror"):
         load_diffusion_model(str(tmp_path))
 

@@ -12,7 +12,7 @@ from deem_plugin.vision.grids import sincos_position_embedding
 
 from ..tiny import tiny_image, tiny_llava, tiny_sd_folder
 from .helpers import begin_step, collate, feedback_config, mean_loss, samples, train, views_of
-from .tiny_generators import save_generator
+from .tiny_diffusion_models import save_diffusion_model
 
 DENSE = {"condition": {"kind": "queries+dense"}}
 
@@ -74,7 +74,7 @@ def test_at_first_it_is_the_feedback_of_the_queries_and_then_the_maps_speak(tmp_
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in unet.modules())
 
 
-def test_the_synchroniser_trains_is_saved_with_the_conditioner_and_paints(tmp_path):
+def test_the_synchroniser_trains_is_saved_with_the_conditioner_and_reconstructs(tmp_path):
     folder = tiny_sd_folder(tmp_path / "sd")
     callback = DiffusionFeedbackCallback(feedback_config(diffusion_model={"path": str(folder)}, **DENSE))
     before = load_diffusion_model(str(folder)).denoiser.model.state_dict()
@@ -89,12 +89,12 @@ def test_the_synchroniser_trains_is_saved_with_the_conditioner_and_paints(tmp_pa
     trainer.model.save_pretrained(tmp_path / "run")
     tiny_llava()[1].save_pretrained(tmp_path / "run")
     tiny_image(0).save(tmp_path / "picture.png")
-    reconstruct_files(tmp_path / "run", [tmp_path / "picture.png"] * 2, tmp_path / "painted.png", steps=2)
-    assert Image.open(tmp_path / "painted.png").size == (2 * 33 + 1, 2 * 33 + 1)
+    reconstruct_files(tmp_path / "run", [tmp_path / "picture.png"] * 2, tmp_path / "reconstructed.png", steps=2)
+    assert Image.open(tmp_path / "reconstructed.png").size == (2 * 33 + 1, 2 * 33 + 1)
 
 
-def test_a_generator_without_a_unet_and_several_runs_of_it_are_errors(tmp_path):
-    config = feedback_config(diffusion_model={"path": str(save_generator(tmp_path, "sd3"))}, **DENSE)
+def test_a_diffusion_model_without_a_unet_and_several_runs_of_it_are_errors(tmp_path):
+    config = feedback_config(diffusion_model={"path": str(save_diffusion_model(tmp_path, "sd3"))}, **DENSE)
     with pytest.raises(ValueError, match="this denoiser is a SD3Transformer2DModel. Set `feedback.condition.kind`"):
         DiffusionFeedbackCallback(config).attach(*tiny_llava())
     for other in ({"draws_per_image": 2}, {"kind": "contrastive"}):

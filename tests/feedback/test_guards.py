@@ -15,7 +15,7 @@ from deem_plugin.training.trainer import EncoderTrainer
 from deem_plugin.vision.grids import sincos_position_embedding
 
 from ..tiny import IMAGE_SIZE, tiny_llava, tiny_sd_folder
-from .helpers import feedback_config, pixel_generator, relative_difference, samples
+from .helpers import feedback_config, pixel_diffusion_model, relative_difference, samples
 from .runs import UndrawnFeedback, by_hand, logged, make_trainer, normalized, pictures_of, run, undrawn_callback
 
 EXACT = 1e-5
@@ -391,10 +391,10 @@ DRAWING = [{}, {"objective": {"kind": "contrastive"}}, {"condition": {"kind": "c
 
 
 @pytest.mark.parametrize("settings", DRAWING, ids=["mse", "contrastive", "patches"])
-def test_no_global_generator_is_touched(cuda_seeds, settings):
+def test_no_global_diffusion_model_is_touched(cuda_seeds, settings):
     """By attaching and by a step of training."""
     model, processor = tiny_llava()
-    callback = DiffusionFeedbackCallback(feedback_config(**settings), pixel_generator())
+    callback = DiffusionFeedbackCallback(feedback_config(**settings), pixel_diffusion_model())
     batch = {name: torch.stack([row[name] for row in samples(processor)]) for name in samples(processor)[0]}
     cuda_seeds.clear()
     before = torch.get_rng_state()
@@ -408,7 +408,7 @@ def test_no_global_generator_is_touched(cuda_seeds, settings):
     assert not cuda_seeds
 
 
-def test_an_augmentation_touches_no_global_generator(cuda_seeds):
+def test_an_augmentation_touches_no_global_diffusion_model(cuda_seeds):
     before = torch.get_rng_state()
 
     augment(torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.Generator().manual_seed(0))
@@ -438,7 +438,7 @@ def test_a_training_draws_as_one_without_feedback_does(tmp_path):
         return probe.states
 
     plain = states(None)
-    with_feedback = states(DiffusionFeedbackCallback(feedback_config(), pixel_generator()))
+    with_feedback = states(DiffusionFeedbackCallback(feedback_config(), pixel_diffusion_model()))
 
     assert not torch.equal(plain[0], plain[1])
     assert all(torch.equal(*pair) for pair in zip(plain, with_feedback, strict=True))
@@ -464,7 +464,7 @@ class NoDoubles(TorchDispatchMode):
 
 def test_a_step_needs_no_double_precision():
     model, processor = tiny_llava()
-    callback = DiffusionFeedbackCallback(feedback_config(), pixel_generator())
+    callback = DiffusionFeedbackCallback(feedback_config(), pixel_diffusion_model())
     callback.attach(model, processor)
     callback.hook.state.scale = 1.0
     batch = {name: torch.stack([row[name] for row in samples(processor)]) for name in samples(processor)[0]}

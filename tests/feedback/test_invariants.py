@@ -20,7 +20,7 @@ from deem_plugin.feedback.second_view import augmented_views
 from deem_plugin.vision.eyes import Eyes
 
 from ..tiny import tiny_image, tiny_image_processor, tiny_llava, tiny_sd_folder
-from .helpers import CONTEXT_DIM, feedback_config, pixel_generator, views_of
+from .helpers import CONTEXT_DIM, feedback_config, pixel_diffusion_model, views_of
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 SIGLIP = SiglipImageProcessor(size={"height": 32, "width": 32})
@@ -69,12 +69,12 @@ class SeenByCodec(PixelCodec):
 def what_the_vae_sees(image, processor, **settings):
     """The lowest and the highest value that an image processor's picture has for the autoencoder."""
     config = feedback_config(**settings)
-    generator = pixel_generator()
-    generator.codec = codec = SeenByCodec()
+    diffusion_model = pixel_diffusion_model()
+    diffusion_model.codec = codec = SeenByCodec()
     eyes = Eyes.of(tiny_llava()[0], processor, config.image_mean, config.image_std)
     pixel_values = processor([image], return_tensors="pt")["pixel_values"]
     views = views_of(torch.zeros(1, 4, 8), eyes.unnormalize(pixel_values))
-    FeedbackLoss(generator, None, config.condition, eyes).encode(views, torch.Generator())
+    FeedbackLoss(diffusion_model, None, config.condition, eyes).encode(views, torch.Generator())
     return codec.pictures.min().item(), codec.pictures.max().item()
 
 
@@ -94,7 +94,7 @@ def test_diva_faithful_shows_the_vae_its_published_contrast():
 
 def test_several_draws_have_the_gradient_of_their_mean():
     """So that draws change neither the scale of the loss nor, on average, its gradient (DIVA: five to one)."""
-    denoiser = pixel_generator().denoiser
+    denoiser = pixel_diffusion_model().denoiser
     rng = torch.Generator().manual_seed(0)
     latents, noise = torch.randn(2, 3, 32, 32, generator=rng), torch.randn(6, 3, 32, 32, generator=rng)
     timesteps = torch.tensor([1, 300, 700, 20, 500, 999])
@@ -112,7 +112,7 @@ def test_several_draws_have_the_gradient_of_their_mean():
 def test_evaluation_draws_no_patches():
     """DIVA's code evaluates with random patches, and its README advises to try several seeds."""
     config = feedback_config(condition={"kind": "cls+patches", "num_patches": 3})
-    callback = DiffusionFeedbackCallback(config, pixel_generator())
+    callback = DiffusionFeedbackCallback(config, pixel_diffusion_model())
     callback.attach(*tiny_llava())
     views = views_of(torch.randn(2, 16, 32), pooled=torch.randn(2, 32))
 
@@ -143,7 +143,7 @@ def test_the_augmented_view_spans_what_a_normalised_picture_spans():
 
 
 def test_a_picture_is_restored_at_the_size_that_is_asked_for(tmp_path):
-    """DCR restores 224 pixels with a generator of 512."""
+    """DCR restores 224 pixels with a diffusion model of 512."""
     folder = str(tiny_sd_folder(tmp_path / "sd"))
     callback = DiffusionFeedbackCallback(feedback_config(diffusion_model={"path": folder, "image_size": 8}))
 

@@ -159,7 +159,7 @@ def test_it_is_saved_beside_the_model_and_resumed(tmp_path):
         assert not any("feedback" in name for name in file.keys())
 
 
-def test_of_a_generator_the_autoencoder_alone_is_read(tmp_path):
+def test_of_a_diffusion_model_the_autoencoder_alone_is_read(tmp_path):
     import shutil
 
     folder = tiny_sd_folder(tmp_path / "sd")

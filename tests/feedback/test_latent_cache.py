@@ -14,8 +14,8 @@ from deem_plugin.feedback.latent_cache import LatentCache, LatentWriter, fingerp
 from deem_plugin.feedback.objectives import unnormalize
 
 from ..tiny import tiny_llava, tiny_sd_folder, tiny_vae
-from .helpers import collate, feedback_config, pixel_generator, samples, train
-from .tiny_generators import save_generator
+from .helpers import collate, feedback_config, pixel_diffusion_model, samples, train
+from .tiny_diffusion_models import save_diffusion_model
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = 32
@@ -27,7 +27,7 @@ def sd(tmp_path_factory):
 
 
 @pytest.fixture
-def generator(sd):
+def diffusion_model(sd):
     return load_diffusion_model(str(sd))
 
 
@@ -37,20 +37,20 @@ def pictures(count=4, seed=0, size=SIZE):
     return torch.randint(0, 256, (count, 3, size, size), generator=rng) / 255
 
 
-def fill(folder, generator, given, shard_entries=256):
+def fill(folder, diffusion_model, given, shard_entries=256):
     """Fills a cache with pictures and returns it, opened."""
-    with LatentWriter(folder, fingerprint(generator), shard_entries) as writer:
-        means, deviations = generator.posterior(given)
+    with LatentWriter(folder, fingerprint(diffusion_model), shard_entries) as writer:
+        means, deviations = diffusion_model.posterior(given)
         for place, key in enumerate(picture_keys(given)):
             writer.add(key, means[place], None if deviations is None else deviations[place])
-    return LatentCache(folder, fingerprint(generator))
+    return LatentCache(folder, fingerprint(diffusion_model))
 
 
 def callback(sd, **settings):
     return DiffusionFeedbackCallback(feedback_config(diffusion_model={"path": str(sd), **settings}))
 
 
-def test_cached_and_uncached_training_agree_step_by_step(sd, generator, tmp_path):
+def test_cached_and_uncached_training_agree_step_by_step(sd, diffusion_model, tmp_path):
     """The real callback in a real Trainer, with micro-batches; losses, feedback and gradients are the same bits."""
     _, processor = tiny_llava()
     image_processor = processor.image_processor
@@ -58,13 +58,13 @@ def test_cached_and_uncached_training_agree_step_by_step(sd, generator, tmp_path
     pixel_values = collate(rows)["pixel_values"]
     seen = [unnormalize(part, image_processor.image_mean, image_processor.image_std) for part in pixel_values.split(2)]
     for part in seen:
-        fill(tmp_path / "cache", generator, part)
+        fill(tmp_path / "cache", diffusion_model, part)
     settings = {"rows": rows, "max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 
     plain, expected = train(tmp_path, callback(sd), **settings)
     cached_callback = callback(sd, latent_cache=str(tmp_path / "cache"))
-    cached_callback.generator = generator
-    generator.codec.vae.encoder = NeverAsked(generator.codec.vae.encoder)
+    cached_callback.diffusion_model = diffusion_model
+    diffusion_model.codec.vae.encoder = NeverAsked(diffusion_model.codec.vae.encoder)
     cached, gradients = train(tmp_path, cached_callback, **settings)
 
     for name in ("loss", "feedback_loss"):
@@ -88,15 +88,15 @@ class NeverAsked(torch.nn.Module):
 
 @pytest.mark.parametrize("name", ["sd1", "sd3", "sana"])
 def test_looked_up_latents_are_the_encoded_ones(tmp_path, name):
-    generator = load_diffusion_model(str(save_generator(tmp_path / "generator", name)))
-    given = pictures(3, size=20)  # resized to the generator's size
-    expected = generator.encode(given, generator=torch.Generator().manual_seed(5))
+    diffusion_model = load_diffusion_model(str(save_diffusion_model(tmp_path / "diffusion_model", name)))
+    given = pictures(3, size=20)  # resized to the diffusion model's size
+    expected = diffusion_model.encode(given, generator=torch.Generator().manual_seed(5))
 
-    generator.latent_cache = fill(tmp_path / "cache", generator, given)
+    diffusion_model.latent_cache = fill(tmp_path / "cache", diffusion_model, given)
 
-    assert torch.equal(generator.encode(given, generator=torch.Generator().manual_seed(5)), expected)
+    assert torch.equal(diffusion_model.encode(given, generator=torch.Generator().manual_seed(5)), expected)
     if name != "sana":
-        assert not torch.equal(generator.encode(given, generator=torch.Generator().manual_seed(6)), expected)
+        assert not torch.equal(diffusion_model.encode(given, generator=torch.Generator().manual_seed(6)), expected)
 
 
 def test_keys_survive_normalisation_and_tell_flips_and_sizes_apart():
@@ -109,54 +109,56 @@ def test_keys_survive_normalisation_and_tell_flips_and_sizes_apart():
     assert len({key for other in others for key in picture_keys(other)}) == 8
 
 
-def test_a_missing_picture_is_an_error_that_names_it(generator, tmp_path):
+def test_a_missing_picture_is_an_error_that_names_it(diffusion_model, tmp_path):
     given = pictures(3)
-    cache = fill(tmp_path, generator, given[:2])
+    cache = fill(tmp_path, diffusion_model, given[:2])
 
     with pytest.raises(ValueError, match=r"Picture 2 of a batch of 3 .* not among the 2 .*deem cache-latents RECIPE"):
         cache.look_up(given)
 
 
-def test_a_folder_without_a_cache_is_an_error(generator, tmp_path):
+def test_a_folder_without_a_cache_is_an_error(diffusion_model, tmp_path):
     with pytest.raises(ValueError, match="no latent cache in .*Fill it by `deem cache-latents"):
-        LatentCache(tmp_path / "nothing", fingerprint(generator))
+        LatentCache(tmp_path / "nothing", fingerprint(diffusion_model))
 
 
-def test_another_vae_is_refused_and_another_decoder_is_not(generator, tmp_path):
-    fill(tmp_path, generator, pictures())
-    vae = generator.codec.vae
+def test_another_vae_is_refused_and_another_decoder_is_not(diffusion_model, tmp_path):
+    fill(tmp_path, diffusion_model, pictures())
+    vae = diffusion_model.codec.vae
     with torch.no_grad():
         next(vae.decoder.parameters()).add_(1)
-    LatentCache(tmp_path, fingerprint(generator))
+    LatentCache(tmp_path, fingerprint(diffusion_model))
 
     with torch.no_grad():
         next(vae.encoder.parameters()).add_(1e-3)
-    with pytest.raises(ValueError, match="another generator: vae_weights is .* there and .* here. Set .*a folder"):
-        LatentCache(tmp_path, fingerprint(generator))
-    with pytest.raises(ValueError, match="another generator"):
-        LatentWriter(tmp_path, fingerprint(generator))
+    with pytest.raises(
+        ValueError, match="another diffusion model: vae_weights is .* there and .* here. Set .*a folder"
+    ):
+        LatentCache(tmp_path, fingerprint(diffusion_model))
+    with pytest.raises(ValueError, match="another diffusion model"):
+        LatentWriter(tmp_path, fingerprint(diffusion_model))
 
 
-def test_another_picture_size_and_another_config_are_refused_by_name(generator, tmp_path):
-    fill(tmp_path, generator, pictures())
-    generator.denoiser.model.register_to_config(sample_size=8)
+def test_another_picture_size_and_another_config_are_refused_by_name(diffusion_model, tmp_path):
+    fill(tmp_path, diffusion_model, pictures())
+    diffusion_model.denoiser.model.register_to_config(sample_size=8)
     with pytest.raises(ValueError, match="image_size is 32 there and 16 here"):
-        LatentCache(tmp_path, fingerprint(generator))
+        LatentCache(tmp_path, fingerprint(diffusion_model))
 
-    codec = type(generator.codec)(tiny_vae(act_fn="gelu"))
+    codec = type(diffusion_model.codec)(tiny_vae(act_fn="gelu"))
     with pytest.raises(ValueError, match="vae_config.act_fn is 'silu' there and 'gelu' here"):
-        LatentCache(tmp_path, fingerprint(DiffusionModel(generator.denoiser, codec)))
+        LatentCache(tmp_path, fingerprint(DiffusionModel(diffusion_model.denoiser, codec)))
 
 
-def test_pixel_generators_have_nothing_to_cache():
+def test_pixel_diffusion_models_have_nothing_to_cache():
     with pytest.raises(ValueError, match="works on pixels.*latent_cache"):
-        fingerprint(pixel_generator())
+        fingerprint(pixel_diffusion_model())
 
 
 @pytest.mark.parametrize("where", ["value", "header", "end"])
-def test_a_damaged_shard_is_found_and_named(generator, tmp_path, where):
+def test_a_damaged_shard_is_found_and_named(diffusion_model, tmp_path, where):
     given = pictures()
-    fill(tmp_path, generator, given)
+    fill(tmp_path, diffusion_model, given)
     (shard,) = tmp_path.glob("*.safetensors")
     data = bytearray(shard.read_bytes())
     if where == "value":
@@ -168,12 +170,12 @@ def test_a_damaged_shard_is_found_and_named(generator, tmp_path, where):
     shard.write_bytes(data)
 
     with pytest.raises(ValueError, match=f"{shard.name} .* is damaged .*Delete this file and run `deem cache-latents"):
-        LatentCache(tmp_path, fingerprint(generator)).look_up(given)
+        LatentCache(tmp_path, fingerprint(diffusion_model)).look_up(given)
 
 
-def test_exchanged_entries_are_found(generator, tmp_path):
+def test_exchanged_entries_are_found(diffusion_model, tmp_path):
     given = pictures(2)
-    fill(tmp_path, generator, given)
+    fill(tmp_path, diffusion_model, given)
     (shard,) = tmp_path.glob("*.safetensors")
     one, two = (key.encode() for key in picture_keys(given))
     data = shard.read_bytes()
@@ -184,7 +186,7 @@ def test_exchanged_entries_are_found(generator, tmp_path):
     shard.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
 
     with pytest.raises(ValueError, match="is damaged .the checksum"):
-        LatentCache(tmp_path, fingerprint(generator)).look_up(given)
+        LatentCache(tmp_path, fingerprint(diffusion_model)).look_up(given)
 
 
 WRITE_AND_HANG = """
@@ -219,13 +221,13 @@ def test_a_kill_loses_the_unfinished_shard_only(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_share_one_cache(sd, generator, tmp_path):
+def test_two_ranks_share_one_cache(sd, diffusion_model, tmp_path):
     """Two processes of torchrun train on one folder, each on its own pictures, as two without a cache do."""
     _, processor = tiny_llava()
     image_processor = processor.image_processor
     for row in samples(processor, 4):
         part = unnormalize(row["pixel_values"][None], image_processor.image_mean, image_processor.image_std)
-        fill(tmp_path / "cache", generator, part)
+        fill(tmp_path / "cache", diffusion_model, part)
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
 
     plain = _two_ranks(tmp_path / "plain", sd)
@@ -246,10 +248,10 @@ def _two_ranks(folder, sd, cache=None):
     return json.loads((folder / "losses.json").read_text())
 
 
-def test_a_shard_is_ordinary_safetensors_of_mean_and_deviation(generator, tmp_path):
+def test_a_shard_is_ordinary_safetensors_of_mean_and_deviation(diffusion_model, tmp_path):
     given = pictures(1)
-    fill(tmp_path, generator, given)
-    mean, deviation = generator.posterior(given)
+    fill(tmp_path, diffusion_model, given)
+    mean, deviation = diffusion_model.posterior(given)
 
     (shard,) = tmp_path.glob("*.safetensors")
     with safe_open(shard, framework="pt") as file:

@@ -13,7 +13,7 @@ from deem_plugin.feedback.checkpoint import FILE_NAME
 from deem_plugin.training.checkpoint import last_complete_checkpoint
 
 from ..tiny import tiny_llava
-from .helpers import feedback_config, pixel_generator, relative_difference, samples
+from .helpers import feedback_config, pixel_diffusion_model, relative_difference, samples
 from .runs import UndrawnFeedback, hooks_of, is_of_transformers, logged, make_trainer, run, undrawn_callback
 
 EXACT = 1e-5
@@ -444,7 +444,7 @@ class KilledCallback(DiffusionFeedbackCallback):
 
 
 def test_a_checkpoint_without_its_conditioner_is_not_complete(tmp_path):
-    callback = KilledCallback(feedback_config(), pixel_generator())
+    callback = KilledCallback(feedback_config(), pixel_diffusion_model())
 
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, callback, max_steps=3, save_strategy="steps", save_steps=1)
@@ -521,7 +521,7 @@ def test_no_tracker_is_made_where_none_is_asked_for(tmp_path):
 
 def evaluated(folder, eval_dataset, **settings):
     """Trains with in_eval and a feedback that draws its noise."""
-    callback = DiffusionFeedbackCallback(feedback_config(in_eval=True), pixel_generator())
+    callback = DiffusionFeedbackCallback(feedback_config(in_eval=True), pixel_diffusion_model())
     steps = {"eval_strategy": "steps", "eval_steps": 1, **settings}
     return run(folder, callback, eval_dataset=eval_dataset, **steps)[0]
 
@@ -543,7 +543,7 @@ def test_each_evaluation_set_has_a_feedback_loss_of_its_own(tmp_path):
 def test_an_evaluation_by_hand_under_another_name_is_logged_and_leaves_nothing(tmp_path):
     _, processor = tiny_llava()
     rows = samples(processor, 8)
-    callback = DiffusionFeedbackCallback(feedback_config(in_eval=True), pixel_generator())
+    callback = DiffusionFeedbackCallback(feedback_config(in_eval=True), pixel_diffusion_model())
     trainer, _ = make_trainer(tmp_path, callback, prediction_loss_only=True)
 
     trainer.evaluate(rows[:4])
@@ -580,7 +580,7 @@ def test_evaluation_leaves_the_training_as_it_is(tmp_path):
     _, processor = tiny_llava()
 
     def trained(**settings):
-        callback = DiffusionFeedbackCallback(feedback_config(in_eval=True), pixel_generator())
+        callback = DiffusionFeedbackCallback(feedback_config(in_eval=True), pixel_diffusion_model())
         return run(tmp_path, callback, max_steps=3, **settings)
 
     plain, expected = trained()

@@ -13,12 +13,12 @@ from deem_plugin.feedback.state import StepState
 from deem_plugin.vision.eyes import Eyes
 
 from ..tiny import tiny_llava, tiny_sd_folder, tiny_text_encoder
-from .helpers import CONTEXT_DIM, collate, feedback_config, pixel_generator, relative_difference, samples, train
+from .helpers import CONTEXT_DIM, collate, feedback_config, pixel_diffusion_model, relative_difference, samples, train
 
 
 def callback_for(**settings):
-    """A callback on the pixel generator, with the head of its conditioner drawn loud."""
-    callback = DiffusionFeedbackCallback(feedback_config(**settings), pixel_generator())
+    """A callback on the diffusion model of pixels, with the head of its conditioner drawn loud."""
+    callback = DiffusionFeedbackCallback(feedback_config(**settings), pixel_diffusion_model())
     attach = callback.attach
 
     def loudly(model, processing_class=None, **options):
@@ -55,7 +55,7 @@ def test_the_tower_of_a_vlm_learns_under_every_choice(settings, tmp_path):
 
 
 def test_draws_of_an_image_are_averaged_and_equal_one_draw_each():
-    denoiser = pixel_generator().denoiser
+    denoiser = pixel_diffusion_model().denoiser
     rng = torch.Generator().manual_seed(0)
     latents, context = torch.randn(2, 3, 32, 32, generator=rng), torch.randn(2, 4, CONTEXT_DIM, generator=rng)
     noise, timesteps = torch.randn(6, 3, 32, 32, generator=rng), torch.tensor([1, 300, 700, 20, 500, 999])
@@ -116,14 +116,14 @@ def test_stage_one_trains_the_conditioner_alone_and_stage_two_goes_on_with_it(tm
     after = model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items() if "lm_head" not in name)
     second = DiffusionFeedbackCallback(
-        feedback_config(condition={"kind": "cls"}, conditioner=str(tmp_path)), pixel_generator()
+        feedback_config(condition={"kind": "cls"}, conditioner=str(tmp_path)), pixel_diffusion_model()
     )
     second.attach(*tiny_llava())
     learned = load_conditioner(tmp_path)[0].state_dict()
     assert all(torch.equal(second.conditioner.state_dict()[name], value) for name, value in learned.items())
 
 
-def test_a_prompt_is_asked_of_the_generators_own_encoder_once(tmp_path):
+def test_a_prompt_is_asked_of_the_diffusion_models_own_encoder_once(tmp_path):
     folder = tiny_text_encoder(tiny_sd_folder(tmp_path / "sd"))
     condition = {"kind": "cls", "prompt": "a photo of a ."}
     config = feedback_config(diffusion_model={"path": str(folder)}, condition=condition)
@@ -165,7 +165,7 @@ def test_settings_that_contradict_each_other_are_errors(settings, message):
 
 
 def test_normalisation_and_its_inverse_come_from_the_same_statistics():
-    """White is 1 and black 0 for the generator, whatever the tower's mean and std (DIVA's code: 0.85 and -0.86)."""
+    """White is 1 and black 0, whatever the tower's mean and std (DIVA's code: 0.85 and -0.86)."""
     mean, std = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
     for value in (0.0, 1.0):
         picture = torch.full((1, 3, 4, 4), value)

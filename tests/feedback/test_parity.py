@@ -32,7 +32,7 @@ def case(shared_dir):
 
 
 @pytest.fixture(scope="module")
-def generator(shared_dir, weights):
+def diffusion_model(shared_dir, weights):
     return parity_generator(shared_dir, weights)
 
 
@@ -59,29 +59,29 @@ def test_the_schedule_is_the_official_one(settings, shared_dir):
     torch.testing.assert_close(scheduler.alphas_cumprod, expected["alphas_cumprod"], atol=1e-6, rtol=0)
 
 
-def test_latents_and_noisy_latents_are_the_official_ones(generator, case):
-    assert generator.image_size == 128
+def test_latents_and_noisy_latents_are_the_official_ones(diffusion_model, case):
+    assert diffusion_model.image_size == 128
     picture = case["input.image_dec"].clone()
 
-    latents = generator.encode(picture, noise=case["draw.vae_eps"])
+    latents = diffusion_model.encode(picture, noise=case["draw.vae_eps"])
 
     torch.testing.assert_close(latents, case["latents"], **VALUES)
     timesteps = shrink_timesteps(case["draw.timesteps"], 1000)
     assert torch.equal(timesteps, case["timesteps_mapped"].long())
-    noisy = generator.denoiser.noise(latents, case["draw.noise"], timesteps)
+    noisy = diffusion_model.denoiser.noise(latents, case["draw.noise"], timesteps)
     torch.testing.assert_close(noisy, case["noisy_latents"], **VALUES)
     # The official code normalises the caller's picture in place; a second reader then sees [-3, 1].
     assert torch.equal(picture, case["input.image_dec"])
 
 
-def test_loss_and_gradients_are_the_official_ones(generator, tower, conditioner, case):
+def test_loss_and_gradients_are_the_official_ones(diffusion_model, tower, conditioner, case):
     queries = tower(case["image_normalised"]).last_hidden_state
     queries.retain_grad()
     context = conditioner(queries)
     context.retain_grad()
-    latents = generator.encode(case["input.image_dec"], noise=case["draw.vae_eps"])
+    latents = diffusion_model.encode(case["input.image_dec"], noise=case["draw.vae_eps"])
 
-    loss = DiffusionFeedback(generator.denoiser)(
+    loss = DiffusionFeedback(diffusion_model.denoiser)(
         latents, context, timesteps=case["timesteps_mapped"].long(), noise=case["draw.noise"]
     )
     loss.mean().backward()
@@ -99,10 +99,10 @@ def test_loss_and_gradients_are_the_official_ones(generator, tower, conditioner,
     for name, gradient in ours.items():
         expected = case[name]
         assert (gradient - expected).norm() / expected.norm() < GRADIENTS, name
-    assert all(p.grad is None for p in generator.denoiser.model.parameters())
+    assert all(p.grad is None for p in diffusion_model.denoiser.model.parameters())
 
 
-def test_the_region_loss_is_the_official_masked_mean(generator, conditioner, case, shared_dir, settings):
+def test_the_region_loss_is_the_official_masked_mean(diffusion_model, conditioner, case, shared_dir, settings):
     """Case F2 partial: with MMFS the prediction differs, so its own squared error is averaged here."""
     from deem_plugin.feedback.objectives import masked_mean
 

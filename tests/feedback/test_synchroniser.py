@@ -46,7 +46,7 @@ def case(shared_dir):
 
 
 @pytest.fixture(scope="module")
-def generator(shared_dir, weights):
+def diffusion_model(shared_dir, weights):
     return parity_generator(shared_dir, weights)
 
 
@@ -66,8 +66,8 @@ def _relative(ours, expected):
     return (ours - expected).norm() / expected.norm()
 
 
-def test_each_residual_and_the_prediction_are_the_official_ones(generator, trained_weights, case):
-    unet = generator.denoiser.model
+def test_each_residual_and_the_prediction_are_the_official_ones(diffusion_model, trained_weights, case):
+    unet = diffusion_model.denoiser.model
     synchroniser = _official_synchroniser(unet, trained_weights)
     added = {}
     for index, block in enumerate(synchroniser.skip_blocks):
@@ -93,7 +93,7 @@ def _official_region(mask, size):
     return (interpolate(mask, size=size, mode="bilinear") > 0).float()
 
 
-def _region_loss(generator, synchroniser, trained_weights, case, shared_dir):
+def _region_loss(diffusion_model, synchroniser, trained_weights, case, shared_dir):
     """The whole path of the masked case, with the official bilinear masks, from pixels to loss."""
     tower = DeemVisionTower(DeemVisionConfig(**parity_tower_config())).eval()
     tower.load_state_dict(tower_weights(trained_weights), strict=True)
@@ -112,8 +112,8 @@ def _region_loss(generator, synchroniser, trained_weights, case, shared_dir):
         maps.append(((level + positions) * _official_region(mask, size))[:, None])
     context.retain_grad()
     queries.retain_grad()
-    with synchroniser.attached(generator.denoiser.model, maps, torch.ones(2, 1)):
-        loss = DiffusionFeedback(generator.denoiser)(
+    with synchroniser.attached(diffusion_model.denoiser.model, maps, torch.ones(2, 1)):
+        loss = DiffusionFeedback(diffusion_model.denoiser)(
             case["latents"],
             context,
             mask=_official_region(mask, (16, 16)),
@@ -123,10 +123,14 @@ def _region_loss(generator, synchroniser, trained_weights, case, shared_dir):
     return loss.mean(), maps, {"grad.dif_embed": context, "grad.perceiver_out": queries}, tower, conditioner
 
 
-def test_the_loss_with_maps_and_its_gradients_are_the_official_ones(generator, trained_weights, case, shared_dir):
-    synchroniser = _official_synchroniser(generator.denoiser.model, trained_weights)
+def test_the_loss_with_maps_and_its_gradients_are_the_official_ones(
+    diffusion_model, trained_weights, case, shared_dir
+):
+    synchroniser = _official_synchroniser(diffusion_model.denoiser.model, trained_weights)
 
-    loss, maps, inner, tower, conditioner = _region_loss(generator, synchroniser, trained_weights, case, shared_dir)
+    loss, maps, inner, tower, conditioner = _region_loss(
+        diffusion_model, synchroniser, trained_weights, case, shared_dir
+    )
     loss.backward()
 
     for index, level in enumerate(maps):
@@ -142,7 +146,7 @@ def test_the_loss_with_maps_and_its_gradients_are_the_official_ones(generator, t
     }
     for name, gradient in ours.items():
         assert _relative(gradient, case[name]) < GRADIENTS, name
-    assert all(p.grad is None for p in generator.denoiser.model.parameters())
+    assert all(p.grad is None for p in diffusion_model.denoiser.model.parameters())
 
     norms = json.loads((shared_dir / "parity/f2_summary.json").read_text())["cases"]["partial_mmfs_random"][
         "grad_norms"
@@ -154,8 +158,10 @@ def test_the_loss_with_maps_and_its_gradients_are_the_official_ones(generator, t
         assert gradient.norm() == pytest.approx(expected, rel=1e-3, abs=1e-7), theirs
 
 
-def test_at_the_start_the_prediction_is_the_plain_one_and_the_last_layers_alone_learn(generator, weights, shared_dir):
-    unet = generator.denoiser.model
+def test_at_the_start_the_prediction_is_the_plain_one_and_the_last_layers_alone_learn(
+    diffusion_model, weights, shared_dir
+):
+    unet = diffusion_model.denoiser.model
     synchroniser = _official_synchroniser(unet, weights)
     full = load_file(shared_dir / "parity/f2_full.safetensors")
     norms = json.loads((shared_dir / "parity/f2_summary.json").read_text())["cases"]["full"]["grad_norms"]

@@ -10,7 +10,7 @@ STEPS = 1000
 
 
 @pytest.mark.parametrize("name", TIMESTEP_SAMPLERS)
-def test_timesteps_are_integers_of_the_schedule_and_follow_the_generator(name):
+def test_timesteps_are_integers_of_the_schedule_and_follow_the_diffusion_model(name):
     sampler = TIMESTEP_SAMPLERS[name]
 
     first = sampler(4096, STEPS, generator=torch.Generator().manual_seed(1))

@@ -33,9 +33,9 @@ def test_it_starts_at_zero_and_each_token_answers_for_its_own_block():
         return torch.arange(9.0).view(1, 9, 1).expand_as(noisy)
 
     blocks.network = lambda: read_own_block
-    painted = blocks(latents, timesteps, tokens)
+    predicted = blocks(latents, timesteps, tokens)
     expected = torch.arange(9.0).view(3, 3).repeat_interleave(2, 0).repeat_interleave(2, 1)
-    assert torch.equal(painted, expected.expand(1, 4, 6, 6))
+    assert torch.equal(predicted, expected.expand(1, 4, 6, 6))
     blocks.network = lambda: lambda noisy, *others: noisy
     assert torch.equal(blocks(latents, timesteps, tokens), latents)
 

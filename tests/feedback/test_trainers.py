@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerState
 
 from ..tiny import tiny_image, tiny_llava
-from .helpers import GradientProbe, arguments, pixel_generator, relative_difference, samples
+from .helpers import GradientProbe, arguments, pixel_diffusion_model, relative_difference, samples
 from .runs import UndrawnFeedback, by_hand, collate, logged, make_trainer, pictures_of, run, undrawn_callback
 
 EXACT = 1e-5
@@ -245,7 +245,7 @@ def test_dpo_counts_each_picture_that_it_shows(tmp_path):
     images = [row["images"][0] for row in _preferences()]
     pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
     tokens = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
-    feedback = UndrawnFeedback(pixel_generator().denoiser)
+    feedback = UndrawnFeedback(pixel_diffusion_model().denoiser)
     errors = feedback(2 * pictures_of(processor, pixels) - 1, callback.conditioner(tokens))
     (callback.config.weight * 2 * errors.sum() / 4).backward()
     expected = {f"{CONDITIONER}.{name}": value.grad for name, value in callback.conditioner.named_parameters()}

@@ -27,7 +27,7 @@ from .runs import (
     logged,
     mixed,
     pictures_of,
-    pixel_generator,
+    pixel_diffusion_model,
     rows_of_ranks,
     run,
     run_two_ranks,
@@ -224,7 +224,7 @@ def tiles_by_hand(rows):
     model, processor = tiny_llava_next()
     callback = undrawn_callback()
     callback.attach(model, processor)
-    feedback = UndrawnFeedback(pixel_generator().denoiser)
+    feedback = UndrawnFeedback(pixel_diffusion_model().denoiser)
     images = []
     for _, image in rows:
         # A picture of the size of a grid is cut into its tiles as it is, after the thumbnail.

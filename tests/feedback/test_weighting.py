@@ -40,7 +40,11 @@ def test_cosmap_is_sd3s_and_uniform_is_one():
 
 
 def test_a_weighting_of_the_other_process_is_refused():
-    with pytest.raises(ValueError, match="min_snr` is for generators with a DDPM noise schedule.*cosmap or uniform"):
+    with pytest.raises(
+        ValueError, match="min_snr` is for diffusion models with a DDPM noise schedule.*cosmap or uniform"
+    ):
         min_snr(forward_process(FlowMatchEulerDiscreteScheduler()), TIMESTEPS)
-    with pytest.raises(ValueError, match="cosmap` is for generators trained by flow matching.*min_snr or uniform"):
+    with pytest.raises(
+        ValueError, match="cosmap` is for diffusion models trained by flow matching.*min_snr or uniform"
+    ):
         cosmap(ddpm("epsilon"), TIMESTEPS)

@@ -75,7 +75,7 @@ def test_the_command_writes_a_folder_that_reads_as_the_official_model(
     assert f"{len(report['renamed'])} weights used, {len(report['ignored'])} ignored" in capsys.readouterr().out
 
 
-def test_the_third_stage_has_region_tokens_and_no_generator(weights, language_model, tmp_path):
+def test_the_third_stage_has_region_tokens_and_no_diffusion_model(weights, language_model, tmp_path):
     """`mask_align` adds an MLP of the mask's shape and a projection of the pooled maps, and drops all that draws."""
     third = {
         name: value
@@ -95,7 +95,7 @@ def test_the_third_stage_has_region_tokens_and_no_generator(weights, language_mo
     assert model.image_decoder is None and model.feedback_head is None and model.unet_synchroniser is None
     expected = third["visual_tokenizer.feature_extractor.mask_linear.layers.2.weight"]
     assert torch.equal(model.vision_tower.region_tokens.shape[4].weight, expected)
-    assert conversion.ignored["visual_tokenizer.proj_i.weight"].startswith("a head for a generator")
+    assert conversion.ignored["visual_tokenizer.proj_i.weight"].startswith("a head for a diffusion model")
     assert conversion.renamed.keys() | conversion.ignored.keys() == third.keys()
     mask = torch.zeros(1, 1, 64, 64)
     mask[..., 16:40] = 1

@@ -11,14 +11,14 @@ from deem_plugin.models import Draws, generate_images, generate_interleaved
 from deem_plugin.models.denoising import image_contexts
 from deem_plugin.models.interleaving import row_starts
 
-from ..feedback.tiny_generators import save_generator
+from ..feedback.tiny_diffusion_models import save_diffusion_model
 from ..tiny import tiny_image
 from .tiny_deem import QUERIES, official_labels, tiny_deem, tiny_language_model, tiny_tower
 
 
 @pytest.fixture(scope="module")
-def generator(tmp_path_factory):
-    return load_diffusion_model(save_generator(tmp_path_factory.mktemp("generator"), "sd1"))
+def diffusion_model(tmp_path_factory):
+    return load_diffusion_model(save_diffusion_model(tmp_path_factory.mktemp("diffusion_model"), "sd1"))
 
 
 def inputs_of(processor, texts, count, **options):
@@ -53,9 +53,9 @@ def test_the_parts_are_taken_as_they_are():
         assemble_deem(language_model, processor.tokenizer, tower)
 
 
-def test_three_losses_come_under_their_names_and_add_up(generator):
+def test_three_losses_come_under_their_names_and_add_up(diffusion_model):
     model, processor = tiny_deem()
-    model.attach_generator(generator)
+    model.attach_diffusion_model(diffusion_model)
     inputs = inputs_of(processor, TEXTS, 3)
 
     output = model.train()(**inputs, generator=torch.Generator().manual_seed(0))
@@ -66,13 +66,13 @@ def test_three_losses_come_under_their_names_and_add_up(generator):
     assert output.logits.shape == (*inputs["input_ids"].shape, 261)
     without = {name for name, p in model.named_parameters() if p.grad is None}
     assert not without
-    assert all(p.grad is None for p in generator.denoiser.model.parameters())
+    assert all(p.grad is None for p in diffusion_model.denoiser.model.parameters())
     assert not any("unet" in name or "vae" in name for name in model.state_dict())
 
 
-def test_a_loss_of_weight_zero_is_not_computed(generator, monkeypatch):
+def test_a_loss_of_weight_zero_is_not_computed(diffusion_model, monkeypatch):
     model, processor = tiny_deem(image_weight=0.0)
-    model.attach_generator(generator)
+    model.attach_diffusion_model(diffusion_model)
     monkeypatch.setattr("deem_plugin.models.deem.image_loss", None)
     inputs = inputs_of(processor, TEXTS, 3)
 
@@ -81,19 +81,19 @@ def test_a_loss_of_weight_zero_is_not_computed(generator, monkeypatch):
     assert output.image_loss is None and output.feedback_loss is not None
     model.config.feedback_weight = 0.0
     assert model(**inputs).feedback_loss is None
-    model.config.feedback_weight, model.generator = 5.0, None
-    with pytest.raises(ValueError, match="needs the frozen generator"):
+    model.config.feedback_weight, model.diffusion_model = 5.0, None
+    with pytest.raises(ValueError, match="needs the frozen diffusion model"):
         model(**inputs)
     assert model.eval()(**inputs).loss is not None  # reading needs none
 
 
-def test_both_losses_of_the_generator_ask_its_autoencoder_once(generator, monkeypatch):
+def test_both_losses_of_the_diffusion_model_ask_its_autoencoder_once(diffusion_model, monkeypatch):
     model, processor = tiny_deem()
-    model.attach_generator(generator)
+    model.attach_diffusion_model(diffusion_model)
     asked = []
-    posterior = generator.codec.posterior
+    posterior = diffusion_model.codec.posterior
     monkeypatch.setattr(
-        generator.codec, "posterior", lambda pictures: asked.append(len(pictures)) or posterior(pictures)
+        diffusion_model.codec, "posterior", lambda pictures: asked.append(len(pictures)) or posterior(pictures)
     )
 
     model.train()(**inputs_of(processor, TEXTS, 3))
@@ -101,9 +101,9 @@ def test_both_losses_of_the_generator_ask_its_autoencoder_once(generator, monkey
     assert asked == [3]
 
 
-def test_packed_documents_do_not_see_each_other(generator):
+def test_packed_documents_do_not_see_each_other(diffusion_model):
     model, processor = tiny_deem()
-    model.attach_generator(generator)
+    model.attach_diffusion_model(diffusion_model)
     rows = [inputs_of(processor, [text], count) for text, count in ((TEXTS[0], 2), ("two words<image>yes", 1))]
     lengths = [row["input_ids"].shape[1] for row in rows]
     packed = {
@@ -113,7 +113,7 @@ def test_packed_documents_do_not_see_each_other(generator):
         "document_ids": torch.tensor([[0] * lengths[0] + [1] * lengths[1] + [-1] * 3]),
     }
     torch.manual_seed(0)
-    shape = (3, 4, generator.denoiser.sample_size, generator.denoiser.sample_size)
+    shape = (3, 4, diffusion_model.denoiser.sample_size, diffusion_model.denoiser.sample_size)
     draws = Draws(*torch.randn(2, *shape), timesteps=torch.tensor([10, 500, 900]), dropped=torch.zeros(3).bool())
     rows[1]["pixel_values"] = packed["pixel_values"][2:]
 
@@ -144,9 +144,9 @@ def test_packed_documents_do_not_see_each_other(generator):
     torch.testing.assert_close(together.image_loss, (first.image_loss + second.image_loss) / 2)
 
 
-def test_saved_and_loaded_by_the_auto_classes_it_is_the_same_without_any_generator(tmp_path, generator):
+def test_saved_and_loaded_by_the_auto_classes_it_is_the_same_without_any_diffusion_model(tmp_path, diffusion_model):
     model, processor = tiny_deem()
-    model.attach_generator(generator)
+    model.attach_diffusion_model(diffusion_model)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     inputs = inputs_of(processor, TEXTS, 3)
@@ -154,7 +154,7 @@ def test_saved_and_loaded_by_the_auto_classes_it_is_the_same_without_any_generat
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
     again = AutoProcessor.from_pretrained(tmp_path)
 
-    assert loaded.generator is None
+    assert loaded.diffusion_model is None
     assert torch.equal(model.eval()(**inputs).logits, loaded.eval()(**inputs).logits)
     assert all(torch.equal(a, b) for a, b in zip(inputs.values(), inputs_of(again, TEXTS, 3).values(), strict=True))
     assert loaded.generation_config.eos_token_id == [2, processor.image_start_token_id]
@@ -171,7 +171,7 @@ def test_tied_language_models_stay_tied(tmp_path):
     assert torch.equal(model.eval()(**inputs).logits, loaded(**inputs).logits)
 
 
-LOOKING = {"language_synchroniser": {"frequency": 1, "num_heads": 4}, "tower_options": {"multiscale": True}}
+WITH_MAPS = {"language_synchroniser": {"frequency": 1, "num_heads": 4}, "tower_options": {"multiscale": True}}
 
 
 def open_gates(model):
@@ -179,11 +179,11 @@ def open_gates(model):
         torch.nn.init.constant_(block.gate, 0.8)
 
 
-@pytest.mark.parametrize("looking", [False, True], ids=["plain", "maps"])
+@pytest.mark.parametrize("maps", [False, True], ids=["plain", "maps"])
 @pytest.mark.parametrize("beams", [1, 2])
-def test_with_cache_equals_without_and_a_batch_equals_one_at_a_time(looking, beams):
-    model, processor = tiny_deem(**LOOKING if looking else {})
-    if looking:
+def test_with_cache_equals_without_and_a_batch_equals_one_at_a_time(maps, beams):
+    model, processor = tiny_deem(**WITH_MAPS if maps else {})
+    if maps:
         open_gates(model)
     model.eval()
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "num_beams": beams}
@@ -204,11 +204,11 @@ def test_with_cache_equals_without_and_a_batch_equals_one_at_a_time(looking, bea
     assert (model(**batch).logits[:, -1] - logits).abs().max() > 0.02
 
 
-def test_gradient_checkpointing_changes_no_gradient(generator):
+def test_gradient_checkpointing_changes_no_gradient(diffusion_model):
     inputs, gradients = None, []
     for checkpointing in (False, True):
-        model, processor = tiny_deem(**LOOKING)
-        model.attach_generator(generator)
+        model, processor = tiny_deem(**WITH_MAPS)
+        model.attach_diffusion_model(diffusion_model)
         open_gates(model)
         inputs = inputs or inputs_of(processor, TEXTS, 3)
         if checkpointing:
@@ -220,9 +220,9 @@ def test_gradient_checkpointing_changes_no_gradient(generator):
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4, msg=name)
 
 
-def test_pictures_depend_on_text_and_seed_alone(generator):
+def test_pictures_depend_on_text_and_seed_alone(diffusion_model):
     model, processor = tiny_deem()
-    model.attach_generator(generator)
+    model.attach_diffusion_model(diffusion_model)
     model.eval()
     texts = ["a red cat<image_start>", "a blue and very big dog<image_start>"]
     batch = processor(text=texts, padding=True, return_tensors="pt")
@@ -231,7 +231,7 @@ def test_pictures_depend_on_text_and_seed_alone(generator):
     second = generate_images(model, processor(text=texts[1:], return_tensors="pt"), [2], steps=2)
     other = generate_images(model, processor(text=texts[1:], return_tensors="pt"), [3], steps=2)
 
-    assert both[0].size == (generator.image_size, generator.image_size)
+    assert both[0].size == (diffusion_model.image_size, diffusion_model.image_size)
     difference = (torch.tensor(list(both[1].getdata())) - torch.tensor(list(second[0].getdata()))).abs().max()
     assert difference <= 1  # of 255: batches round differently
     assert both[1].tobytes() != other[0].tobytes()
@@ -239,12 +239,13 @@ def test_pictures_depend_on_text_and_seed_alone(generator):
         generate_images(model, processor(text=["no picture"], return_tensors="pt"), [1])
 
 
-def test_a_drawing_sees_the_picture_before_it_in_its_own_row(generator):
+def test_a_drawing_sees_the_picture_before_it_in_its_own_row(diffusion_model):
     unet = {
-        key: generator.denoiser.model.config[key] for key in ("sample_size", "block_out_channels", "layers_per_block")
+        key: diffusion_model.denoiser.model.config[key]
+        for key in ("sample_size", "block_out_channels", "layers_per_block")
     }
-    model, processor = tiny_deem(**LOOKING, unet_synchroniser={"unet": unet, "inner_dim": 32, "num_heads": 4})
-    model.attach_generator(generator)
+    model, processor = tiny_deem(**WITH_MAPS, unet_synchroniser={"unet": unet, "inner_dim": 32, "num_heads": 4})
+    model.attach_diffusion_model(diffusion_model)
     open_gates(model)
     with torch.no_grad():
         for block in (*model.unet_synchroniser.skip_blocks, model.unet_synchroniser.middle_block):
@@ -270,9 +271,9 @@ def test_a_drawing_sees_the_picture_before_it_in_its_own_row(generator):
     assert (to_tensor(other) - to_tensor(alone[0])).abs().max() > 0.02
 
 
-def test_text_and_pictures_come_in_turn_and_are_reproducible(generator, monkeypatch):
+def test_text_and_pictures_come_in_turn_and_are_reproducible(diffusion_model, monkeypatch):
     model, processor = tiny_deem()
-    model.attach_generator(generator)
+    model.attach_diffusion_model(diffusion_model)
     model.eval()
     start, end = processor.image_start_token_id, 2
     script = iter(2 * [[70, 71, start], [72, start], [73, end]])

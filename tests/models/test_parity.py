@@ -59,15 +59,15 @@ def parity_config(**options) -> DeemConfig:
 
 
 @pytest.fixture(scope="module")
-def generator(shared_dir, weights):
+def diffusion_model(shared_dir, weights):
     return parity_generator(shared_dir, weights, "visual_tokenizer.")
 
 
 def parity_model(weights, generator=None, **options):
     model = DeemForConditionalGeneration(parity_config(**options))
     model.load_state_dict(convert_state_dict(weights, START).weights, strict=True)
-    if generator is not None:
-        model.attach_generator(generator)
+    if diffusion_model is not None:
+        model.attach_diffusion_model(diffusion_model)
     return model
 
 
@@ -160,8 +160,8 @@ SAME = {
 }
 
 
-def test_losses_and_gradients_are_the_official_ones(weights, generator, f5, f5_summary, draws):
-    model = parity_model(weights, generator, official_defects=True, feedback_maps=True).train()
+def test_losses_and_gradients_are_the_official_ones(weights, diffusion_model, f5, f5_summary, draws):
+    model = parity_model(weights, diffusion_model, official_defects=True, feedback_maps=True).train()
     expected = f5_summary["cases"]["as_is"]
 
     output = model(**f5_inputs(f5, model), draws=draws)

@@ -17,13 +17,13 @@ from ..parity_weights import parity_tower_config, tower_weights
 from .test_parity import (  # noqa: F401  (fixtures)
     START,
     VALUES,
+    diffusion_model,
     documents,
     draws,
     f4,
     f5,
     f5_inputs,
     f5_summary,
-    generator,
     normalised,
     parity_model,
     weights,
@@ -110,7 +110,7 @@ def test_raw_masks_give_the_official_queries_by_the_official_rule(shared_dir):
 
 
 def reading_of(f5, model, **changes):  # noqa: F811
-    """What the losses of the generator are made of, for the official inputs."""
+    """What the losses of the diffusion model are made of, for the official inputs."""
     inputs = f5_inputs(f5, model)
     output = model(**{name: value for name, value in inputs.items() if name != "labels"})
     given = {
@@ -126,8 +126,8 @@ def reading_of(f5, model, **changes):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def official(weights, generator):  # noqa: F811
-    return parity_model(weights, generator, official_defects=True, feedback_maps=True).eval()
+def official(weights, diffusion_model):  # noqa: F811
+    return parity_model(weights, diffusion_model, official_defects=True, feedback_maps=True).eval()
 
 
 def with_defects(model, defects):
@@ -163,7 +163,8 @@ def test_each_defect_is_reproduced_by_itself(official, f5, f5_summary, draws):  
 
     assert twice.item() == pytest.approx(f5_summary["cases"]["as_is"]["loss_img"], abs=1e-5)
     assert 0 < abs(twice.item() - once.item()) < 1e-2
-    # The line right means that the generator is shown pictures in [0, 1]: those of the feedback, which comes first.
+    # The line right means that the diffusion model is shown pictures in [0, 1]: those of the feedback, which comes
+    # first.
     before = f5["call0.image_in"]
     torch.testing.assert_close(before, f5["image_tensors_dec"])
     with pytest.raises(

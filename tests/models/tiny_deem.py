@@ -8,7 +8,7 @@ from deem_plugin.models import assemble_deem
 from deem_plugin.models.interleaving import make_labels
 from deem_plugin.vision import DeemVisionConfig, DeemVisionTower
 
-from ..feedback.tiny_generators import CONTEXT_DIM
+from ..feedback.tiny_diffusion_models import CONTEXT_DIM
 
 QUERIES = 4
 SIZE = 64  # pixels of the tower

@@ -10,7 +10,7 @@ from ..tiny import tiny_full_clip, tiny_image, tiny_llama, tiny_llava, tiny_sd_f
 
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory) -> Path:
-    """A folder with tiny models, a generator, pictures and conversations (every fourth with text only)."""
+    """A folder with tiny models, a diffusion model, pictures and conversations (every fourth with text only)."""
     folder = tmp_path_factory.mktemp("parts")
     tiny_llava(folder / "llava")
     tiny_llama(folder / "llama")

@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainingArguments
 from deem_plugin.feedback import load_diffusion_model
 from deem_plugin.models import Draws
 from deem_plugin.training.trainer import RecipeTrainer
-from tests.feedback.tiny_generators import save_generator
+from tests.feedback.tiny_diffusion_models import save_diffusion_model
 from tests.models.tiny_deem import official_labels, tiny_deem
 from tests.tiny import tiny_image
 
@@ -28,9 +28,9 @@ def example_inputs(processor, text, index):
 class Examples:
     """Collates prepared examples with their own random numbers, so that a batch can be cut anywhere."""
 
-    def __init__(self, processor, generator):
+    def __init__(self, processor, diffusion_model):
         self.rows = [example_inputs(processor, text, index) for index, text in enumerate(TEXTS)]
-        side, rng = generator.denoiser.sample_size, torch.Generator().manual_seed(3)
+        side, rng = diffusion_model.denoiser.sample_size, torch.Generator().manual_seed(3)
         self.draws = [
             {
                 kind: (*torch.randn(2, n, 4, side, side, generator=rng), torch.randint(1000, (n,), generator=rng))
@@ -76,9 +76,9 @@ def one_step(folder, batch_size, accumulation, **settings):
     Returns:
         `tuple`: Gradients by name, and the losses that were logged.
     """
-    generator = load_diffusion_model(save_generator(Path(folder) / "generator", "sd1"))
+    diffusion_model = load_diffusion_model(save_diffusion_model(Path(folder) / "diffusion_model", "sd1"))
     model, processor = tiny_deem()
-    model.attach_generator(generator)
+    model.attach_diffusion_model(diffusion_model)
     args = TrainingArguments(
         output_dir=folder,
         per_device_train_batch_size=batch_size,
@@ -98,7 +98,7 @@ def one_step(folder, batch_size, accumulation, **settings):
         model=model,
         args=args,
         train_dataset=[{"index": index} for index in range(len(TEXTS))],
-        data_collator=Examples(processor, generator),
+        data_collator=Examples(processor, diffusion_model),
         callbacks=[kept],
     )
     trainer.train()

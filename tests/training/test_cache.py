@@ -98,4 +98,4 @@ def test_a_recipe_with_a_cache_can_be_planned(parts, tmp_path):
         recipe(parts, tmp_path, feedback__diffusion_model__latent_cache=tmp_path / "not-filled-yet")
     )
 
-    assert skeleton.generator.latent_cache is None
+    assert skeleton.diffusion_model.latent_cache is None

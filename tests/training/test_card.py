@@ -22,7 +22,7 @@ def recipe(denoiser, source="org/vlm"):
 
 def test_a_card_tells_provenance_losses_and_the_recipe(tmp_path):
     (tmp_path / "sd").mkdir()
-    (tmp_path / "sd" / "README.md").write_text("---\nlicense: openrail++\n---\n\nA generator.\n")
+    (tmp_path / "sd" / "README.md").write_text("---\nlicense: openrail++\n---\n\nA diffusion model.\n")
 
     card = ModelCard.load(write_card(tmp_path, recipe(str(tmp_path / "sd")), LOG))
 
@@ -52,11 +52,11 @@ def test_the_card_of_an_interleaved_model_says_how_it_is_loaded_and_names_its_da
     text = ModelCard.load(write_card(tmp_path, build_recipe("mine", sections), LOG)).text
 
     assert named in text and "gave the feedback and is not part of it" in text and "CreativeML OpenRAIL-M" in text
-    assert "import deem_plugin.models" in text and "without any generator" in text
+    assert "import deem_plugin.models" in text and "without any diffusion model" in text
     assert yaml.safe_load(text.rsplit("```yaml", 1)[1].split("```")[0])["data"].keys() == data.keys()
 
 
-def test_the_card_of_a_later_stage_names_the_generators_of_the_earlier_ones(tmp_path):
+def test_the_card_of_a_later_stage_names_the_diffusion_models_of_the_earlier_ones(tmp_path):
     for stage, denoiser in (("one", "org/sd"), ("two", None)):
         (tmp_path / stage).mkdir()
         sections = {"model": {"model": "org/deem" if denoiser else str(tmp_path / "one")}, "data": {"path": "x"}}

@@ -26,7 +26,7 @@ from deem_plugin.training.recipes import load_recipe
 from deem_plugin.training.run import train
 
 from ..data.test_region_sets import write_sources
-from ..feedback.tiny_generators import save_generator
+from ..feedback.tiny_diffusion_models import save_diffusion_model
 from ..models.tiny_deem import language_tokenizer, tiny_language_model, tiny_tower
 from ..tiny import tiny_image
 from .helpers import tiny_overrides
@@ -34,8 +34,8 @@ from .interleaved_step import one_step
 
 
 @pytest.fixture(scope="module")
-def generator(tmp_path_factory):
-    return load_diffusion_model(save_generator(tmp_path_factory.mktemp("generator"), "sd1"))
+def diffusion_model(tmp_path_factory):
+    return load_diffusion_model(save_diffusion_model(tmp_path_factory.mktemp("diffusion_model"), "sd1"))
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def write_recipe(folder, sections):
 
 
 def test_a_recipe_assembles_trains_and_goes_on(parts, language_model, tower, tmp_path):
-    generator = save_generator(tmp_path / "generator", "sd1")
+    diffusion_model = save_diffusion_model(tmp_path / "diffusion_model", "sd1")
     first = write_recipe(
         tmp_path,
         {
@@ -108,7 +108,7 @@ def test_a_recipe_assembles_trains_and_goes_on(parts, language_model, tower, tmp
                 "vision_tower": f"deem:{tower}",
                 "freeze": ["language_model"],
             },
-            "deem": {"denoiser": str(generator), "unet_synchroniser": False},
+            "deem": {"denoiser": str(diffusion_model), "unet_synchroniser": False},
         },
     )
 
@@ -122,9 +122,11 @@ def test_a_recipe_assembles_trains_and_goes_on(parts, language_model, tower, tmp
     assert AutoProcessor.from_pretrained(final).num_image_tokens == model.config.vision_config.num_image_tokens
 
     assert not list(final.glob("*.bin"))  # nothing that runs code when it is opened
-    # What was trained reads without the generator: it is not among the weights, and nothing asks for its folder.
-    shutil.rmtree(generator)
-    assert not any(name.startswith(("generator", "unet.", "vae.")) for name in load_file(final / "model.safetensors"))
+    # What was trained reads without the diffusion model: it is not among the weights, and nothing asks for its folder.
+    shutil.rmtree(diffusion_model)
+    assert not any(
+        name.startswith(("diffusion_model", "unet.", "vae.")) for name in load_file(final / "model.safetensors")
+    )
     processor = AutoProcessor.from_pretrained(final)
     inputs = processor(images=[tiny_image(0)], text="<image>what?", return_tensors="pt")
     assert model.generate(**inputs, max_new_tokens=2).shape[1] > inputs["input_ids"].shape[1]
@@ -156,7 +158,7 @@ def documents(parts):
 @pytest.mark.parametrize("size", ["tiny", "7b"])
 def test_the_shipped_stages_run_one_after_another(size, parts, documents, language_model, tower, tmp_path):
     """With tiny parts in place of the recipes' own, each stage starting from what the one before has saved."""
-    generator, start = save_generator(tmp_path / "generator", "sd1"), None
+    diffusion_model, start = save_diffusion_model(tmp_path / "diffusion_model", "sd1"), None
     for stage in ("pretrain", "tune", "regions"):
         name = f"deem-{size}-{stage}"
         overrides = tiny_overrides(parts, tmp_path / name, feedback=None) + ["data.image_dir=null"]
@@ -173,7 +175,7 @@ def test_the_shipped_stages_run_one_after_another(size, parts, documents, langua
         else:
             overrides += [f"data.path={documents}", "data.max_length=64", "data.kind=documents"]
         if stage != "regions":
-            overrides += [f"deem.denoiser={generator}", "deem.dtype=float32", "deem.target_size=null"]
+            overrides += [f"deem.denoiser={diffusion_model}", "deem.dtype=float32", "deem.target_size=null"]
 
         start = train(load_recipe(name, overrides))
 
@@ -222,7 +224,7 @@ def test_a_recipe_streams_shards(parts, language_model, tower, tmp_path):
     sections = {
         "model": {"language_model": str(language_model), "vision_tower": f"deem:{tower}"},
         "data": data,
-        "deem": {"denoiser": str(save_generator(tmp_path / "generator", "sd1"))},
+        "deem": {"denoiser": str(save_diffusion_model(tmp_path / "diffusion_model", "sd1"))},
     }
     overrides = tiny_overrides(parts, tmp_path / "out", feedback=None) + ["data.image_dir=null"]
 
@@ -245,7 +247,7 @@ def test_a_stream_resumes_where_it_was(parts, language_model, tower, tmp_path, w
     sections = {
         "model": {"language_model": str(language_model), "vision_tower": f"deem:{tower}"},
         "data": data,
-        "deem": {"denoiser": str(save_generator(tmp_path / "generator", "sd1"))},
+        "deem": {"denoiser": str(save_diffusion_model(tmp_path / "diffusion_model", "sd1"))},
     }
     recipe = write_recipe(tmp_path, sections)
 
@@ -276,7 +278,7 @@ def test_two_processes_read_their_own_shards_and_resume(parts, language_model, t
     sections = {
         "model": {"language_model": str(language_model), "vision_tower": f"deem:{tower}"},
         "data": {"kind": "shards", "interleaved": str(tmp_path / "mmc4-*.tar")},
-        "deem": {"denoiser": str(save_generator(tmp_path / "generator", "sd1"))},
+        "deem": {"denoiser": str(save_diffusion_model(tmp_path / "diffusion_model", "sd1"))},
     }
     recipe = write_recipe(tmp_path, sections)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -347,7 +349,7 @@ def test_the_sources_of_the_regions_recipe_are_ones_that_can_be_read():
             {"deem": {"image_weight": 0, "feedback_weight": 0}, "data": {"kind": "regions"}},
             "set `data.sources` to a list",
         ),
-        ({"deem": {}}, "need a generator: set `deem.denoiser`"),
+        ({"deem": {}}, "need a diffusion model: set `deem.denoiser`"),
         ({"deem": {"image_weight": 0, "feedback_weight": 0}, "feedback": {}}, "a DEEM has one of its own"),
     ],
 )

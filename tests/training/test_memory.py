@@ -93,7 +93,7 @@ def test_one_gpu_sends_nothing_and_buckets_have_a_largest_size():
 
 def test_a_total_is_the_sum_of_its_kinds():
     memory = state_memory(WEIGHTS, ADAMW, "ddp", 1, mixed_precision=False)
-    memory.generator, memory.activations, memory.communication = 1, 10, 100
+    memory.diffusion_model, memory.activations, memory.communication = 1, 10, 100
     assert memory.total == sum(exact(memory)) + 111 + memory.context
 
 

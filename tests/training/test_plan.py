@@ -139,18 +139,18 @@ def test_the_share_of_the_feedback_is_what_it_adds_to_a_step_without(parts, pict
     assert flops.encoding > 0 and flops.denoising > 0
 
 
-def test_the_generator_is_counted_as_it_is_loaded(parts, tmp_path):
+def test_the_diffusion_model_is_counted_as_it_is_loaded(parts, tmp_path):
     from deem_plugin.feedback.diffusion_model import load_diffusion_model
 
     recipe = recipe_of("bf16", parts, tmp_path)
     plan = make_plan(recipe, gpus=[1])
 
-    generator = load_diffusion_model(recipe.feedback.diffusion_model.path, "bfloat16")
-    networks = {"denoiser": generator.denoiser.model, "autoencoder": generator.codec.vae}
+    diffusion_model = load_diffusion_model(recipe.feedback.diffusion_model.path, "bfloat16")
+    networks = {"denoiser": diffusion_model.denoiser.model, "autoencoder": diffusion_model.codec.vae}
     for name, network in networks.items():
         assert plan.parameters[name] == [0, sum(p.numel() for p in network.parameters())]
     loaded = sum(p.nbytes for network in networks.values() for p in network.parameters())
-    assert plan.rows[0].memory.generator == loaded
+    assert plan.rows[0].memory.diffusion_model == loaded
 
 
 @pytest.mark.slow
@@ -178,7 +178,7 @@ def test_the_7b_recipe_has_the_published_sizes_and_allocates_nothing(tmp_path):
     conditioner = counts.pop("feedback_conditioner")
     assert sum(map(sum, counts.values())) == 7_063_427_072  # what the hub says of llava-hf/llava-1.5-7b-hf
     assert conditioner[0] > 0 and conditioner[1] == 0
-    denoiser, vae = skeleton.generator.denoiser.model, skeleton.generator.codec.vae
+    denoiser, vae = skeleton.diffusion_model.denoiser.model, skeleton.diffusion_model.codec.vae
     assert sum(p.numel() for p in denoiser.parameters()) == 865_910_724  # of Stable Diffusion 2.1
     assert sum(p.numel() for p in vae.parameters()) == 83_653_863
 
@@ -311,27 +311,27 @@ def test_the_interleaved_model_is_refused_rather_than_planned_as_a_llava():
         make_plan(load_recipe("deem-7b-pretrain", ["training.use_cpu=true", "training.tf32=null"]))
 
 
-@pytest.mark.parametrize("name", ["genhancer-generator", "ross"])
+@pytest.mark.parametrize("name", ["genhancer-denoiser", "ross"])
 def test_a_denoiser_that_trains_is_refused(name):
     with pytest.raises(ValueError, match=f"'{name}' trains a denoiser of its own, which `deem plan` does not know"):
         make_plan(load_recipe(name, ["training.use_cpu=true", "training.tf32=null", "training.fsdp=null"]))
 
 
-def test_what_saves_memory_in_the_generator_is_planned_as_it_works(parts, tmp_path):
+def test_what_saves_memory_in_the_diffusion_model_is_planned_as_it_works(parts, tmp_path):
     def row(**settings):
         return make_plan(recipe_of("full", parts, tmp_path, **settings), gpus=[1])
 
-    plain, lent, recomputed, reduced = (
+    plain, onloaded, recomputed, reduced = (
         row(),
         row(feedback__diffusion_model__cpu_offload="true"),
         row(feedback__diffusion_model__gradient_checkpointing="true"),
         row(feedback__diffusion_model__quantization="bnb_4bit"),
     )
 
-    memory = [plan.rows[0].memory for plan in (plain, lent, recomputed, reduced)]
-    # Lent weights come and go with what the feedback computes, so that they count where its peak is.
-    assert memory[1].generator == 0
-    assert memory[0].activations <= memory[1].activations <= memory[0].activations + memory[0].generator
+    memory = [plan.rows[0].memory for plan in (plain, onloaded, recomputed, reduced)]
+    # Offloaded weights come and go with what the feedback computes, so that they count where its peak is.
+    assert memory[1].diffusion_model == 0
+    assert memory[0].activations <= memory[1].activations <= memory[0].activations + memory[0].diffusion_model
     assert recomputed.flops.total > plain.flops.total
     assert memory[2].activations <= memory[0].activations
     linear = [0, 0]
@@ -339,7 +339,7 @@ def test_what_saves_memory_in_the_generator_is_planned_as_it_works(parts, tmp_pa
         assert "." in name
         linear[0] += 4 * size
         linear[1] += -(-size // 2) + 4 * -(-size // 64)
-    assert memory[0].generator - memory[3].generator == linear[0] - linear[1] > 0
+    assert memory[0].diffusion_model - memory[3].diffusion_model == linear[0] - linear[1] > 0
 
 
 def linear_layers(folder):

@@ -126,7 +126,7 @@ def test_a_chat_template_beside_the_recipe_is_found(write, tmp_path):
         (["model.modle=x"], "Unknown key in `model` 'modle'.*did you mean 'model'"),
         (
             ["modle.model=x"],
-            "Unknown section 'modle'.*did you mean 'model'.*Choices: model, data, feedback, ross, deem, generator",
+            "Unknown section 'modle'.*did you mean 'model'.*Choices: model, data, feedback, ross, deem, denoiser",
         ),
         (["max_steps=3"], "Cannot read the override 'max_steps=3'; expected `section.key=value`"),
         (["model.freeze"], "Cannot read the override 'model.freeze'"),

@@ -51,7 +51,7 @@ def test_a_frozen_tower_may_stay_where_it_is(tmp_path):
     run(model, tmp_path)
 
 
-def test_steps_without_pictures_or_learning_rate_are_not_judged(tmp_path):
+def test_steps_without_pictures_or_learning_rate_are_not_checked(tmp_path):
     model = Small(under_no_grad=True)
     run(model, tmp_path, pictures=(0, 0, 0))
     with pytest.raises(RuntimeError, match="did not move"):

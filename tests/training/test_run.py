@@ -45,7 +45,7 @@ def recipe_for(name, parts, out, **settings):
     for key, value in STAND_INS.get(name, start).items():
         stand_ins[key] = value.format(parts=parts) if "{" in value else parts / value
     if name in ENCODERS:
-        # Compiling takes a minute and quantizing a package: tests/feedback/test_economy.py has them.
+        # Compiling takes a minute and quantizing a package: tests/feedback/test_optimizations.py has them.
         without = dict.fromkeys(("feedback__conditioner", "feedback__diffusion_model__quantization"), "null")
         settings = {**without, "feedback__diffusion_model__compile": "false", **settings}
         if name.startswith("diva"):
@@ -76,9 +76,9 @@ def changed(before, after, part):
 
 
 def trains_feedback_or_nothing_else(name):
-    """Others have their own tests: the interleaved model (test_interleaved.py), generators (test_denoiser.py)."""
+    """Others have their own tests: the interleaved model (test_interleaved.py), denoisers (test_denoiser.py)."""
     sections = read_sections(name)
-    return sections.get("deem") is None and sections.get("generator") is None
+    return sections.get("deem") is None and sections.get("denoiser") is None
 
 
 @pytest.mark.parametrize("name", filter(trains_feedback_or_nothing_else, list_recipes()))

@@ -115,7 +115,7 @@ class FlowDenoiser(Denoiser):
             raise ValueError(
                 f"{type(model).__name__} was trained by flow matching, but its scheduler is a "
                 f"{type(scheduler).__name__}; expected a FlowMatchEulerDiscreteScheduler. Correct `scheduler` in "
-                f"`model_index.json` and its `scheduler_config.json`, or choose another generator."
+                f"`model_index.json` and its `scheduler_config.json`, or choose another diffusion model."
             )
 
     def _sigma(self, times):
@@ -129,7 +129,7 @@ def check_context_dim(context_dim, denoiser):
         raise ValueError(
             f"The conditioner makes context tokens of width {context_dim}, but the denoiser "
             f"({type(denoiser.model).__name__}) attends to tokens of width {denoiser.context_dim}. "
-            f"Build the conditioner with `context_dim={denoiser.context_dim}`, or choose another generator."
+            f"Build the conditioner with `context_dim={denoiser.context_dim}`, or choose another diffusion model."
         )
 
 

@@ -1,4 +1,4 @@
-"""What makes a frozen generator cheaper leaves loss, gradient and weights as they were."""
+"""What makes a frozen diffusion model cheaper leaves loss, gradient and weights as they were."""
 
 import weakref
 from contextlib import nullcontext
@@ -14,13 +14,13 @@ from deem_plugin.feedback import (
 )
 from deem_plugin.feedback import quantization as quantization_module
 from deem_plugin.feedback.early_gradient import early_gradient
-from deem_plugin.feedback.economy import economise
-from deem_plugin.feedback.offload import lent
+from deem_plugin.feedback.offload import onloaded
+from deem_plugin.feedback.optimizations import apply_optimizations
 from deem_plugin.feedback.quantization import quantization_config, quantized_bytes
 
 from ..tiny import tiny_llava, tiny_sd_folder
 from .helpers import KeyedFeedback, feedback_config, keyed_callback, relative_difference, train
-from .tiny_generators import GENERATORS, save_generator
+from .tiny_diffusion_models import DIFFUSION_MODELS, save_diffusion_model
 
 EXACT = 1e-5
 EXACT_SETTINGS = ["gradient_checkpointing", "channels_last", "cpu_offload"]
@@ -38,8 +38,8 @@ def run(folder, sd, **settings):
     return callback, gradients
 
 
-def weights_of(generator):
-    return {key: value.clone() for module in generator.modules() for key, value in module.state_dict().items()}
+def weights_of(diffusion_model):
+    return {key: value.clone() for module in diffusion_model.modules() for key, value in module.state_dict().items()}
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def weights_of(generator):
     [*([name] for name in EXACT_SETTINGS), EXACT_SETTINGS, pytest.param(["compile"], marks=pytest.mark.slow)],
     ids=", ".join,
 )
-def test_exact_settings_change_neither_gradients_nor_the_generator(tmp_path, sd, names):
+def test_exact_settings_change_neither_gradients_nor_the_diffusion_model(tmp_path, sd, names):
     _, expected = run(tmp_path, sd)
 
     callback, gradients = run(tmp_path, sd, **dict.fromkeys(names, True))
@@ -59,14 +59,14 @@ def test_exact_settings_change_neither_gradients_nor_the_generator(tmp_path, sd,
     assert not any(p.requires_grad for module in callback.diffusion_model.modules() for p in module.parameters())
 
 
-@pytest.mark.parametrize("name", GENERATORS)
+@pytest.mark.parametrize("name", DIFFUSION_MODELS)
 def test_checkpointing_recomputes_in_eval_mode_and_keeps_less(name, tmp_path):
-    folder = save_generator(tmp_path, name)
+    folder = save_diffusion_model(tmp_path, name)
 
     def step(**settings):
-        generator = load_diffusion_model(folder)
-        economise(generator, DiffusionModelConfig(str(folder), **settings))
-        model, kept, calls = generator.denoiser.model, [0], [0]
+        diffusion_model = load_diffusion_model(folder)
+        apply_optimizations(diffusion_model, DiffusionModelConfig(str(folder), **settings))
+        model, kept, calls = diffusion_model.denoiser.model, [0], [0]
         assert not model.training
         context = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
         latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -79,7 +79,9 @@ def test_checkpointing_recomputes_in_eval_mode_and_keeps_less(name, tmp_path):
             if not any(module.children()):
                 module.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = DiffusionFeedback(generator.denoiser)(latents, context, generator=torch.Generator().manual_seed(2))
+            loss = DiffusionFeedback(diffusion_model.denoiser)(
+                latents, context, generator=torch.Generator().manual_seed(2)
+            )
         loss.sum().backward()
         return kept[0], calls[0], context.grad
 
@@ -96,7 +98,7 @@ def test_weights_are_lent_and_come_back_even_after_an_error():
     home = module.weight.data_ptr()
 
     for outcome in (nullcontext(), pytest.raises(RuntimeError)):
-        with outcome as raised, lent([module], torch.device("cpu")):
+        with outcome as raised, onloaded([module], torch.device("cpu")):
             assert module.weight.data_ptr() != home
             if raised is not None:
                 raise RuntimeError
@@ -172,9 +174,9 @@ def test_offloading_needs_a_frozen_denoiser(sd):
             self.denoiser = torch.nn.Identity()
             self.denoiser.context_dim = 16
 
-    generator = load_diffusion_model(sd)
+    diffusion_model = load_diffusion_model(sd)
     config = feedback_config(diffusion_model={"path": sd, "cpu_offload": True})
-    callback = DiffusionFeedbackCallback(config, generator, OwnFeedback(generator.denoiser))
+    callback = DiffusionFeedbackCallback(config, diffusion_model, OwnFeedback(diffusion_model.denoiser))
     with pytest.raises(ValueError, match="`cpu_offload` needs an objective whose `denoiser` is frozen.*OwnFeedback"):
         callback.attach(*tiny_llava())
 
@@ -226,10 +228,10 @@ def test_bitsandbytes_lets_the_gradient_through(name, tmp_path, sd):
     latents = torch.randn(2, 4, 16, 16, device="cuda")
 
     def gradient(**settings):
-        generator = load_diffusion_model(sd, **settings).to("cuda")
+        diffusion_model = load_diffusion_model(sd, **settings).to("cuda")
         context = torch.ones(2, 5, 16, device="cuda", requires_grad=True)
         rng = torch.Generator("cuda").manual_seed(2)
-        DiffusionFeedback(generator.denoiser)(latents, context, generator=rng).mean().backward()
+        DiffusionFeedback(diffusion_model.denoiser)(latents, context, generator=rng).mean().backward()
         return context.grad
 
     expected, given = gradient(), gradient(quantization=name)

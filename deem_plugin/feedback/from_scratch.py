@@ -1,4 +1,4 @@
-"""Generators of one's own: new networks of the known kinds, small enough to be trained from scratch."""
+"""Diffusion models from scratch: new networks of the known kinds, small enough to be trained from scratch."""
 
 import inspect
 import json
@@ -10,9 +10,9 @@ from .diffusion_model import DiffusionModel
 from .latents import PixelCodec
 
 
-def make_generator(network, config, codec, image_size):
+def make_diffusion_model(network, config, codec, image_size):
     """
-    Makes a generator with new weights, in training mode.
+    Makes a diffusion model with new weights, in training mode.
 
     Args:
         network (`str`): Class of diffusers, one of `DENOISERS`.
@@ -29,24 +29,24 @@ def make_generator(network, config, codec, image_size):
     import diffusers
 
     if network not in DENOISERS:
-        raise ValueError(f"`generator.network` must be one of {', '.join(DENOISERS)}, got {network!r}.")
+        raise ValueError(f"`denoiser.network` must be one of {', '.join(DENOISERS)}, got {network!r}.")
     adapter, network_class = DENOISERS[network], getattr(diffusers, network)
     packs = adapter is FluxDenoiser  # 2 x 2 cells to a token
     side = codec.downscale * (2 if packs else 1)
     if image_size % side:
         raise ValueError(
-            f"`generator.image_size` is {image_size}, but a {network} on this autoencoder reads pictures of {side} "
+            f"`denoiser.image_size` is {image_size}, but a {network} on this autoencoder reads pictures of {side} "
             f"pixels a side and multiples of that."
         )
     if unknown := set(config) - set(inspect.signature(network_class.__init__).parameters):
-        raise ValueError(f"`generator.config` names {sorted(unknown)}, which a {network} does not know.")
+        raise ValueError(f"`denoiser.config` names {sorted(unknown)}, which a {network} does not know.")
     defaults = {"sample_size": image_size // codec.downscale}
     if not packs:
         defaults |= {"in_channels": codec.channels, "out_channels": codec.channels}
     try:
         model = network_class.from_config({**defaults, **config})
     except (TypeError, ValueError) as error:
-        raise ValueError(f"`generator.config` does not make a {network}: {error}") from error
+        raise ValueError(f"`denoiser.config` does not make a {network}: {error}") from error
     scheduler = (
         diffusers.FlowMatchEulerDiscreteScheduler()
         if issubclass(adapter, FlowDenoiser)
@@ -55,23 +55,23 @@ def make_generator(network, config, codec, image_size):
     denoiser = adapter(model, scheduler, codec.downscale)
     if denoiser.channels != codec.channels:
         raise ValueError(
-            f"`generator.config` makes a {network} of {denoiser.channels} channels, but its autoencoder's latents "
+            f"`denoiser.config` makes a {network} of {denoiser.channels} channels, but its autoencoder's latents "
             f"have {codec.channels}. Leave `in_channels` out, or correct it (for FLUX four times the channels)."
         )
     model.requires_grad_(True).train()
     return DiffusionModel(denoiser, codec)
 
 
-def save_generator(generator, folder):
+def save_diffusion_model(diffusion_model, folder):
     """
-    Writes a generator as a diffusers folder, which `load_diffusion_model` reads.
+    Writes a diffusion model as a diffusers folder, which `load_diffusion_model` reads.
 
     Args:
-        generator (`DiffusionModel`): Of any kind; its autoencoder is written with it.
+        diffusion_model (`DiffusionModel`): Of any kind; its autoencoder is written with it.
         folder (`str` or `Path`): An existing or a new folder.
     """
     folder = Path(folder)
-    denoiser, codec = generator.denoiser, generator.codec
+    denoiser, codec = diffusion_model.denoiser, diffusion_model.codec
     parts = {
         "unet" if hasattr(denoiser.model, "down_blocks") else "transformer": denoiser.model,
         "scheduler": denoiser.scheduler,

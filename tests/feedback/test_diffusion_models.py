@@ -1,4 +1,4 @@
-"""Every known generator, from its folder to the gradient at the context."""
+"""Every known diffusion model, from its folder to the gradient at the context."""
 
 import json
 
@@ -6,23 +6,23 @@ import pytest
 import torch
 
 from deem_plugin.feedback import Conditioner, DiffusionFeedback, load_diffusion_model
-from deem_plugin.feedback.painting import paint
 from deem_plugin.feedback.processes import FlowProcess
+from deem_plugin.feedback.sampling import sample_pictures
 
 from .helpers import losses_of_training
-from .tiny_generators import CONTEXT_DIM, GENERATORS, SIZE, save_generator
+from .tiny_diffusion_models import CONTEXT_DIM, DIFFUSION_MODELS, SIZE, save_diffusion_model
 
 FLOWS = {"sd3": 3.0, "flux-dev": 1.0, "flux-schnell": 1.0, "sana": 3.0, "lumina2": 6.0, "auraflow": 1.73}
 
 
-@pytest.fixture(scope="module", params=GENERATORS)
+@pytest.fixture(scope="module", params=DIFFUSION_MODELS)
 def name(request):
     return request.param
 
 
 @pytest.fixture(scope="module")
-def generator(name, tmp_path_factory):
-    return load_diffusion_model(save_generator(tmp_path_factory.mktemp(name), name))
+def diffusion_model(name, tmp_path_factory):
+    return load_diffusion_model(save_diffusion_model(tmp_path_factory.mktemp(name), name))
 
 
 @pytest.fixture
@@ -30,8 +30,8 @@ def latents():
     return torch.randn(2, 4, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
 
 
-def test_the_gradient_reaches_every_context_token_and_not_the_denoiser(generator, latents):
-    denoiser = generator.denoiser
+def test_the_gradient_reaches_every_context_token_and_not_the_denoiser(diffusion_model, latents):
+    denoiser = diffusion_model.denoiser
     before = {key: value.clone() for key, value in denoiser.model.state_dict().items()}
     context = torch.randn(2, 5, CONTEXT_DIM, generator=torch.Generator().manual_seed(1)).requires_grad_()
 
@@ -46,8 +46,8 @@ def test_the_gradient_reaches_every_context_token_and_not_the_denoiser(generator
     assert all(torch.equal(value, before[key]) for key, value in denoiser.model.state_dict().items())
 
 
-def test_noise_and_target_are_those_of_the_prediction_type(generator, name, latents):
-    denoiser = generator.denoiser
+def test_noise_and_target_are_those_of_the_prediction_type(diffusion_model, name, latents):
+    denoiser = diffusion_model.denoiser
     noise, timesteps = torch.randn_like(latents), torch.tensor([9, 799])
 
     noisy, target = denoiser.noise(latents, noise, timesteps), denoiser.target(latents, noise, timesteps)
@@ -64,8 +64,8 @@ def test_noise_and_target_are_those_of_the_prediction_type(generator, name, late
         torch.testing.assert_close(target, velocity if name == "sd2" else noise)
 
 
-def test_a_perfect_prediction_costs_nothing(generator, latents, monkeypatch):
-    denoiser = generator.denoiser
+def test_a_perfect_prediction_costs_nothing(diffusion_model, latents, monkeypatch):
+    denoiser = diffusion_model.denoiser
     noise, timesteps = torch.randn_like(latents), torch.tensor([9, 799])
     perfect = denoiser.target(latents, noise, timesteps)
     monkeypatch.setattr(denoiser, "_predict", lambda noisy, times, context, *vector: perfect)
@@ -75,9 +75,9 @@ def test_a_perfect_prediction_costs_nothing(generator, latents, monkeypatch):
     assert torch.equal(loss, torch.zeros(2))
 
 
-def test_training_the_conditioner_alone_lowers_the_loss(generator, latents):
+def test_training_the_conditioner_alone_lowers_the_loss(diffusion_model, latents):
     """The plumbing is right, not only the shapes: 50 steps on one batch, always the same noise."""
-    feedback = DiffusionFeedback(generator.denoiser)
+    feedback = DiffusionFeedback(diffusion_model.denoiser)
     torch.manual_seed(0)
     tokens, noise, timesteps = torch.randn(2, 5, 8), torch.randn_like(latents), torch.tensor([300, 600])
     conditioner = Conditioner(8, CONTEXT_DIM)
@@ -93,8 +93,8 @@ def test_training_the_conditioner_alone_lowers_the_loss(generator, latents):
     assert losses[-1] < min(losses[:20])
 
 
-def test_pictures_go_to_latents_of_the_networks_shape_and_back(generator, name):
-    codec = generator.codec
+def test_pictures_go_to_latents_of_the_networks_shape_and_back(diffusion_model, name):
+    codec = diffusion_model.codec
     pictures = torch.rand(2, 3, 2 * SIZE, 2 * SIZE) * 2 - 1
 
     latents = codec.encode(pictures, noise=torch.zeros(2, 4, SIZE, SIZE))
@@ -109,7 +109,7 @@ def test_pictures_go_to_latents_of_the_networks_shape_and_back(generator, name):
 def test_a_flow_network_with_another_noise_schedule_is_refused(tmp_path):
     from diffusers import DDPMScheduler
 
-    save_generator(tmp_path, "sana")
+    save_diffusion_model(tmp_path, "sana")
     DDPMScheduler().save_pretrained(tmp_path / "scheduler")
 
     with pytest.raises(ValueError, match="flow matching, but its scheduler is a DDPMScheduler"):
@@ -117,7 +117,7 @@ def test_a_flow_network_with_another_noise_schedule_is_refused(tmp_path):
 
 
 def test_dynamic_shifting_leaves_the_training_grid_alone(tmp_path):
-    process = load_diffusion_model(save_generator(tmp_path, "flux-dev")).denoiser.process
+    process = load_diffusion_model(save_diffusion_model(tmp_path, "flux-dev")).denoiser.process
 
     assert isinstance(process, FlowProcess)
     torch.testing.assert_close(process.sigmas, torch.arange(1, 1001) / 1000)
@@ -136,7 +136,7 @@ def test_dynamic_shifting_leaves_the_training_grid_alone(tmp_path):
 )
 def test_each_network_is_told_the_time_as_its_own_pipeline_does(tmp_path, monkeypatch, name, time):
     """Timestep 499 is sigma 0.5 before the shift."""
-    denoiser = load_diffusion_model(save_generator(tmp_path, name)).denoiser
+    denoiser = load_diffusion_model(save_diffusion_model(tmp_path, name)).denoiser
     told, forward = [], denoiser.model.forward
 
     def listen(latents, timestep=None, *args, **kwargs):
@@ -153,22 +153,25 @@ def test_each_network_is_told_the_time_as_its_own_pipeline_does(tmp_path, monkey
     assert told[0].item() == pytest.approx(time, abs=1e-4)
 
 
-def test_every_generator_paints_pictures_reproducibly(generator, name, monkeypatch):
+def test_every_diffusion_model_samples_pictures_reproducibly(diffusion_model, name, monkeypatch):
     if name.startswith("flux"):
-        # FLUX's config names no size; the 1024 pixels that it paints by default are too many for a test.
-        monkeypatch.setattr(type(generator.denoiser), "sample_size", SIZE)
+        # FLUX's config names no size; the 1024 pixels that it samples by default are too many for a test.
+        monkeypatch.setattr(type(diffusion_model.denoiser), "sample_size", SIZE)
     context = torch.randn(2, 5, CONTEXT_DIM, generator=torch.Generator().manual_seed(0))
 
-    first, second = (paint(generator, context, steps=2, rng=torch.Generator().manual_seed(1)) for _ in range(2))
+    first, second = (
+        sample_pictures(diffusion_model, context, steps=2, generator=torch.Generator().manual_seed(1))
+        for _ in range(2)
+    )
 
-    assert first.shape == (2, 3, generator.image_size, generator.image_size)
+    assert first.shape == (2, 3, diffusion_model.image_size, diffusion_model.image_size)
     assert first.min() >= 0 and first.max() <= 1 and first.std() > 0
     assert torch.equal(first, second)
 
 
-def test_a_flow_that_predicts_perfectly_is_painted_to_the_very_latents(tmp_path, monkeypatch):
-    generator = load_diffusion_model(save_generator(tmp_path, "sd3"))
-    denoiser = generator.denoiser
+def test_a_flow_that_predicts_perfectly_is_sampled_to_the_very_latents(tmp_path, monkeypatch):
+    diffusion_model = load_diffusion_model(save_diffusion_model(tmp_path, "sd3"))
+    denoiser = diffusion_model.denoiser
     latents = torch.randn(1, 4, denoiser.sample_size, denoiser.sample_size)
 
     def perfect(noisy, times, context, vector=None):
@@ -176,9 +179,9 @@ def test_a_flow_that_predicts_perfectly_is_painted_to_the_very_latents(tmp_path,
         return (noisy - latents) / (times.view(-1, 1, 1, 1) / 1000)
 
     monkeypatch.setattr(denoiser, "at_times", perfect)
-    painted = paint(generator, torch.randn(1, 5, CONTEXT_DIM), steps=4)
+    sampled = sample_pictures(diffusion_model, torch.randn(1, 5, CONTEXT_DIM), steps=4)
 
-    torch.testing.assert_close(painted, generator.codec.decode(latents) / 2 + 0.5, atol=1e-4, rtol=0)
+    torch.testing.assert_close(sampled, diffusion_model.codec.decode(latents) / 2 + 0.5, atol=1e-4, rtol=0)
 
 
 def test_flux_packs_latents_as_its_pipeline_does():
@@ -196,7 +199,7 @@ def test_a_network_that_reads_more_than_noisy_latents_is_refused(tmp_path):
     """As inpainting variants do: 9 channels, 4 of them noisy latents."""
     from diffusers import UNet2DConditionModel
 
-    save_generator(tmp_path, "sd1")
+    save_diffusion_model(tmp_path, "sd1")
     config = UNet2DConditionModel.load_config(tmp_path / "unet")
     UNet2DConditionModel.from_config(config, in_channels=9).save_pretrained(tmp_path / "unet")
 
@@ -205,7 +208,7 @@ def test_a_network_that_reads_more_than_noisy_latents_is_refused(tmp_path):
 
 
 def test_sdxl_is_told_the_size_of_the_picture_in_pixels(tmp_path):
-    denoiser = load_diffusion_model(save_generator(tmp_path, "sdxl")).denoiser
+    denoiser = load_diffusion_model(save_diffusion_model(tmp_path, "sdxl")).denoiser
 
     told = []
     forward = denoiser.model.forward
@@ -225,8 +228,8 @@ def test_sdxl_is_told_the_size_of_the_picture_in_pixels(tmp_path):
 
 @pytest.mark.parametrize("name", ["sd3", "flux-dev", "sdxl"])
 def test_a_vector_modulates_the_networks_that_take_one_and_is_refused_by_the_others(name, tmp_path):
-    denoiser = load_diffusion_model(save_generator(tmp_path / name, name)).denoiser
-    sd1 = load_diffusion_model(save_generator(tmp_path / "sd1", "sd1")).denoiser
+    denoiser = load_diffusion_model(save_diffusion_model(tmp_path / name, name)).denoiser
+    sd1 = load_diffusion_model(save_diffusion_model(tmp_path / "sd1", "sd1")).denoiser
     inputs = torch.randn(2, denoiser.channels, SIZE, SIZE), torch.tensor([100, 900]), torch.randn(2, 5, CONTEXT_DIM)
     vector = torch.randn(2, denoiser.vector_dim, requires_grad=True)
 
@@ -240,7 +243,7 @@ def test_a_vector_modulates_the_networks_that_take_one_and_is_refused_by_the_oth
 
 
 def test_the_refiner_of_sdxl_is_refused(tmp_path):
-    save_generator(tmp_path, "sdxl")
+    save_diffusion_model(tmp_path, "sdxl")
     index = json.loads((tmp_path / "model_index.json").read_text())
     (tmp_path / "model_index.json").write_text(json.dumps(index | {"requires_aesthetics_score": True}))
 
@@ -249,7 +252,7 @@ def test_the_refiner_of_sdxl_is_refused(tmp_path):
 
 
 def test_a_vae_that_normalises_by_channel_is_refused(tmp_path):
-    save_generator(tmp_path, "sd1")
+    save_diffusion_model(tmp_path, "sd1")
     config = json.loads((tmp_path / "vae" / "config.json").read_text())
     (tmp_path / "vae" / "config.json").write_text(json.dumps(config | {"latents_mean": [0.0] * 4}))
 
@@ -258,7 +261,7 @@ def test_a_vae_that_normalises_by_channel_is_refused(tmp_path):
 
 
 def test_more_context_than_lumina_has_positions_for_is_refused(tmp_path):
-    denoiser = load_diffusion_model(save_generator(tmp_path, "lumina2")).denoiser
+    denoiser = load_diffusion_model(save_diffusion_model(tmp_path, "lumina2")).denoiser
 
     with pytest.raises(ValueError, match=r"20 tokens.*15 at most.*num_queries"):
         denoiser(torch.randn(1, 4, SIZE, SIZE), torch.tensor([1]), torch.randn(1, 20, CONTEXT_DIM))

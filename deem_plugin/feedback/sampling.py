@@ -1,4 +1,4 @@
-"""Painting: pictures drawn by a frozen generator from nothing but a context."""
+"""Pictures that a frozen diffusion model samples from nothing but a context."""
 
 import inspect
 
@@ -6,22 +6,32 @@ import torch
 
 
 @torch.no_grad()
-def paint(generator, context, *, vector=None, steps=50, scheduler=None, guidance=1.0, null_context=None, rng=None):
+def sample_pictures(
+    diffusion_model,
+    context,
+    *,
+    vector=None,
+    steps=50,
+    scheduler=None,
+    guidance=1.0,
+    null_context=None,
+    generator=None,
+):
     """
-    Paints pictures from context alone, starting at pure noise.
+    Samples pictures from context alone, starting at pure noise.
 
     Args:
-        generator (`DiffusionModel`): The frozen generator.
+        diffusion_model (`DiffusionModel`): The frozen diffusion model.
         context (`torch.Tensor`): Shape `(batch, tokens, context_dim)`.
         vector (`torch.Tensor`, *optional*): What modulates the denoiser, `(batch, vector_dim)`, where one does.
         steps (`int`, *optional*, defaults to `50`): Denoising steps.
         scheduler (`SchedulerMixin`, *optional*):
-            A scheduler of diffusers for the generator's kind of process; by default DDIM
-            (https://arxiv.org/abs/2010.02502), or Euler steps where the generator was trained by flow matching.
+            A scheduler of diffusers for the diffusion model's kind of process; by default DDIM
+            (https://arxiv.org/abs/2010.02502), or Euler steps where the diffusion model was trained by flow matching.
         guidance (`float`, *optional*, defaults to `1.0`):
             Scale of classifier-free guidance (https://arxiv.org/abs/2207.12598); 1 is none.
         null_context (`torch.Tensor`, *optional*): What guidance leads away from, `(1, tokens, context_dim)`.
-        rng (`torch.Generator` or `list[torch.Generator]`, *optional*):
+        generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
             Source of the first noise and of the scheduler's, on the context's device: one for all, or one a picture.
 
     Returns:
@@ -34,19 +44,21 @@ def paint(generator, context, *, vector=None, steps=50, scheduler=None, guidance
 
     if guidance != 1.0 and null_context is None:
         raise ValueError(f"guidance={guidance} needs a `null_context` to lead away from; give one, or guidance=1.")
-    if isinstance(rng, list) and len(rng) != len(context):
-        raise ValueError(f"Got {len(rng)} sources of noise for {len(context)} pictures; expected one, or one each.")
-    denoiser = generator.denoiser
+    if isinstance(generator, list) and len(generator) != len(context):
+        raise ValueError(
+            f"Got {len(generator)} sources of noise for {len(context)} pictures; expected one, or one each."
+        )
+    denoiser = diffusion_model.denoiser
     scheduler = scheduler or denoiser.process.sampler()
     scheduler.set_timesteps(steps, device=context.device)
     shape = (len(context), denoiser.channels, denoiser.sample_size, denoiser.sample_size)
-    latents = randn_tensor(shape, generator=rng, device=context.device)
+    latents = randn_tensor(shape, generator=generator, device=context.device)
     latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
     contexts = context if guidance == 1.0 else torch.cat([null_context.to(context).expand_as(context), context])
     vectors = vector
     if vector is not None and guidance != 1.0:
         vectors = torch.cat([torch.zeros_like(vector), vector])
-    options = _options_of_step(scheduler, rng)
+    options = _options_of_step(scheduler, generator)
     for timestep in scheduler.timesteps:
         inputs = latents
         if hasattr(scheduler, "scale_model_input"):
@@ -58,9 +70,9 @@ def paint(generator, context, *, vector=None, steps=50, scheduler=None, guidance
             without, given = prediction.chunk(2)
             prediction = without + guidance * (given - without)
         latents = scheduler.step(prediction, timestep, latents, **options).prev_sample
-    return generator.codec.decode(latents) / 2 + 0.5
+    return diffusion_model.codec.decode(latents) / 2 + 0.5
 
 
-def _options_of_step(scheduler, rng):
+def _options_of_step(scheduler, generator):
     """Returns what `scheduler.step` takes of ours: schedulers that add noise want its source, others know none."""
-    return {"generator": rng} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    return {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}

@@ -1,11 +1,11 @@
-"""The shipped generator: it loads as any other, and right conditions serve it better than wrong ones."""
+"""The shipped diffusion model: it loads as any other, and right conditions serve it better than wrong ones."""
 
 from dataclasses import replace
 
 import torch
 
 from deem_plugin.data.scenes import SHAPES, TEXTURES, render_scenes, sample_scenes
-from deem_plugin.demo.generator import (
+from deem_plugin.demo.diffusion_model import (
     CONTEXT_DIM,
     CONTEXT_TOKENS,
     IMAGE_SIZE,
@@ -14,25 +14,25 @@ from deem_plugin.demo.generator import (
     build_transformer,
     load_code,
     main,
-    save_generator,
-    shipped_generator,
-    train_generator,
+    save_diffusion_model,
+    shipped_diffusion_model,
+    train_diffusion_model,
 )
 from deem_plugin.feedback.diffusion_feedback import DiffusionFeedback
 from deem_plugin.feedback.diffusion_model import load_diffusion_model
 
 
-def test_shipped_generator_is_small_and_works_on_pixels():
-    folder = shipped_generator()
-    generator = load_diffusion_model(str(folder))
+def test_shipped_diffusion_model_is_small_and_works_on_pixels():
+    folder = shipped_diffusion_model()
+    diffusion_model = load_diffusion_model(str(folder))
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 4e6
-    assert generator.image_size == IMAGE_SIZE
-    assert generator.denoiser.context_dim == CONTEXT_DIM
-    assert generator.denoiser.scheduler.config.prediction_type == "v_prediction"
+    assert diffusion_model.image_size == IMAGE_SIZE
+    assert diffusion_model.denoiser.context_dim == CONTEXT_DIM
+    assert diffusion_model.denoiser.scheduler.config.prediction_type == "v_prediction"
 
 
 def contexts_for(pictures, feedback, steps=40):
-    """Finds for each picture a context under which the frozen generator restores it well."""
+    """Finds for each picture a context under which the frozen diffusion model restores it well."""
     rng = torch.Generator().manual_seed(0)
     context = 0.5 * torch.randn(len(pictures), CONTEXT_TOKENS, CONTEXT_DIM, generator=rng)
     context.requires_grad_(True)
@@ -46,8 +46,8 @@ def contexts_for(pictures, feedback, steps=40):
     return context.detach()
 
 
-def test_shipped_generator_tells_shape_position_and_background_apart():
-    """Feedback from a generator that does not would be useless: any context would get the same error."""
+def test_shipped_diffusion_model_tells_shape_position_and_background_apart():
+    """Feedback from a diffusion model that does not would be useless: any context would get the same error."""
     scenes = sample_scenes(16, torch.Generator().manual_seed(3))
     others = {
         "shape": replace(scenes, shape=(scenes.shape + 1) % len(SHAPES)),
@@ -55,7 +55,7 @@ def test_shipped_generator_tells_shape_position_and_background_apart():
         "texture": replace(scenes, texture=(scenes.texture + 1) % len(TEXTURES)),
     }
     pictures = render_scenes(scenes, IMAGE_SIZE) * 2 - 1
-    feedback = DiffusionFeedback(load_diffusion_model(str(shipped_generator())).denoiser)
+    feedback = DiffusionFeedback(load_diffusion_model(str(shipped_diffusion_model())).denoiser)
     context = contexts_for(pictures, feedback)
     noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(4))
     for timestep in (350, 650):
@@ -68,20 +68,20 @@ def test_shipped_generator_tells_shape_position_and_background_apart():
                 assert wrong > 1.3 * right, (attribute, timestep)
 
 
-def test_training_is_deterministic_and_leaves_the_global_generator_alone():
+def test_training_is_deterministic_and_leaves_the_global_diffusion_model_alone():
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    first, _, _ = train_generator(steps=2, scenes=100)
+    first, _, _ = train_diffusion_model(steps=2, scenes=100)
     assert torch.equal(torch.rand(1), expected)
-    second, _, _ = train_generator(steps=2, scenes=100)
+    second, _, _ = train_diffusion_model(steps=2, scenes=100)
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
-def test_saved_generator_comes_back_through_the_feedback_room(tmp_path):
+def test_saved_diffusion_model_comes_back_through_the_feedback_room(tmp_path):
     transformer, code = build_transformer(), PictureCode()
-    save_generator(transformer, build_scheduler(), code, tmp_path)
+    save_diffusion_model(transformer, build_scheduler(), code, tmp_path)
     loaded = load_diffusion_model(str(tmp_path)).denoiser.model
     pictures, context = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE), torch.randn(2, CONTEXT_TOKENS, CONTEXT_DIM)
     timesteps = torch.tensor([10, 900])

@@ -1,4 +1,4 @@
-"""Tiny generators of every known class in diffusers' layout, with random weights wherever the class has zeros."""
+"""Tiny diffusion models of every known class in diffusers' layout, with random weights in place of zeros."""
 
 import json
 
@@ -148,7 +148,7 @@ def flow(**settings):
 
 
 # Name: network, scheduler, autoencoder; as the published folder combines them.
-GENERATORS = {
+DIFFUSION_MODELS = {
     "sd1": lambda: (tiny_unet(CONTEXT_DIM), DDPMScheduler(), tiny_vae()),
     "sd2": lambda: (tiny_unet(CONTEXT_DIM), DDPMScheduler(prediction_type="v_prediction"), tiny_vae()),
     "sdxl": lambda: (sdxl(), DDPMScheduler(), tiny_vae()),
@@ -176,11 +176,11 @@ def randomise_zeros(model):
     return model
 
 
-def save_generator(path, name):
-    """Saves the tiny generator `name` at `path` in diffusers' layout and returns the path."""
+def save_diffusion_model(path, name):
+    """Saves the tiny diffusion model `name` at `path` in diffusers' layout and returns the path."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network, scheduler, autoencoder = GENERATORS[name]()
+        network, scheduler, autoencoder = DIFFUSION_MODELS[name]()
         randomise_zeros(network)
     folder = "unet" if isinstance(network, UNet2DConditionModel) else "transformer"
     parts = {folder: network, "scheduler": scheduler, "vae": autoencoder}

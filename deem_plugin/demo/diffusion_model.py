@@ -1,13 +1,13 @@
 """
-Trains the demo's generator, a pixel-space diffusion transformer of half a million weights.
+Trains the demo's diffusion model, a pixel-space diffusion transformer of half a million weights.
 
-    python -m deem_plugin.demo.generator OUT
+    python -m deem_plugin.demo.diffusion_model OUT
 
-writes the diffusers folder that ships as `deem_plugin/demo/pretrained_generator/`: two minutes on one CPU core. The
-generator has seen scenes in which nothing gives anything else away (the vision-language model never does), and a
-linear code of each picture as its condition. Training with feedback never uses the code: like a Stable Diffusion whose
-text encoder is left out, the generator brings the knowledge of what pictures look like and the habit of reading eight
-tokens. Only the report uses it, to read all arms' tokens alike.
+writes the diffusers folder that ships as `deem_plugin/demo/pretrained_diffusion_model/`: two minutes on one CPU core.
+The diffusion model has seen scenes in which nothing gives anything else away (the vision-language model never does),
+and a linear code of each picture as its condition. Training with feedback never uses the code: like a Stable Diffusion
+whose text encoder is left out, the diffusion model brings the knowledge of what pictures look like and the habit of
+reading eight tokens. Only the report uses it, to read all arms' tokens alike.
 """
 
 import json
@@ -32,15 +32,15 @@ SCENES = 10_000
 BATCH_SIZE = 64
 LEARNING_RATE = 2e-3
 WARMUP_STEPS = 50
-# Share of pictures whose condition is left out, so that the generator also knows pictures in general.
+# Share of pictures whose condition is left out, so that the diffusion model also knows pictures in general.
 DROP_RATE = 0.1
 SEED = 123
 CODE_FILE = "picture_code.safetensors"
 
 
-def shipped_generator() -> Path:
-    """Returns the folder of the generator that ships with the package."""
-    return Path(__file__).resolve().parent / "pretrained_generator"
+def shipped_diffusion_model() -> Path:
+    """Returns the folder of the diffusion model that ships with the package."""
+    return Path(__file__).resolve().parent / "pretrained_diffusion_model"
 
 
 def build_transformer() -> PixArtTransformer2DModel:
@@ -85,18 +85,18 @@ class PictureCode(nn.Module):
         return self.norm(self.linear(pixels.flatten(1)).view(-1, CONTEXT_TOKENS, CONTEXT_DIM))
 
 
-def train_generator(
+def train_diffusion_model(
     steps: int = STEPS, scenes: int = SCENES
 ) -> tuple[PixArtTransformer2DModel, DDPMScheduler, PictureCode]:
     """
-    Trains the generator from scratch, the same on every call.
+    Trains the diffusion model from scratch, the same on every call.
 
     Args:
         steps (`int`): Optimizer steps.
         scenes (`int`): Scenes to train on.
 
     Returns:
-        `tuple`: The generator, its noise scheduler, and the code that it was conditioned on.
+        `tuple`: The network, its noise scheduler, and the code that it was conditioned on.
     """
     generator = torch.Generator().manual_seed(SEED)
     with torch.random.fork_rng():  # weights are drawn from torch's global generator, which is given back as it was
@@ -110,7 +110,7 @@ def train_generator(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / WARMUP_STEPS) * (1 + math.cos(math.pi * step / steps)) / 2
     )
-    progress = tqdm(range(steps), desc="generator", dynamic_ncols=True)
+    progress = tqdm(range(steps), desc="diffusion model", dynamic_ncols=True)
     for step in progress:
         batch = pixels[torch.randint(len(pixels), (BATCH_SIZE,), generator=generator)]
         kept = torch.rand(BATCH_SIZE, 1, 1, generator=generator) >= DROP_RATE
@@ -131,10 +131,10 @@ def train_generator(
     return transformer.eval(), scheduler, code.eval()
 
 
-def save_generator(
+def save_diffusion_model(
     transformer: PixArtTransformer2DModel, scheduler: DDPMScheduler, code: PictureCode, out: str | Path
 ) -> Path:
-    """Writes a diffusers folder without a VAE, which makes it a pixel-space generator, and the code beside it."""
+    """Writes a diffusers folder without a VAE, which makes it a model that works on pixels, and the code beside it."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     save_file(code.state_dict(), out / CODE_FILE)
@@ -150,18 +150,18 @@ def save_generator(
 
 
 def load_code(folder: str | Path) -> PictureCode:
-    """Returns the code of a saved generator."""
+    """Returns the code of a saved diffusion model."""
     code = PictureCode()
     code.load_state_dict(load_file(Path(folder) / CODE_FILE))
     return code.eval()
 
 
 def main(arguments: list[str]) -> int:
-    """Trains the generator and writes it to the folder named by the only argument."""
+    """Trains the diffusion model and writes it to the folder named by the only argument."""
     if len(arguments) != 1:
-        sys.stderr.write("usage: python -m deem_plugin.demo.generator OUT\n")
+        sys.stderr.write("usage: python -m deem_plugin.demo.diffusion_model OUT\n")
         return 2
-    save_generator(*train_generator(), arguments[0])
+    save_diffusion_model(*train_diffusion_model(), arguments[0])
     return 0
 
 

@@ -1,26 +1,27 @@
-"""What makes a frozen generator cheaper, in time or in memory, by the settings of a feedback."""
+"""What makes a frozen diffusion model cheaper, in time or in memory, by the settings of a feedback."""
 
 import torch
 
 
-def economise(generator, config):
+def apply_optimizations(diffusion_model, config):
     """
-    Applies the settings that change how a generator computes; precision and quantization are chosen as it is loaded.
+    Applies the settings that change how a diffusion model computes; precision and quantization are chosen as it is
+    loaded.
 
     Args:
-        generator (`DiffusionModel`): Changed in place.
+        diffusion_model (`DiffusionModel`): Changed in place.
         config (`DiffusionModelConfig`): Its `gradient_checkpointing`, `channels_last`, `compile`, `cpu_offload`.
     """
-    denoiser = generator.denoiser.model
+    denoiser = diffusion_model.denoiser.model
     if config.gradient_checkpointing:
         # Networks of diffusers recompute whenever gradients flow, in eval mode too.
         denoiser.enable_gradient_checkpointing()
     if config.channels_last:
-        for module in generator.modules():
+        for module in diffusion_model.modules():
             module.to(memory_format=torch.channels_last)
     if config.compile:
         _compile(denoiser)
-    generator.cpu_offload = config.cpu_offload
+    diffusion_model.cpu_offload = config.cpu_offload
 
 
 def _compile(network):
