@@ -10,7 +10,7 @@ from deem_plugin.training.parts import parameter_table
 from deem_plugin.training.plan import ON_ANY_MACHINE, Option, Plan, Row, fit, least, make_plan
 from deem_plugin.training.recipes import load_recipe
 
-KINDS = ("weights", "gradients", "optimizer", "diffusion model", "activations", "communication", "context")
+KINDS = ("weights", "gradients", "optimizer", "diffusion_model", "activations", "communication", "context")
 ESTIMATES = ("activations", "communication", "context")
 
 
@@ -103,7 +103,7 @@ def _flops_table(plan: Plan) -> str:
 
 
 def _memory_table(rows: Sequence[Row], memory_gib: float | None) -> str:
-    heads = [f"  {kind}~" if kind in ESTIMATES else f"  {kind}" for kind in KINDS] + ["  total~"]
+    heads = [f"  {kind.replace('_', ' ')}{'~' if kind in ESTIMATES else ''}" for kind in KINDS] + ["  total~"]
     lines = ["GiB on each GPU (~ estimated, * as the recipe asks)"]
     lines.append(f"{'strategy':<9}{'GPUs':>4}" + "".join(heads))
     for row in rows:
