@@ -130,11 +130,11 @@ def reconstruct(diffusion_model: DiffusionModel, context: torch.Tensor) -> torch
     denoiser = diffusion_model.denoiser
     last = denoiser.num_train_timesteps - 1
     alpha = denoiser.scheduler.alphas_cumprod[last]
-    rng = torch.Generator().manual_seed(2)
+    generator = torch.Generator().manual_seed(2)
     shape = (len(context), denoiser.channels, denoiser.sample_size, denoiser.sample_size)
     estimates = []
     for _ in range(RECONSTRUCTION_NOISES):
-        noise = torch.randn(shape, generator=rng)
+        noise = torch.randn(shape, generator=generator)
         velocity = denoiser(noise, torch.full((len(context),), last), context)
         estimates.append(alpha.sqrt() * noise - (1 - alpha).sqrt() * velocity)
     return diffusion_model.codec.decode(torch.stack(estimates).mean(dim=0)) / 2 + 0.5
@@ -157,6 +157,6 @@ def look_into(
     latents = diffusion_model.encode(pictures)
     context = read_context(code, tokens, latents[:half] / 2 + 0.5)
     with torch.no_grad():
-        rng = torch.Generator().manual_seed(1)
-        errors = DiffusionFeedback(diffusion_model.denoiser)(latents[half:], context, generator=rng)
+        generator = torch.Generator().manual_seed(1)
+        errors = DiffusionFeedback(diffusion_model.denoiser)(latents[half:], context, generator=generator)
     return TokenReport(probe(tokens, scenes), errors.mean().item(), reconstruct(diffusion_model, context[:SHOWN]))

@@ -65,36 +65,35 @@ def build_feedback(
         ValueError: If the model has no eyes that the feedback knows, its tower is frozen, or settings do not fit.
     """
     # The eyes first: what cannot be trained is refused before the diffusion model is loaded.
-    if isinstance(config, RossConfig):
-        eyes = Eyes.of(model, processor, config.image_mean, config.image_std)
-        return _build_ross(config, model, eyes, diffusion_model, objective, conditioner_ref)
-    if not config.conditioner_only:
+    if isinstance(config, FeedbackConfig) and not config.conditioner_only:
         check_trainable(model)
     eyes = Eyes.of(model, processor, config.image_mean, config.image_std)
+    if isinstance(config, RossConfig):
+        return _build_ross(config, model, eyes, diffusion_model, objective, conditioner_ref)
     if not config.conditioner_only and not eyes.read_parameters:
         raise ValueError(
             f"What is trainable of the vision tower ({type(eyes.tower).__name__}) does not influence the tokens that "
             f"the language model reads: it lies behind the layer that is read. The feedback would train its "
             f"conditioner alone. Train earlier layers too, or set `conditioner_only`."
         )
+    held = config.diffusion_model
     if diffusion_model is None:
-        diffusion_model = load_configured(config.diffusion_model)
-    holding = config.diffusion_model
-    if holding.latent_cache is not None:
-        diffusion_model.latent_cache = LatentCache(holding.latent_cache, fingerprint(diffusion_model))
+        diffusion_model = load_configured(held)
+    if held.latent_cache is not None:
+        diffusion_model.latent_cache = LatentCache(held.latent_cache, fingerprint(diffusion_model))
     if objective is None:
         objective = make_objective(config.objective, diffusion_model.denoiser)
-    conditioner = make_conditioner(config.condition, eyes, objective, seed=config.seed, text_encoder=holding.path)
+    conditioner = make_conditioner(config.condition, eyes, objective, seed=config.seed, text_encoder=held.path)
     check_context_dim(conditioner.arguments["context_dim"], objective)
     if config.conditioner is not None:
         conditioner.load_state_dict(read_conditioner(config.conditioner, conditioner))
     loss = FeedbackLoss(diffusion_model, objective, config.condition, eyes, config.max_views_per_image)
-    if holding.cpu_offload and not loss.is_frozen:
+    if held.cpu_offload and not loss.is_frozen:
         raise ValueError(
             f"`cpu_offload` needs an objective whose `denoiser` is frozen, so that its gradient can be taken before "
             f"the weights leave, and a {type(objective).__name__} has none. Leave `cpu_offload` out."
         )
-    apply_optimizations(diffusion_model, holding)
+    apply_optimizations(diffusion_model, held)
     hook = FeedbackHook(
         TowerSource(eyes),
         loss,

@@ -1,4 +1,4 @@
-"""DeemImageProcessor: one image becomes the encoder's input and, on request, the generator's target."""
+"""DeemImageProcessor: one image becomes the encoder's input and, on request, the target that is restored."""
 
 import torch
 from transformers import BatchFeature, CLIPImageProcessor
@@ -20,7 +20,7 @@ class DeemImagesKwargs(ImagesKwargs, total=False):
 
 class DeemImageProcessor(CLIPImageProcessor):
     """
-    CLIP's image processing (shorter side resized, centre cropped), and the same view at the generator's resolution.
+    CLIP's image processing (shorter side resized, centre cropped), and the same view at the size that is restored.
 
     With `target_size=512` the result also holds `target_pixel_values` `(batch, 3, 512, 512)` in [-1, 1]. Both views
     come from the original image with one geometry. The official code flips the two independently, which teaches the

@@ -113,6 +113,7 @@ def test_genhancers_network_has_the_published_size():
         ({"denoiser__config": "{widht: 3}"}, "names \\['widht'\\], which a SD3Transformer2DModel does not know"),
         ({"denoiser__config": "{in_channels: 5}"}, "of 5 channels, but its autoencoder's latents have 3"),
         ({"feedback__objective__kind": "contrastive"}, "trained by its denoising error on the tower's tokens alone"),
+        ({"feedback__diffusion_model__path": "x"}, r"\['feedback.diffusion_model.path'\] mean nothing here"),
     ],
 )
 def test_what_makes_no_diffusion_model_is_an_error(settings, message, parts, tmp_path):

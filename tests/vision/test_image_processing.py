@@ -1,4 +1,4 @@
-"""One geometry for the encoder's view, the generator's view and the region."""
+"""One geometry for the encoder's view, the view that is restored and the region."""
 
 import numpy as np
 import pytest
