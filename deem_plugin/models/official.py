@@ -53,7 +53,7 @@ _IGNORED = [
     (r"\.rotary_emb\.inv_freq$", "frequencies, which are computed"),
 ]
 # Made in every official model, and of no use in one that was trained without a diffusion model (the third stage).
-_HEADS_OF_A_GENERATOR = re.compile(r"^(visual_tokenizer\.proj_i|context_feat_proj)\.")
+_HEADS_OF_A_DIFFUSION_MODEL = re.compile(r"^(visual_tokenizer\.proj_i|context_feat_proj)\.")
 # One parameter under two names, of which a safetensors file keeps either.
 _NULL = "neg_prompt_embeds"
 _SHARED_NULL = f"visual_tokenizer.{_NULL}"
@@ -115,7 +115,7 @@ def convert_state_dict(official: dict[str, torch.Tensor], image_start_token_id: 
             result.renamed[name] = "image_decoder.null_context"
         elif reason := next((why for pattern, why in _IGNORED if re.search(pattern, name)), None):
             result.ignored[name] = reason
-        elif not draws and _HEADS_OF_A_GENERATOR.match(name):
+        elif not draws and _HEADS_OF_A_DIFFUSION_MODEL.match(name):
             result.ignored[name] = "a head for a diffusion model, which this model was trained without"
         elif (ours := rename(name)) is not None:
             result.weights[ours] = value

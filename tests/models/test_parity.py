@@ -63,7 +63,7 @@ def diffusion_model(shared_dir, weights):
     return parity_generator(shared_dir, weights, "visual_tokenizer.")
 
 
-def parity_model(weights, generator=None, **options):
+def parity_model(weights, diffusion_model=None, **options):
     model = DeemForConditionalGeneration(parity_config(**options))
     model.load_state_dict(convert_state_dict(weights, START).weights, strict=True)
     if diffusion_model is not None:
