@@ -142,9 +142,9 @@ def test_it_draws_first_and_then_answers_with_the_drawing_before_it(checkpoint, 
 
 
 def test_drawing_needs_a_model_that_draws_and_something_to_draw_with(checkpoint, diffusion_model, tmp_path):
-    with pytest.raises(ValueError, match="answer_by=drawing needs generator=.* and image_dir="):
+    with pytest.raises(ValueError, match="answer_by=drawing needs diffusion_model=.* and image_dir="):
         DeemChat(pretrained=checkpoint, answer_by="drawing", diffusion_model=diffusion_model)
-    with pytest.raises(ValueError, match="takes the interleaved model and what it draws with: .*generator="):
+    with pytest.raises(ValueError, match="takes the interleaved model and what it draws with: .*diffusion_model="):
         DeemSimple(pretrained=checkpoint, device="cpu").generate_visual_cot([])
     tiny_llava(tmp_path)
     with pytest.raises(ValueError, match="for the interleaved model, which draws; this is a LlavaForConditional"):
