@@ -227,9 +227,9 @@ class Eyes:
         # A grid has pictures of any cut, of which the right order comes closest.
         if least > _PICTURE_TOLERANCE and not isinstance(self.layout, Grid):
             raise ValueError(
-                f"The pictures in a call of the vision tower ({type(self.tower).__name__}) cannot be put together: the "
-                f"one that was shown comes back with a mean difference of {least:.2f} (of 1). Its patches are laid out "
-                f"in an order that the feedback does not know."
+                f"The pictures in a call of the vision tower ({type(self.tower).__name__}) cannot be put together: "
+                f"the one that was shown comes back with a mean difference of {least:.2f} (of 1). Its patches are "
+                f"laid out in an order that the feedback does not know."
             )
         return candidates[differences.index(least)]
 
@@ -260,7 +260,6 @@ class Eyes:
             grouped += [replace(view, image=image, kind=own) for view, own in zip(rows, kinds, strict=True)]
         return grouped
 
-
     def _of_two_calls(self, views, inputs, model_inputs):
         """Tells, in a call for thumbnails or for tiles, which image each row belongs to (DeepSeek-OCR 2)."""
         counts = torch.as_tensor(model_inputs[_LOCAL_COUNTS]).tolist()
@@ -269,8 +268,7 @@ class Eyes:
         if tiles is not None and shown.shape == tiles.shape and torch.equal(shown, tiles.to(shown)):
             images = [image for image, count in enumerate(counts) for _ in range(count)]
             return [
-                replace(view, image=image, kind="tile", elsewhere=1)
-                for view, image in zip(views, images, strict=True)
+                replace(view, image=image, kind="tile", elsewhere=1) for view, image in zip(views, images, strict=True)
             ]
         return [
             replace(view, kind="thumbnail" if count else "image", elsewhere=count)

@@ -510,7 +510,8 @@ def unpack_patches(patches, grid, side, order):
     t, h, w = grid
     depth = patches[0].numel() // (3 * side * side)
     axes, sizes = _axes(order, grid, side, depth)
-    frames = patches.reshape([sizes[axis] for axis in axes]).permute([axes.index(axis) for axis in _PICTURE if axis in axes])
+    order_of_picture = [axes.index(axis) for axis in _PICTURE if axis in axes]
+    frames = patches.reshape([sizes[axis] for axis in axes]).permute(order_of_picture)
     return frames.reshape(t, depth, 3, h * side, w * side)
 
 

@@ -222,7 +222,8 @@ GRIDS = {
         exact=False,
     ),
     "nemotron_h_omni": Family(
-        lambda: small_config("nemotron_h_omni",
+        lambda: small_config(
+            "nemotron_h_omni",
             vision_config={"video_temporal_patch_size": 2},
             text_config={
                 "layers_block_type": ["mamba", "full_attention"],
