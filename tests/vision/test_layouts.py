@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from deem_plugin.vision.layouts import AttendingTiles, layout_of
+from deem_plugin.vision.layouts import AttendingTiles, PatchOrder, layout_of
 
 
 class GridTower(nn.Module):
@@ -140,6 +140,57 @@ def test_packed_patches_as_the_stock_image_processor_makes_them():
     )
 
 
+@pytest.mark.parametrize("axes", ["ctyx", "tcyx", "yxct"])
+@pytest.mark.parametrize("merge", [1, 2])
+def test_the_order_of_packed_patches_is_one_of_the_candidates(axes, merge):
+    layout = make(PackedTower)
+    layout.config.spatial_merge_size = 2
+    layout.values, layout.order = (3 * 2 * PATCH**2,), PatchOrder(axes, merge)
+    picture = torch.rand(3, 16, 24)
+    inputs = layout.pack([picture])
+    fresh = make(PackedTower)
+    fresh.config.spatial_merge_size = 2
+
+    candidates = fresh.candidates(inputs, torch.zeros(6, 8))
+    right = [own for own in candidates if torch.equal(own.split(inputs, torch.zeros(6, 8))[0].picture, picture)]
+
+    assert [own.order for own in right] == [PatchOrder(axes, merge)]
+
+
+def test_patches_of_whole_tokens_with_channels_last():
+    """Inkling 2: each row is the patch of a token, `(tokens, P, P, 3)`, and the grid counts tokens."""
+    layout = make(PackedTower)
+    picture = torch.rand(3, 16, 24)
+    patches = picture.unflatten(2, (3, 8)).unflatten(1, (2, 8)).permute(1, 3, 2, 4, 0).flatten(0, 1)
+    inputs = {"hidden_states": patches, "grid_thw": torch.tensor([[1, 2, 3]])}
+
+    (view,) = layout.split(inputs, torch.arange(6.0)[:, None])
+
+    assert torch.equal(view.picture, picture) and view.tokens.flatten().tolist() == [0, 1, 2, 3, 4, 5]
+    assert torch.equal(layout.pack([view.picture])["hidden_states"], patches)
+
+
+@pytest.mark.parametrize(("row_ends", "picture_ends"), [(1, 0), (1, 2)])
+def test_tokens_that_end_rows_belong_to_their_picture(row_ends, picture_ends):
+    """HunYuan-VL: a token behind each row of merged patches, and one before and behind the picture."""
+    layout = make(PackedTower)
+    layout.config.spatial_merge_size = 2
+
+    def tokens_of(grids):
+        counts = [h // 2 * (w // 2 + row_ends) + picture_ends for _, h, w in grids]
+        return counts, torch.arange(float(sum(counts)))[None, :, None]
+
+    (shown,) = [torch.rand(3, 32, 64)]
+    one = layout.pack([shown])
+    (layout, *_) = layout.candidates(one, tokens_of(one["grid_thw"].tolist())[1])
+    inputs = layout.pack([torch.rand(3, 16, 24), torch.rand(3, 8, 32)])
+    counts, tokens = tokens_of(inputs["grid_thw"].tolist())
+    views = layout.split(inputs, tokens)
+
+    assert (layout.row_ends, layout.picture_ends) == (row_ends, picture_ends)
+    assert [len(view.tokens) for view in views] == counts == [len(view.positions) for view in views]
+
+
 def test_a_video_is_a_frame_for_each_of_its_steps():
     layout = make(PackedTower)
     frames = torch.rand(3, 3, 8, 8)
@@ -165,6 +216,20 @@ def test_a_patch_mask_crops_pictures_and_tokens():
 
     assert torch.equal(view.picture, pixels[0, :, :12, :8])
     assert view.tokens.flatten().tolist() == [0, 1, 4, 5, 8, 9]
+
+
+def test_patches_of_squares_are_put_together_in_one_of_the_candidates():
+    """Molmo 2: `(crops, patches, values)`."""
+    layout = make(GridTower)
+    pictures = torch.rand(2, 3, 16, 16)
+    cut = pictures.unflatten(3, (4, 4)).unflatten(2, (4, 4)).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    inputs, tokens = {"pixel_values": cut}, torch.zeros(2, 16, 8)
+
+    candidates = [own for own in layout.candidates(inputs, tokens) if own.order.axes == "yxct"]
+    views = candidates[0].split(inputs, tokens)
+
+    assert all(torch.equal(view.picture, picture) for view, picture in zip(views, pictures, strict=True))
+    assert torch.equal(candidates[0].pack(list(pictures))["pixel_values"], cut)
 
 
 @pytest.mark.parametrize("shape", [(2, 729, 588), (2, 1, 16, 16)])

@@ -38,6 +38,20 @@ def test_a_sample_of_the_views_has_the_mean_of_all_in_expectation(limit):
     assert totals[0] == pytest.approx(2.0, abs=0.1) and totals[1] == pytest.approx(5.0)
 
 
+@pytest.mark.parametrize("limit", [None, 2, 3, 5])
+def test_an_image_in_two_calls_of_the_tower_weighs_as_much_as_any_other(limit):
+    """The thumbnail in one, its four tiles in the other (DeepSeek-OCR 2)."""
+    thumbnail = View(torch.zeros(1, 1), torch.zeros(3, 2, 2), 0, "thumbnail", elsewhere=4)
+    tiles = [View(torch.zeros(1, 1), torch.zeros(3, 2, 2), 0, "tile", elsewhere=1) for _ in range(4)]
+    generator = torch.Generator().manual_seed(0)
+
+    calls = sample_views([thumbnail], limit, generator), sample_views(tiles, limit, generator)
+
+    assert sum(len(views) for views in calls) == min(limit or 5, 5)
+    assert sum(view.weight for views in calls for view in views) == pytest.approx(1.0)
+    assert calls[0][0].weight == pytest.approx(0.2)
+
+
 def test_bars_are_black_rows_and_columns_at_the_border():
     picture = torch.rand(3, 8, 8) * 0.5 + 0.3
     picture[:, :2] = 0
