@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-from ..vision.eyes import Eyes, process_image
+from ..vision.eyes import Eyes
+from ..vision.normalization import process_image
 from .checkpoint import load_conditioner
 from .conditions import attached_maps, condition_of
 from .config import RossConfig

@@ -8,7 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from deem_plugin.vision.eyes import Eyes, _mapped, _tokens_last
+from deem_plugin.vision.eyes import Eyes
+from deem_plugin.vision.outputs import mapped, tokens_last
 
 from ..feedback.helpers import begin_step, keyed_callback, relative_difference
 from .builders import FAMILIES, POPULAR, build
@@ -39,7 +40,7 @@ def views_of_calls(case, eyes, **options):
                 return own
             return tensor
 
-        output = _mapped(output, keep)
+        output = mapped(output, keep)
         calls.append(eyes.views(eyes.call_arguments(args, kwargs), output, inputs))
         return output
 
@@ -86,7 +87,7 @@ def test_pictures_are_the_source_and_tokens_those_that_the_language_model_reads(
     read = {path for path, own in tensors.items() if all(t.grad is not None and t.grad.any() for t in own)}
     assert read == set(eyes.reading.paths)
     for path in eyes.reading.paths:
-        gradient = _tokens_last(tensors[path][0].grad)
+        gradient = tokens_last(tensors[path][0].grad)
         if eyes.layout.fixed_rows and gradient.dim() > 2:
             rows = (gradient != 0).any(-1).flatten(0, -2)
             chosen = torch.zeros(rows.shape[-1], dtype=torch.bool)
