@@ -220,6 +220,7 @@ GRIDS = {
             size={"height": 32, "width": 32}, patch_size=8, max_crops=2, overlap_margins=[1, 1]
         ),
         exact=False,
+        prepare=multimodal_types,
     ),
     "nemotron_h_omni": Family(
         lambda: small_config(

@@ -165,6 +165,18 @@ def test_the_gradient_is_that_of_the_sum_of_both_losses(name):
     assert sum(losses.images.item() for losses in feedback) == pytest.approx(2)
 
 
+def trains(case):
+    """Whether the model by itself has gradients."""
+    case.model.train()
+    try:
+        case.model(**case.batch, use_cache=False).loss.backward()
+    except RuntimeError:
+        return False
+    finally:
+        case.model.eval()
+    return True
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_gradient_checkpointing_changes_nothing(name):
@@ -176,6 +188,10 @@ def test_gradient_checkpointing_changes_nothing(name):
         if options is not None:
             case.model.gradient_checkpointing_enable(options)
             case.model.enable_input_require_grads()
+            if not trains(case):  # as Mistral Large 4 with reentrant checkpointing, with and without feedback
+                case.model.gradient_checkpointing_disable()
+                case.model.disable_input_require_grads()
+                continue
         callback = keyed_callback()
         callback.attach(case.model, case.image_processor)
         try:
@@ -188,6 +204,8 @@ def test_gradient_checkpointing_changes_nothing(name):
             case.model.eval()
             if options is not None:
                 case.model.gradient_checkpointing_disable()
+                case.model.disable_input_require_grads()
+    assert len(results) > 1
     for result in results[1:]:
         assert relative_difference(results[0], {name: result[name] for name in results[0]}) < 1e-5
 
@@ -200,7 +218,12 @@ def test_the_feedback_reaches_lora_in_the_tower(name):
     # Of a model of its own: PEFT changes the one that it is given.
     model = copy.deepcopy(case.model)
     targets = [own for own, module in case.model.named_modules() if module in layers]
-    model = get_peft_model(model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    if not targets:
+        pytest.skip("a tower of convolutions, which this configuration of LoRA leaves alone")
+    try:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    except NotImplementedError as error:
+        pytest.skip(f"PEFT cannot wrap it: {error}")
     callback = keyed_callback()
     callback.attach(model, case.image_processor)
     begin_step(callback, scale=WEIGHT)
@@ -209,7 +232,8 @@ def test_the_feedback_reaches_lora_in_the_tower(name):
     begin_step(callback, scale=0.0)
     alone = gradients(model, model(**case.batch).loss)
 
-    names = [own for own in alone if "lora_" in own]
+    # PEFT puts LoRA on some language models' experts unasked.
+    names = [own for own in alone if "lora_" in own and any(f".{target}." in own for target in targets)]
     changed = [own for own in names if relative_difference({own: alone[own]}, {own: both[own]}) > 1e-8]
     assert names and len(changed) >= 0.9 * len(names)
 
