@@ -1,6 +1,7 @@
 """What the feedback must be to every vision-language family of transformers: the right pictures, tokens, gradients."""
 
 import copy
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -167,13 +168,10 @@ def test_the_gradient_is_that_of_the_sum_of_both_losses(name):
 
 def trains(case):
     """Whether the model by itself has gradients."""
-    case.model.train()
     try:
         case.model(**case.batch, use_cache=False).loss.backward()
     except RuntimeError:
         return False
-    finally:
-        case.model.eval()
     return True
 
 
@@ -185,26 +183,17 @@ def test_gradient_checkpointing_changes_nothing(name):
         pytest.skip("the family has none")
     results = []
     for options in (None, {"use_reentrant": False}, {"use_reentrant": True}):
+        own = replace(case, model=copy.deepcopy(case.model).train())
         if options is not None:
-            case.model.gradient_checkpointing_enable(options)
-            case.model.enable_input_require_grads()
-            if not trains(case):  # as Mistral Large 4 with reentrant checkpointing, with and without feedback
-                case.model.gradient_checkpointing_disable()
-                case.model.disable_input_require_grads()
+            own.model.gradient_checkpointing_enable(options)
+            own.model.enable_input_require_grads()
+            if not trains(own):  # as Mistral Large 4 with reentrant checkpointing, with and without feedback
                 continue
         callback = keyed_callback()
-        callback.attach(case.model, case.image_processor)
-        try:
-            case.model.train()
-            begin_step(callback, scale=WEIGHT)
-            loss = case.model(**case.batch, **({} if options is None else {"use_cache": False})).loss
-            results.append(gradients(case.model, loss))
-        finally:
-            callback.detach()
-            case.model.eval()
-            if options is not None:
-                case.model.gradient_checkpointing_disable()
-                case.model.disable_input_require_grads()
+        callback.attach(own.model, own.image_processor)
+        begin_step(callback, scale=WEIGHT)
+        loss = own.model(**own.batch, **({} if options is None else {"use_cache": False})).loss
+        results.append(gradients(own.model, loss))
     assert len(results) > 1
     for result in results[1:]:
         assert relative_difference(results[0], {name: result[name] for name in results[0]}) < 1e-5
