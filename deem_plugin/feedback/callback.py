@@ -19,10 +19,6 @@ logger = logging.getLogger(__name__)
 
 # The attribute of the model that holds the conditioner while it trains.
 CONDITIONER_NAME = "feedback_conditioner"
-# Training stops when more than this share of the views had a loss or gradient that was not finite, ...
-NONFINITE_SHARE = 0.05
-# ... and so many of them, or all.
-NONFINITE_VIEWS = 8
 SUMS = ("loss", "images", "views", "nonfinite", "blank", "anchor", "unseen")
 
 
@@ -265,9 +261,6 @@ class DiffusionFeedbackCallback(TrainerCallback):
             values["feedback_blank"] = sums["blank"]
         if sums["nonfinite"]:
             values["feedback_nonfinite"] = sums["nonfinite"]
-            logger.warning(
-                "The feedback of %d of %d pictures was not finite and was left out.", sums["nonfinite"], sums["views"]
-            )
         if sums["unseen"]:
             logger.warning(
                 "In %d calls the model was given pictures that its vision tower (%s) never saw, as videos may go to a "
@@ -275,17 +268,7 @@ class DiffusionFeedbackCallback(TrainerCallback):
                 sums["unseen"],
                 type(self.hook.source.module).__name__,
             )
-        self.hook.views += sums["views"]
-        self.hook.nonfinite += sums["nonfinite"]
-        share = self.hook.nonfinite / max(self.hook.views, 1)
-        if share > NONFINITE_SHARE and (
-            self.hook.nonfinite >= NONFINITE_VIEWS or (share == 1 and self.hook.views > 1)
-        ):
-            raise RuntimeError(
-                f"The feedback of {self.hook.nonfinite:.0f} of {self.hook.views:.0f} pictures was not finite. They "
-                f"were left out, and the weights are unharmed; but the denoiser or the autoencoder overflows. Set "
-                f"`feedback.diffusion_model.dtype` to bfloat16 or float32, and look for broken pictures in the data."
-            )
+        self.hook.tally.add(sums["views"], sums["nonfinite"])
         return values
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ..vision.resampler import PerceiverResampler
+from .conditions import dense_maps
 from .synchroniser import UNetSynchroniser
 
 # Sines and cosines of a place: eight frequencies along each axis.
@@ -137,16 +138,17 @@ class Conditioner(nn.Module):
         """Returns what modulates the denoiser, made of the tokens' mean, `(batch, vector_dim)`; or None."""
         return None if self.vector_head is None else self.vector_head(tokens.to(self.dtype).mean(dim=1))
 
-    def attached_to(self, unet, maps):
+    def attached_to(self, unet, views):
         """
-        Returns a context in which `unet` reads the pictures' maps; without a synchroniser it does nothing.
+        Returns a context in which `unet` reads the [`dense_maps`] of views; without a synchroniser it does nothing.
 
         Args:
             unet (`UNet2DConditionModel`): The denoiser's network.
-            maps (`list[torch.Tensor]`): Each `(batch, dim, height, width)`; not read without a synchroniser.
+            views (`list[View]`): Of the pictures that it restores.
         """
         if self.synchroniser is None:
             return nullcontext()
+        maps = dense_maps(views)
         seen = maps[0].new_ones(len(maps[0]), 1)
         return self.synchroniser.attached(unet, [level[:, None] for level in maps], seen)
 

@@ -102,7 +102,7 @@ def attached_maps(views: list[View], config: ConditionConfig, conditioner, objec
     """
     if not config.shows_maps:
         return nullcontext()
-    return conditioner.attached_to(objective.denoiser.model, dense_maps(views))
+    return conditioner.attached_to(objective.denoiser.model, views)
 
 
 def dense_maps(views: list[View]):

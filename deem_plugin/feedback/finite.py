@@ -1,6 +1,42 @@
 """Keeps gradients that are not finite from spreading, where they cannot be looked at before the backward pass."""
 
+import logging
+
 import torch
+
+logger = logging.getLogger(__name__)
+
+
+# Training stops when more than this share of the views had a loss or gradient that was not finite, ...
+NONFINITE_SHARE = 0.05
+# ... and so many of them, or all.
+NONFINITE_VIEWS = 8
+
+
+class FiniteTally:
+    """Counts the views of a training and those whose feedback was not finite."""
+
+    def __init__(self):
+        self.views = self.nonfinite = 0.0
+
+    def add(self, views: float, nonfinite: float):
+        """
+        Adds the views since the last log, and warns of those that were left out.
+
+        Raises:
+            RuntimeError: If more than a small share of all views had no finite loss or gradient.
+        """
+        if nonfinite:
+            logger.warning("The feedback of %d of %d pictures was not finite and was left out.", nonfinite, views)
+        self.views += views
+        self.nonfinite += nonfinite
+        share = self.nonfinite / max(self.views, 1)
+        if share > NONFINITE_SHARE and (self.nonfinite >= NONFINITE_VIEWS or (share == 1 and self.views > 1)):
+            raise RuntimeError(
+                f"The feedback of {self.nonfinite:.0f} of {self.views:.0f} pictures was not finite. They were left "
+                f"out, and the weights are unharmed; but the denoiser or the autoencoder overflows. Set the `dtype` of "
+                f"the diffusion model to bfloat16 or float32, and look for broken pictures in the data."
+            )
 
 
 class FiniteGate:

@@ -2,7 +2,7 @@
 
 import torch
 
-from .finite import zero_unless_finite
+from .finite import FiniteTally, zero_unless_finite
 from .injection import Injection
 from .state import StepState, Sums
 
@@ -99,7 +99,7 @@ class FeedbackHook:
         """Forgets all that an earlier training, however it ended, has left."""
         self.state, self.eval_state = StepState(), StepState()
         self.sums, self.eval_sums = Sums(), Sums()
-        self.views = self.nonfinite = 0.0  # of the whole training
+        self.tally = FiniteTally()
         self.checked = False
 
     def register(self, model):
@@ -164,13 +164,7 @@ class FeedbackHook:
         if not training:
             self.eval_sums.add(loss=losses.per_image.sum(), images=losses.images)
             return output
-        self.sums.add(
-            loss=losses.per_image.sum(),
-            images=losses.images,
-            views=len(views),
-            nonfinite=losses.nonfinite,
-            blank=losses.blank,
-        )
+        self.sums.add(**losses.sums())
         total = losses.total
         if self.anchor is not None:
             distance = self.anchor.distance(views, args, kwargs, self.source, state)

@@ -27,7 +27,8 @@ class ImageLosses:
         images (`torch.Tensor`): Number of images that count, a scalar; of those with views in another call of the
             tower, too, only the share in this one.
         nonfinite (`torch.Tensor`): Views whose loss or gradient was not finite and is left out, a scalar.
-        blank (`torch.Tensor`): Views of one colour, which are left out, a scalar.
+        blank (`torch.Tensor`): Views of one colour or without a cell that counts, which are left out, a scalar.
+        views (`int`): Views that were restored, these two kinds among them.
     """
 
     total: torch.Tensor
@@ -36,6 +37,17 @@ class ImageLosses:
     images: torch.Tensor
     nonfinite: torch.Tensor
     blank: torch.Tensor
+    views: int
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Mean over the images that count, detached, a scalar; 0 where none does."""
+        return self.per_image.sum() / self.images.clamp(min=1e-6)
+
+    def sums(self) -> dict:
+        """Returns what is summed up by name for the next log, see [`Sums`]."""
+        counts = {"nonfinite": self.nonfinite, "blank": self.blank, "views": self.views}
+        return {"loss": self.per_image.sum(), "images": self.images, **counts}
 
 
 class FeedbackLoss:
@@ -76,29 +88,48 @@ class FeedbackLoss:
         return not any(parameter.requires_grad for parameter in denoiser.model.parameters())
 
     def __call__(
-        self, views: list[View], conditioner, generator, *, scale=1.0, targets=None, on_nonfinite=None
+        self,
+        views: list[View],
+        conditioner,
+        generator,
+        *,
+        scale=1.0,
+        targets=None,
+        latents=None,
+        on_nonfinite=None,
+        **drawn,
     ) -> ImageLosses:
         """
         Args:
             views (`list[View]`): At least one.
             conditioner (`Conditioner`): Makes the denoiser's context.
-            generator (`torch.Generator`): Draws views, latents, noise and timesteps; on the tokens' device.
+            generator (`torch.Generator`): Draws views, latents, noise and timesteps; on the tokens' device. None draws
+                from the global one.
             scale (`float`, *optional*, defaults to 1): The factor that the backward pass is going to bring to `total`.
                 The gradient is taken with it, so that float16 does not underflow.
             targets (`torch.Tensor`, *optional*): What must be restored in place of the pictures, `(views, 3, h, w)` in
                 [0, 1].
+            latents (`torch.Tensor`, *optional*): Of what must be restored, where it is encoded already, `(views,
+                channels, h, w)`.
             on_nonfinite (`Callable`, *optional*): Is given, in the backward pass, the number of views whose gradient
                 turns out not to be finite there, where the denoiser trains.
+            drawn: What the objective need not draw, such as the `noise` and `timesteps` of a [`DiffusionFeedback`].
 
         Raises:
-            ValueError: If there is not one target a view.
+            ValueError: If there is not one target a view, or latents are given for views that are drawn.
         """
         if targets is not None:
             views = _with_targets(views, targets)
+        given = len(views)
         views = sample_views(views, self.max_views_per_image, generator)
-        latents, mask = self.encode(views, generator)
+        if latents is not None and not given == len(views) == len(latents):
+            raise ValueError(
+                f"Got latents of {len(latents)} pictures for {given} views, of which `max_views_per_image` keeps "
+                f"{len(views)}. Give one for each, and leave `max_views_per_image` out."
+            )
+        latents, mask = self.encode(views, generator, latents)
         conditions = condition_of(views, self.condition, conditioner, generator)
-        extra = {} if mask is None else {"mask": mask}
+        extra = drawn if mask is None else {**drawn, "mask": mask}
         if getattr(self.objective, "second_view", False):
             again = augmented_views(views, self.eyes, self.objective, generator)
             conditions += condition_of(again, self.condition, conditioner, generator)
@@ -110,7 +141,7 @@ class FeedbackLoss:
             with attached_maps(views, self.condition, conditioner, self.objective):
                 return self.objective(latents, context, generator=generator, **options)
 
-        blank = torch.stack([is_blank(view.picture) for view in views])
+        blank = torch.stack([_shows_nothing(view) for view in views])
         weights = torch.tensor([view.weight for view in views], device=blank.device) * ~blank
         if self.is_frozen:
             total, errors, finite = early_gradient(errors_of, weights, scale, *conditions)
@@ -122,25 +153,31 @@ class FeedbackLoss:
         return summarise(views, total, errors.detach(), finite | blank, blank, weights)
 
     @torch.no_grad()
-    def encode(self, views: list[View], generator=None):
+    def encode(self, views: list[View], generator=None, latents=None):
         """
-        Returns the latents of views `(views, channels, h, w)` and which of their cells count `(views, 1, h, w)`, None
-        where all do. Pictures that are no squares lie in a letterbox.
+        Returns the latents of views `(views, channels, h, w)`, unless they are given, and which of their cells count
+        `(views, 1, h, w)`, None where all do. Pictures that are no squares lie in a letterbox.
         """
         model = self.diffusion_model
         device = views[0].tokens.device
         model.to(device)
         size = model.picture_size
         fitted = [fit(view.picture.clamp(0, 1), view.mask, size) for view in views]
-        if model.latent_cache is None:
+        if latents is None and model.latent_cache is None:
             latents = model.encode(torch.cat([picture for picture, _ in fitted]).to(device), generator=generator)
-        else:
+        elif latents is None:
             # Known by the picture as the tower saw it.
             posteriors = [model.posterior(view.picture.clamp(0, 1)[None]) for view in views]
             means, deviations = zip(*posteriors, strict=True)
             deviations = None if deviations[0] is None else torch.cat(deviations)
             latents = model.codec.draw(torch.cat(means), deviations, generator=generator)
         return latents, latent_mask([mask for _, mask in fitted], latents.shape[-2:], device)
+
+
+def _shows_nothing(view):
+    """Tells whether a view has nothing to be restored: one colour, or no place that counts; bool, `()`."""
+    blank = is_blank(view.picture)
+    return blank if view.mask is None else blank | ~view.mask.any()
 
 
 def _with_targets(views, targets):
@@ -167,4 +204,5 @@ def summarise(views, total, errors, finite, blank, weights) -> ImageLosses:
         images=(zeros.index_add(0, index, shares) * counted).sum(),
         nonfinite=(~finite).sum(),
         blank=blank.sum(),
+        views=len(views),
     )

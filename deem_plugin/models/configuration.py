@@ -6,7 +6,7 @@ from transformers.configuration_utils import SubConfigSpec
 from ..feedback.timesteps import TIMESTEP_SAMPLERS
 from ..vision import DeemVisionConfig
 
-OFFICIAL_DEFECTS = ("normalised_twice", "mean_over_all", "shared_rows")
+OFFICIAL_DEFECTS = ("normalised_twice", "mean_over_all", "mean_over_images", "shared_rows")
 
 
 class DeemConfig(PreTrainedConfig):
@@ -32,14 +32,17 @@ class DeemConfig(PreTrainedConfig):
             How often a picture is learned without its context, for classifier-free guidance, in [0, 1).
         lm_weight, image_weight, feedback_weight (`float`, *optional*, defaults to 1, 5 and 5):
             Factors on the losses of the next token (NTP), the next image (NIP) and the same image (CSR), Eq. 2 to 6.
-            A loss of weight 0 is not computed.
+            The first two are means over tokens and over images; the feedback is the sum over the images of an
+            optimizer step by its documents, as in the callback. A loss of weight 0 is not computed.
         feedback_timesteps (`str`, *optional*, defaults to `"shrink"`):
             One of `TIMESTEP_SAMPLERS`, for the feedback. The next image is learned at uniform timesteps.
         official_defects (`bool` or `list[str]`, *optional*, defaults to `False`):
             Reproduces defects of the authors' code, for comparison with it; `True` is all of `OFFICIAL_DEFECTS`.
             `"normalised_twice"`: the next-image loss restores pictures normalised twice, to [-3, 1].
-            `"mean_over_all"`: its mean also counts pictures that have no loss. `"shared_rows"`: packed documents read
-            each other's text. (What belongs to a region by their rule: `official_regions` of the tower.)
+            `"mean_over_all"`: its mean also counts pictures that have no loss. `"mean_over_images"`: the feedback is
+            divided by the pictures in place of the documents, so that one among many teaches less. `"shared_rows"`:
+            packed documents read each other's text. (What belongs to a region by their rule: `official_regions` of the
+            tower.)
         language_synchroniser (`dict`, *optional*):
             Options of a [`LanguageModelSynchroniser`], such as `{"frequency": 4}` of the paper; without them the
             language model looks at no maps. Needs a `multiscale` tower.

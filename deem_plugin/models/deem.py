@@ -11,12 +11,13 @@ from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..feedback.denoisers import check_context_dim
+from ..feedback.loss import ImageLosses
 from ..feedback.synchroniser import UNetSynchroniser, UNetSynchroniserBlock
 from ..vision.deformable import DeformableAttention
 from ..vision.grids import positioned_maps
 from ..vision.tower import DeemVisionOutput, DeemVisionTower
 from .configuration import DeemConfig
-from .denoising import Reading, count_images, feedback_loss, image_loss, restorable_pictures
+from .denoising import Reading, feedback_loss, image_loss, restorable_pictures, totals_of
 from .image_decoder import ImageDecoder
 from .interleaving import IGNORE_INDEX, fill_image_slots, positions_in_documents, row_starts, visible_images
 from .language_synchroniser import GatedImageAttention, LanguageModelSynchroniser
@@ -39,9 +40,13 @@ class DeemOutput(CausalLMOutputWithPast):
     Output of [`DeemForConditionalGeneration`].
 
     Args:
-        loss (`torch.Tensor`, *optional*): The weighted sum of the losses below.
-        lm_loss, image_loss, feedback_loss (`torch.Tensor`, *optional*):
-            Next token (NTP), next image (NIP), same image (CSR); `None` where a loss was not computed.
+        loss (`torch.Tensor`, *optional*):
+            The weighted sum of the losses of the next token (NTP), the next image (NIP) and the same image (CSR).
+        lm_loss, image_loss (`torch.Tensor`, *optional*): The first two; `None` where a loss was not computed.
+        feedback_loss (`torch.Tensor`, *optional*):
+            The third as its mean per image of this call, detached. In `loss` it is the sum over the images by the
+            documents of the optimizer step.
+        feedback (`ImageLosses`, *optional*): The same image by image, and how many of them count.
         logits (`torch.Tensor`): Shape `(batch, tokens, vocabulary)`, the new tokens last.
         cache (`Cache`, *optional*): For the next step of `generate`; `past_key_values` before transformers 5.24.
         last_hidden_state (`torch.Tensor`): Of the language model, shape `(batch, tokens, hidden_size)`.
@@ -53,6 +58,7 @@ class DeemOutput(CausalLMOutputWithPast):
     lm_loss: torch.Tensor | None = None
     image_loss: torch.Tensor | None = None
     feedback_loss: torch.Tensor | None = None
+    feedback: ImageLosses | None = None
     last_hidden_state: torch.Tensor | None = None
     image_tokens: torch.Tensor | None = None
     maps: dict[str, torch.Tensor] | None = None
@@ -210,7 +216,7 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
         image_loss_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
-        num_images_in_batch: torch.Tensor | None = None,
+        step_totals: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
         draws: dict[str, Draws] | None = None,
         image_maps: tuple[list[torch.Tensor], torch.Tensor] | None = None,
@@ -238,9 +244,9 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
             num_items_in_batch (`int`, *optional*):
                 Learned tokens of the whole optimizer step, as the Trainer counts them; its micro-batches and ranks
                 then add up to the mean over all tokens.
-            num_images_in_batch (`torch.Tensor`, *optional*):
-                The same for images, as `count_images` counts them, `(2,)`. Given by the Trainer of our recipes. With
-                the stock one the two denoising losses are means over a micro-batch, weighted by its share of tokens.
+            step_totals (`torch.Tensor`, *optional*):
+                The same for the two denoising losses, as `totals_of` counts, `(2,)`. Given by the Trainer of our
+                recipes. With the stock one they are those of a micro-batch, weighted by its share of tokens.
             generator (`torch.Generator`, *optional*): Source of what is drawn.
             draws (`dict[str, Draws]`, *optional*): Under `"feedback"` and `"image"`, instead of drawing.
             image_maps (`tuple`, *optional*): What an earlier step of `generate` returned under this name.
@@ -253,7 +259,7 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: If pictures and slots do not match, or a loss asks for a diffusion model that is not attached.
         """
-        features, starts = None, None
+        features, starts, padding = None, None, attention_mask
         if inputs_embeds is None:
             starts = row_starts(input_ids, attention_mask, document_ids)
             inputs_embeds = self.embed(input_ids)
@@ -296,6 +302,12 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
             result.loss = self.config.lm_weight * result.lm_loss
             if features is not None and (self.training or draws):
                 pictures = restorable_pictures(self.config, pixel_values, target_pixel_values)
+                share, totals = 1.0, step_totals
+                if totals is None:
+                    given = {"attention_mask": padding, "document_ids": document_ids}
+                    totals = self.totals_of({"input_ids": input_ids, "image_loss_mask": image_loss_mask, **given})
+                    if num_items_in_batch is not None:
+                        share = (labels[:, 1:] != IGNORE_INDEX).sum() / num_items_in_batch
                 reading = Reading(
                     input_ids,
                     starts,
@@ -305,17 +317,14 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
                     pictures,
                     region_masks,
                     image_loss_mask,
-                    num_images_in_batch,
+                    totals,
                 )
-                share = 1.0
-                if num_items_in_batch is not None and num_images_in_batch is None:
-                    share = (labels[:, 1:] != IGNORE_INDEX).sum() / num_items_in_batch
                 self._add_denoising_losses(result, reading, draws or {}, generator, share)
         return result
 
-    def count_images(self, inputs) -> torch.Tensor:
-        """Counts the images of a batch for `num_images_in_batch`, `(2,)`."""
-        return count_images(self.config, inputs)
+    def totals_of(self, inputs) -> torch.Tensor:
+        """Counts documents and images of a batch for `step_totals`, `(2,)`."""
+        return totals_of(self.config, inputs)
 
     def _add_denoising_losses(self, result, reading, draws, generator, share):
         """Adds the two losses of the diffusion model to a result, those of weight 0 left out."""
@@ -326,8 +335,9 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 "`model.attach_diffusion_model(load_diffusion_model(PATH))`, or set both weights of the config to 0."
             )
         if config.feedback_weight:
-            result.feedback_loss = share * feedback_loss(self, reading, draws.get("feedback"), generator)
-            result.loss = result.loss + config.feedback_weight * result.feedback_loss
+            losses = feedback_loss(self, reading, draws.get("feedback"), generator)
+            result.feedback, result.feedback_loss = losses, losses.mean
+            result.loss = result.loss + config.feedback_weight * share * losses.total / reading.totals[0]
         if config.image_weight:
             result.image_loss = share * image_loss(self, reading, draws.get("image"), generator)
             result.loss = result.loss + config.image_weight * result.image_loss

@@ -5,11 +5,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..feedback.config import ConditionConfig
 from ..feedback.diffusion_feedback import DiffusionFeedback
+from ..feedback.loss import FeedbackLoss
 from ..feedback.objectives import unnormalize
 from ..feedback.timesteps import TIMESTEP_SAMPLERS
 from ..vision.grids import positioned_maps, region_to_patches
-from .interleaving import has_picture, image_places, previous_images, reversed_contexts, row_starts
+from ..vision.views import View
+from .interleaving import count_documents, has_picture, image_places, previous_images, reversed_contexts, row_starts
 from .losses import Draws, mean_of_valid
 from .maps import of_previous
 
@@ -31,7 +34,7 @@ class Reading:
         pictures (`torch.Tensor`): What the diffusion model must restore, `(images, 3, height, width)` in [0, 1].
         region_masks (`torch.Tensor`, *optional*): Shape `(images, 1, height, width)`.
         image_loss_mask (`torch.Tensor`, *optional*): Zero where the next image is not to be learned, `(images,)`.
-        totals (`torch.Tensor`, *optional*): What to divide by, as `count_images` returns it; `(2,)`.
+        totals (`torch.Tensor`, *optional*): What to divide by, as `totals_of` returns it; `(2,)`.
         posterior (`tuple`, *optional*): What the autoencoder says of the pictures; asked once for both losses.
     """
 
@@ -61,9 +64,38 @@ def restorable_pictures(config, pixel_values, target_pixel_values=None):
     return target_pixel_values.float().clamp(-1, 1) / 2 + 0.5
 
 
+class _Heads:
+    """
+    The model's own parts as the conditioner of a [`FeedbackLoss`]: a linear head, and the maps of the pictures.
+
+    Args:
+        model (`DeemForConditionalGeneration`): Has both.
+        reading (`Reading`): Of the batch whose views are restored.
+    """
+
+    def __init__(self, model, reading):
+        self.model = model
+        self.reading = reading
+
+    def __call__(self, tokens, token_mask=None, positions=None):
+        """Makes the denoiser's context of queries `(images, queries, tower width)`."""
+        return self.model.feedback_head(tokens)
+
+    def vector(self, tokens):
+        """Returns None: nothing modulates the denoiser."""
+
+    def attached_to(self, unet, views):
+        """Returns a context in which `unet` sees the maps of each picture, inside its region where there is one."""
+        official = self.model.config.vision_config.official_regions
+        maps = positioned_maps(self.reading.maps, self.reading.region_masks, official)
+        itself = torch.ones(len(views), 1, device=maps[0].device)
+        return self.model.unet_synchroniser.attached(unet, [level[:, None] for level in maps], itself)
+
+
 def feedback_loss(model, reading, draws=None, generator=None):
     """
-    The error of the same image from its own queries (CSR, Eq. 5), inside its region where there is one.
+    The error of each image from its own queries (CSR, Eq. 5), inside its region where there is one, by the path of
+    all feedback: [`FeedbackLoss`].
 
     Args:
         model (`DeemForConditionalGeneration`): With a diffusion model attached.
@@ -72,39 +104,52 @@ def feedback_loss(model, reading, draws=None, generator=None):
         generator (`torch.Generator`, *optional*): Source of what is drawn.
 
     Returns:
-        `torch.Tensor`: The mean over the images, a scalar.
+        `ImageLosses`: Image by image, and their sum with its graph.
     """
     draws = draws or Draws()
     latents = _draw_latents(model, reading, draws, generator)
-    official = model.config.vision_config.official_regions
-    mask = seen = None
+    frozen = model.diffusion_model
+    objective = DiffusionFeedback(frozen.denoiser, TIMESTEP_SAMPLERS[model.config.feedback_timesteps])
+    condition = ConditionConfig(kind="queries+dense" if model.config.feedback_maps else "queries")
+    loss = FeedbackLoss(frozen, objective, condition)
+    return loss(
+        views_of(model.config, reading, latents.shape[-2:]),
+        _Heads(model, reading),
+        generator,
+        latents=latents,
+        noise=draws.noise,
+        timesteps=draws.timesteps,
+    )
+
+
+def views_of(config, reading, size):
+    """
+    Returns the pictures of a batch with what the tower saw of them.
+
+    Args:
+        config (`DeemConfig`): Knows which cells belong to a region.
+        reading (`Reading`): Of the batch.
+        size (`tuple[int, int]`): Height and width of the latents, in cells, whose mask a region becomes.
+
+    Returns:
+        `list[View]`: One an image. By the official rule a region may come out empty; the view then does not count.
+    """
+    masks = [None] * len(reading.pictures)
     if reading.region_masks is not None:
-        height, width = latents.shape[-2:]
-        mask = region_to_patches(reading.region_masks, height, width, official)
-        mask = mask.mT.unflatten(-1, (height, width))
-        if official:  # a region that came out empty has a loss of 0, which counts in the mean
-            seen = mask.flatten(1).any(1)
-            mask = torch.where(seen[:, None, None, None], mask, torch.ones_like(mask))
-    attached = nullcontext()
-    if model.config.feedback_maps:
-        maps = [level[:, None] for level in positioned_maps(reading.maps, reading.region_masks, official)]
-        itself = torch.ones(len(latents), 1, device=latents.device)
-        attached = model.unet_synchroniser.attached(model.diffusion_model.denoiser.model, maps, itself)
-    feedback = DiffusionFeedback(model.diffusion_model.denoiser, TIMESTEP_SAMPLERS[model.config.feedback_timesteps])
-    context = model.feedback_head(reading.image_tokens)
-    with attached:
-        losses = feedback(
-            latents, context, mask=mask, timesteps=draws.timesteps, noise=draws.noise, generator=generator
-        )
-    losses = losses if seen is None else losses * seen
-    return mean_of_valid(losses, total=None if reading.totals is None else reading.totals[0])
+        cells = region_to_patches(reading.region_masks, *size, config.vision_config.official_regions)
+        masks = cells.bool().mT.unflatten(-1, tuple(size))[:, 0]
+    pairs = zip(reading.image_tokens, reading.pictures, masks, strict=True)
+    return [View(tokens, picture, index, mask=mask) for index, (tokens, picture, mask) in enumerate(pairs)]
 
 
 def image_loss(model, reading, draws=None, generator=None):
     """
-    The error of the next image from what stands before it (NIP, Eq. 3); arguments and result as in `feedback_loss`.
+    The error of the next image from what stands before it (NIP, Eq. 3); arguments as in `feedback_loss`.
 
     Pictures with a context of `SHORTEST_CONTEXT` tokens or less do not count.
+
+    Returns:
+        `torch.Tensor`: The mean over the images that count, a scalar.
     """
     config, draws = model.config, draws or Draws()
     context, lengths = image_contexts(model, reading.hidden_states, reading.input_ids, reading.starts)
@@ -136,9 +181,10 @@ def images_to_learn(lengths, image_loss_mask=None):
     return valid if image_loss_mask is None else valid & (image_loss_mask != 0)
 
 
-def count_images(config, inputs):
+def totals_of(config, inputs):
     """
-    Counts the images of a batch that count in the feedback and in the next-image loss.
+    Counts what the two denoising losses of a batch are divided by: its documents for the feedback, as a callback's is
+    by its conversations, and the images that count for the next-image loss.
 
     Args:
         config (`DeemConfig`): Knows the image start.
@@ -147,11 +193,14 @@ def count_images(config, inputs):
     Returns:
         `torch.Tensor`: Two integers, shape `(2,)`.
     """
-    ids = inputs["input_ids"]
-    starts = row_starts(ids, inputs.get("attention_mask"), inputs.get("document_ids"))
+    ids, document_ids = inputs["input_ids"], inputs.get("document_ids")
+    starts = row_starts(ids, inputs.get("attention_mask"), document_ids)
     rows, places = image_places(ids, config.image_start_token_id)
     learned = images_to_learn(places - starts[rows, places] + 1, inputs.get("image_loss_mask"))
-    return torch.stack([torch.as_tensor(len(rows), device=ids.device), learned.sum()])
+    documents = count_documents(ids, document_ids)
+    if config.has_defect("mean_over_images"):
+        documents = torch.as_tensor(len(rows), device=ids.device)
+    return torch.stack([documents, learned.sum()])
 
 
 def image_contexts(model, hidden_states, input_ids, starts):

@@ -37,6 +37,14 @@ def positions_in_documents(document_ids):
     return positions - positions.masked_fill(~begins, 0).cummax(dim=1).values
 
 
+def count_documents(input_ids, document_ids=None):
+    """Returns how many documents a batch holds, an integer `()`; without `document_ids` each row is one."""
+    if document_ids is None:
+        return torch.as_tensor(len(input_ids), device=input_ids.device)
+    begins = positions_in_documents(document_ids) == 0
+    return (begins & (document_ids >= 0)).sum()
+
+
 def make_labels(
     input_ids,
     attention_mask,

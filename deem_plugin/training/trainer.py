@@ -10,10 +10,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from deem_plugin.data.shard_stream import ShardStream
 from deem_plugin.feedback.callback import DiffusionFeedbackCallback
+from deem_plugin.feedback.finite import FiniteTally
+from deem_plugin.feedback.state import Sums
 from deem_plugin.training.parts import find, matches, resolve
 
-# What the interleaved model returns beside its loss; logged under these names.
-NAMED_LOSSES = ("lm_loss", "image_loss", "feedback_loss")
+# What the interleaved model returns beside its loss, as shares of an optimizer step's mean; logged by these names.
+NAMED_LOSSES = ("lm_loss", "image_loss")
+FEEDBACK_SUMS = ("loss", "images", "views", "nonfinite", "blank")
 
 
 class RecipeTrainer(Trainer):
@@ -29,8 +32,8 @@ class RecipeTrainer(Trainer):
     def __init__(self, *args, learning_rates: dict[str, float] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.learning_rates = {resolve(self.model, pattern): rate for pattern, rate in (learning_rates or {}).items()}
-        self._named_losses: dict[str, torch.Tensor] = {}
-        self._named_since = 0
+        self._sums, self._tally = Sums(), FiniteTally()
+        self._summed_since = 0
         for pattern in self.learning_rates:
             find(self.model, pattern, "model.learning_rates")
 
@@ -73,46 +76,53 @@ class RecipeTrainer(Trainer):
         return prepare_data_loader(loader, device=args.device, **options)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """Also counts the images of the whole optimizer step, as the stock method counts the tokens."""
+        """Also counts documents and images of the whole optimizer step, as the stock method counts the tokens."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if isinstance(self.train_dataset, ShardStream):
             for batch in batches:
                 self.train_dataset.note(batch.pop("place"))
-        count = getattr(self.accelerator.unwrap_model(self.model), "count_images", None)
-        if count is not None and batches and num_items is not None:
+        if self._names_losses and batches and num_items is not None:
+            count = self.accelerator.unwrap_model(self.model).totals_of
             total = torch.stack([count(batch) for batch in batches]).sum(0).to(device)
             if self.args.average_tokens_across_devices and self.args.world_size > 1:
                 total = self.accelerator.gather(total).view(-1, len(total)).sum(0)
             for batch in batches:
-                batch["num_images_in_batch"] = total
+                batch["step_totals"] = total
         return batches, num_items
+
+    @property
+    def _names_losses(self):
+        return hasattr(self.accelerator.unwrap_model(self.model), "totals_of")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As the stock method, and adds up the losses that the model names."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training and isinstance(outputs, dict):
-            if not self._named_losses:
-                self._named_since = self.state.global_step
-            for name in NAMED_LOSSES:
-                if (value := outputs.get(name)) is not None:
-                    # Stays on the device until it is logged, so that no step waits for it.
-                    self._named_losses[name] = self._named_losses.get(name, 0.0) + value.detach().float()
+            if not self._sums.totals:
+                self._summed_since = self.state.global_step
+            self._sums.add(**{name: outputs[name] for name in NAMED_LOSSES if outputs.get(name) is not None})
+            if (losses := outputs.get("feedback")) is not None:
+                self._sums.add(**losses.sums())
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs, start_time=None):
-        """Adds the named losses: their mean over the steps since the last log, over all ranks."""
+        """
+        Adds the named losses: their mean over the steps since the last log; and the feedback as the callback does: its
+        mean per image over these steps, and what was left out. All over all ranks.
+        """
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, DiffusionFeedbackCallback):
                 callback.add_to(logs, self.args)  # before the trackers are told
-        steps = self.state.global_step - self._named_since
-        if "loss" in logs and self._named_losses and steps:
-            names = [name for name in NAMED_LOSSES if name in self._named_losses]
-            # Each rank and micro-batch has its share of the step's mean, so the sum over them is the mean.
-            totals = torch.stack([self._named_losses[name] for name in names])
-            if self.args.world_size > 1:
-                totals = self.accelerator.reduce(totals, reduction="sum")
-            logs |= {name: total / steps for name, total in zip(names, totals.tolist(), strict=True)}
-            self._named_losses = {}
+        steps = self.state.global_step - self._summed_since
+        # Each rank and micro-batch has its share of a step's mean, so the sum over them is the mean. What is summed up
+        # does not depend on the rank's own batches: all of them must ask.
+        if "loss" in logs and steps and self._names_losses:
+            sums = self._sums.take((*NAMED_LOSSES, *FEEDBACK_SUMS), self.args.device)
+            logs |= {name: sums[name] / steps for name in NAMED_LOSSES if sums[name]}
+            if sums["images"]:
+                logs["feedback_loss"] = sums["loss"] / sums["images"]
+            logs |= {f"feedback_{name}": sums[name] for name in ("blank", "nonfinite") if sums[name]}
+            self._tally.add(sums["views"], sums["nonfinite"])
         super().log(logs, start_time)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):

@@ -22,7 +22,8 @@ class View:
             `(tokens, 2)`; None where the tokens form no grid.
         pooled (`torch.Tensor`, *optional*): The tower's pooled vector on the graph, `(dim,)`.
         maps (`dict[str, torch.Tensor]`, *optional*): The tower's multi-scale maps, each `(dim, height, width)`.
-        mask (`torch.Tensor`, *optional*): True where the picture is content and no letterbox bar, `(height, width)`.
+        mask (`torch.Tensor`, *optional*): True where the picture counts: no letterbox bar, or the region that is
+            meant; `(height, width)` of any grid over the whole picture.
         weight (`float`): Share of the view in the loss of its image; those of one image sum to 1.
         elsewhere (`int`): Views of its image that are in another call of the tower.
     """

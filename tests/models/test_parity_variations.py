@@ -168,7 +168,8 @@ def test_each_defect_is_reproduced_by_itself(official, f5, f5_summary, draws):  
     before = f5["call0.image_in"]
     torch.testing.assert_close(before, f5["image_tensors_dec"])
     with pytest.raises(
-        ValueError, match="choose true, false, or some of normalised_twice, mean_over_all, shared_rows"
+        ValueError,
+        match="choose true, false, or some of normalised_twice, mean_over_all, mean_over_images, shared_rows",
     ):
         DeemConfig(official_defects=["normalized"])
 
@@ -184,14 +185,14 @@ def test_a_region_that_comes_out_empty_is_a_loss_of_zero_by_the_official_rule(of
         alone[[other for other in range(4) if other != index]] = 0
         official.config.vision_config.official_regions = True
         whole.region_masks = alone
-        errors.append(feedback_loss(official, whole, draws["feedback"]).item())
+        errors.append(feedback_loss(official, whole, draws["feedback"]).total.item() / 4)
     whole.region_masks = masks
 
     loss = feedback_loss(official, whole, draws["feedback"])
     official.config.vision_config.official_regions = False
 
-    assert min(errors) > 0.1
-    assert loss.item() == pytest.approx(errors[0] + errors[1] + errors[3], abs=1e-5)
+    assert min(errors) > 0.1 and loss.counted.tolist() == [True, True, False, True]
+    assert loss.total.item() / 4 == pytest.approx(errors[0] + errors[1] + errors[3], abs=1e-5)
     with pytest.raises(ValueError, match="region masks are empty"):
         feedback_loss(official, whole, draws["feedback"])
 
