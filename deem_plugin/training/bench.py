@@ -92,9 +92,25 @@ def clock_of(device: torch.device):
     return time.perf_counter, "wall time"
 
 
+class _Marked:
+    """An objective that tells when it begins and ends."""
+
+    def __init__(self, objective, mark):
+        self.objective = objective
+        self.denoiser = objective.denoiser
+        self.mark = mark
+
+    def __call__(self, *args, **kwargs):
+        self.mark()
+        errors = self.objective(*args, **kwargs)
+        self.mark()
+        return errors
+
+
 def step(setting: Setting) -> tuple[dict[str, float], float, torch.Tensor]:
     """Runs one step; returns the seconds of its parts, the loss, and the tower's gradients as one vector."""
-    from deem_plugin.feedback import DiffusionFeedback
+    from deem_plugin.feedback import ConditionConfig, DiffusionFeedback
+    from deem_plugin.feedback.loss import FeedbackLoss
 
     parameters = [*setting.tower.parameters(), *setting.conditioner.parameters()]
     device, times = setting.pixel_values.device, []
@@ -105,21 +121,19 @@ def step(setting: Setting) -> tuple[dict[str, float], float, torch.Tensor]:
             torch.cuda.synchronize()
         times.append(clock())
 
-    diffusion_model, draws = setting.diffusion_model, setting.draws
+    frozen, inputs = setting.diffusion_model, {"pixel_values": setting.pixel_values}
+    feedback = FeedbackLoss(frozen, _Marked(DiffusionFeedback(frozen.denoiser), mark), ConditionConfig(), setting.eyes)
+    generator = torch.Generator(device).manual_seed(0)  # each step draws the same
     mark()
-    with diffusion_model.on_device(device):
-        posterior = setting.posterior or diffusion_model.posterior(setting.pictures)
-        latents = diffusion_model.codec.draw(*posterior, noise=draws["latent_noise"])
+    with frozen.on_device(device):
+        posterior = setting.posterior or frozen.posterior(setting.pictures)
+        latents = frozen.codec.draw(*posterior, generator=generator)
         mark()
-        context = setting.conditioner(setting.tower(setting.pixel_values).last_hidden_state)
+        views = setting.eyes.views(inputs, setting.tower(**inputs))
+        losses = feedback(views, setting.conditioner, generator, targets=setting.pictures, latents=latents)
         mark()
-        inputs = context.detach().requires_grad_()
-        feedback = DiffusionFeedback(diffusion_model.denoiser)
-        loss = feedback(latents, inputs, timesteps=draws["timesteps"], noise=draws["noise"]).mean()
-        mark()
-        (gradient,) = torch.autograd.grad(loss, inputs)
-        mark()
-    context.backward(gradient)
+    loss = losses.total / len(views)
+    loss.backward()
     mark()
     gradients = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
     for parameter in parameters:

@@ -49,18 +49,18 @@ class Setting:
 
     Args:
         tower, conditioner (`nn.Module`): What trains.
-        diffusion_model (`DiffusionModel`): The frozen diffusion model.
+        eyes (`Eyes`): Of the tower.
+        diffusion_model (`DiffusionModel`): What gives the feedback.
         pixel_values, pictures (`torch.Tensor`): What the tower reads, and what is restored, in [0, 1].
-        draws (`dict[str, torch.Tensor]`): `latent_noise`, `noise` and `timesteps`.
         posterior (`tuple`, *optional*): What the VAE says of the pictures, where that is cached.
     """
 
     tower: torch.nn.Module
     conditioner: torch.nn.Module
+    eyes: object
     diffusion_model: object
     pixel_values: torch.Tensor
     pictures: torch.Tensor
-    draws: dict[str, torch.Tensor]
     posterior: tuple | None = None
 
 
@@ -99,30 +99,26 @@ def make_setting(config: str, device: torch.device, folder: Path, option: Option
     from deem_plugin.feedback.factory import load_configured
     from deem_plugin.feedback.optimizations import apply_optimizations
     from deem_plugin.vision import DeemVisionConfig, DeemVisionTower
+    from deem_plugin.vision.eyes import Eyes
 
     sizes, settings = CONFIGS[config], DiffusionModelConfig(str(folder), **option.settings)
-    diffusion_model = load_configured(settings)
-    apply_optimizations(diffusion_model, settings)
+    frozen = load_configured(settings)
+    apply_optimizations(frozen, settings)
     with torch.random.fork_rng():
         torch.manual_seed(1)
         tower = DeemVisionTower(DeemVisionConfig(class_token=False, **sizes["tower"]))
-        conditioner = Conditioner(tower.config.hidden_size, diffusion_model.denoiser.context_dim)
+        tower.to(device).eval()  # no stochastic depth: each step is then the same
+        conditioner = Conditioner(tower.config.hidden_size, frozen.denoiser.context_dim)
         torch.nn.init.normal_(conditioner.head.weight, std=0.02)
-        batch, side = sizes["batch"], diffusion_model.denoiser.sample_size
-        channels = diffusion_model.codec.channels
         setting = Setting(
-            tower.to(device).eval(),  # no stochastic depth: each step is then the same
+            tower,
             conditioner.to(device),
-            diffusion_model.to(device),
-            torch.randn(batch, 3, tower.config.image_size, tower.config.image_size).to(device),
-            torch.rand(batch, 3, diffusion_model.image_size, diffusion_model.image_size).to(device),
-            {
-                "latent_noise": torch.randn(batch, channels, side, side).to(device),
-                "noise": torch.randn(batch, channels, side, side).to(device),
-                "timesteps": torch.linspace(250, 750, batch).long().to(device),
-            },
+            Eyes.of(tower, mean=tower.config.image_mean, std=tower.config.image_std),
+            frozen.to(device),
+            torch.randn(sizes["batch"], 3, tower.config.image_size, tower.config.image_size).to(device),
+            torch.rand(sizes["batch"], 3, frozen.image_size, frozen.image_size).to(device),
         )
     if option.cached:
-        with diffusion_model.on_device(device):
-            setting.posterior = diffusion_model.posterior(setting.pictures)
+        with frozen.on_device(device):
+            setting.posterior = frozen.posterior(setting.pictures)
     return setting
