@@ -14,8 +14,8 @@ from tests.feedback.tiny_diffusion_models import save_diffusion_model
 from tests.models.tiny_deem import official_labels, tiny_deem
 from tests.tiny import tiny_image
 
-# Texts of different length with one, two or no pictures; the first picture of the last follows `<s>` at once.
-TEXTS = ["one<image>yes it is", "a<image>b<image>", "no picture here, but many words to read", "<image>x"]
+# Texts of different length with one, three or no pictures; the first picture of the last follows `<s>` at once.
+TEXTS = ["one<image>yes it is", "a<image>b<image>c<image>", "no picture here, but many words to read", "<image>x"]
 
 
 def example_inputs(processor, text, index):
@@ -69,9 +69,9 @@ class Gradients(TrainerCallback):
         self.values = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def one_step(folder, batch_size, accumulation, **settings):
+def one_step(folder, batch_size, accumulation, order=(0, 1, 2, 3), **settings):
     """
-    Trains one step on the four documents of `TEXTS`.
+    Trains one step on four documents of `TEXTS`, given by their places there.
 
     Returns:
         `tuple`: Gradients by name, and the losses that were logged.
@@ -97,7 +97,7 @@ def one_step(folder, batch_size, accumulation, **settings):
     trainer = RecipeTrainer(
         model=model,
         args=args,
-        train_dataset=[{"index": index} for index in range(len(TEXTS))],
+        train_dataset=[{"index": index} for index in order],
         data_collator=Examples(processor, diffusion_model),
         callbacks=[kept],
     )
@@ -106,11 +106,10 @@ def one_step(folder, batch_size, accumulation, **settings):
     return kept.values, losses
 
 
-def main(folder):
+def main(folder, *order):
     """Trains one document a micro-batch and rank, and saves what rank 0 has."""
-    gradients, losses = one_step(
-        Path(folder) / os.environ["RANK"], 1, 2, ddp_backend="gloo", ddp_find_unused_parameters=True
-    )
+    settings = {"ddp_backend": "gloo", "ddp_find_unused_parameters": True}
+    gradients, losses = one_step(Path(folder) / os.environ["RANK"], 1, 2, [int(each) for each in order], **settings)
     assert torch.distributed.get_world_size() == 2
     if torch.distributed.get_rank() == 0:
         gradients = {name.removeprefix("module."): value for name, value in gradients.items()}
@@ -118,4 +117,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -11,6 +11,7 @@ import tarfile
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -19,18 +20,19 @@ from transformers import (
 
 from deem_plugin.data.document_files import write_documents
 from deem_plugin.data.region_sets import load_regions
-from deem_plugin.feedback import load_diffusion_model
+from deem_plugin.feedback import DiffusionFeedback, load_diffusion_model
 from deem_plugin.models import DeemConfig, DeemForConditionalGeneration
+from deem_plugin.models.denoising import restorable_pictures
 from deem_plugin.training.parts import count_parameters, freeze
 from deem_plugin.training.recipes import load_recipe
 from deem_plugin.training.run import train
 
 from ..data.test_region_sets import write_sources
 from ..feedback.tiny_diffusion_models import save_diffusion_model
-from ..models.tiny_deem import language_tokenizer, tiny_language_model, tiny_tower
+from ..models.tiny_deem import language_tokenizer, tiny_deem, tiny_language_model, tiny_tower
 from ..tiny import tiny_image
 from .helpers import tiny_overrides
-from .interleaved_step import one_step
+from .interleaved_step import TEXTS, Examples, one_step
 
 
 @pytest.fixture(scope="module")
@@ -59,21 +61,90 @@ def test_a_batch_cut_into_micro_batches_gives_the_same_gradients_and_losses(grad
     assert_same_step(gradients[4], gradients[size])
 
     _, logged = gradients[4]
+    # Five pictures in four documents.
     assert logged["loss"] == pytest.approx(
-        logged["lm_loss"] + 5 * logged["image_loss"] + 5 * logged["feedback_loss"], rel=1e-3
+        logged["lm_loss"] + 5 * logged["image_loss"] + 5 * logged["feedback_loss"] * 5 / 4, rel=1e-3
     )
 
 
+def loss_by_hand(model, batch):
+    """Returns the loss of a batch of documents, and the errors of its pictures."""
+    draws, diffusion_model = batch["draws"]["feedback"], model.diffusion_model
+    output = model(**batch)
+    pictures = restorable_pictures(model.config, batch["pixel_values"])
+    latents = diffusion_model.codec.draw(*diffusion_model.posterior(pictures), noise=draws.latent_noise)
+    context = model.feedback_head(output.image_tokens)
+    errors = DiffusionFeedback(diffusion_model.denoiser)(
+        latents, context, noise=draws.noise, timesteps=draws.timesteps
+    )
+    return output.lm_loss + 5 * output.image_loss + 5 * errors.sum() / len(TEXTS), errors.detach()
+
+
+def test_the_feedback_is_the_sum_over_the_pictures_by_the_documents(gradients, diffusion_model):
+    """Five pictures in four documents, one of them without: the definition that the callback has."""
+    model, processor = tiny_deem()
+    model.attach_diffusion_model(diffusion_model)
+    batch = Examples(processor, diffusion_model)([{"index": index} for index in range(len(TEXTS))])
+
+    loss, errors = loss_by_hand(model.train(), batch)
+    loss.backward()
+
+    by_hand = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    step, logged = gradients[4]
+    assert by_hand.keys() == step.keys() and len(errors) == 5
+    for name, gradient in by_hand.items():
+        assert (step[name] - gradient).norm() < 1e-5 * gradient.norm() + 1e-7, name
+    assert logged["feedback_loss"] == pytest.approx(errors.mean().item(), rel=1e-5)
+
+
+def test_documents_packed_into_rows_weigh_as_in_rows_of_their_own(gradients, diffusion_model):
+    model, processor = tiny_deem()
+    model.attach_diffusion_model(diffusion_model)
+    examples = Examples(processor, diffusion_model)
+    batch = examples([{"index": index} for index in range(len(TEXTS))])
+    rows = [[examples.rows[index] for index in pair] for pair in ((0, 1), (2, 3))]
+    for name in ("input_ids", "labels"):
+        packed = [torch.cat([document[name][0] for document in row]) for row in rows]
+        batch[name] = pad_sequence(packed, batch_first=True, padding_value=-100 if name == "labels" else 0)
+    numbers = [[n for n, document in enumerate(row) for _ in document["input_ids"][0]] for row in rows]
+    batch["document_ids"] = pad_sequence(list(map(torch.tensor, numbers)), batch_first=True, padding_value=-1)
+    del batch["attention_mask"]
+
+    output = model.train()(**batch)
+    output.loss.backward()
+
+    step, logged = gradients[4]
+    assert model.totals_of(batch)[0] == len(TEXTS)
+    for name, gradient in step.items():
+        own = dict(model.named_parameters())[name].grad
+        assert (own - gradient).norm() < 1e-5 * gradient.norm() + 1e-6, name
+    assert output.feedback_loss.item() == pytest.approx(logged["feedback_loss"], rel=1e-5)
+
+
+def test_pictures_of_one_colour_get_no_feedback_and_are_counted(diffusion_model):
+    model, processor = tiny_deem()
+    model.attach_diffusion_model(diffusion_model)
+    batch = Examples(processor, diffusion_model)([{"index": 0}, {"index": 1}])
+    batch["pixel_values"][1] = 0.5
+
+    output = model.train()(**batch)
+
+    assert output.feedback.counted.tolist() == [True, False, True, True] and output.feedback.blank == 1
+    assert output.feedback_loss.item() == pytest.approx(output.feedback.per_image.sum().item() / 3)
+
+
 @pytest.mark.slow
-def test_two_processes_give_the_gradients_and_losses_of_one(gradients, tmp_path):
-    """Two ranks, two micro-batches of one document each; one of these has no picture."""
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [0, 2, 1, 2]], ids=["mixed", "a rank of text"])
+def test_two_processes_give_the_gradients_and_losses_of_one(tmp_path, order):
+    """Two ranks, two micro-batches of one document each."""
+    whole = one_step(tmp_path / "whole", 4, 1, order)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "tests.training.interleaved_step", str(tmp_path)]
+    command += ["-m", "tests.training.interleaved_step", str(tmp_path), *map(str, order)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
 
-    assert_same_step(gradients[4], torch.load(tmp_path / "rank0.pt", weights_only=True))
+    assert_same_step(whole, torch.load(tmp_path / "rank0.pt", weights_only=True))
 
 
 @pytest.fixture(scope="module")
