@@ -33,7 +33,8 @@ def merge_settings(cls: type, below: dict | None, above: dict | None) -> dict:
     Lays the settings `above` over those `below`, key by key, in the fields that are dataclasses too; every other value
     is replaced as a whole.
     """
-    merged = dict(below or {})
+    # What is no dictionary is replaced as a whole, too.
+    merged = dict(below) if isinstance(below, dict) else {}
     for key, value in (above or {}).items():
         inner = section_class(cls, key)
         is_section = inner is not None and isinstance(value, dict)

@@ -41,6 +41,7 @@ def test_parts_are_merged_and_other_values_replaced():
     assert below["inner"] == {"size": 4, "name": "a"}
     assert merge_settings(Outer, below, {"inner": None})["inner"] is None
     assert merge_settings(Outer, None, below) == below
+    assert merge_settings(Outer, {"inner": "x"}, {"inner": {"size": 2}}) == {"inner": {"size": 2}}
 
 
 def test_a_dotted_name_leads_into_parts_alone():
