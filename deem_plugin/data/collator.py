@@ -42,7 +42,8 @@ class ConversationCollator:
                 f"The tokenizer {type(self.tokenizer).__name__} has no padding token. Set "
                 f"`tokenizer.pad_token = tokenizer.eos_token`."
             )
-        self._specials = sorted(self.tokenizer.all_special_tokens, key=len, reverse=True)
+        # Not `all_special_tokens`: Gemma 3's end of turn is special, but is none that its tokenizer has by name.
+        self._specials = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         # Conversations come again in every epoch, and rendering a Jinja template costs more than all else here.
         self._render_cached = lru_cache(maxsize=2**15)(self._render)
 
@@ -75,25 +76,32 @@ class ConversationCollator:
         rendered = [self._render_cached(_freeze(example["messages"])) for example in examples]
         encoded = self._encode([text for text, _ in rendered], images)
 
+        lengths = [sum(mask) for mask in encoded["attention_mask"]]
         replacements = encoded.pop("text_replacement_offsets", None) or [[]] * len(examples)
-        offsets = encoded.pop("offset_mapping")
+        offsets = [row[:length] for row, length in zip(encoded.pop("offset_mapping"), lengths, strict=True)]
         labels = [
             _label(ids, offset, spans, replaced)
             for ids, offset, (_, spans), replaced in zip(
                 encoded["input_ids"], offsets, rendered, replacements, strict=True
             )
         ]
-        lengths = [self._kept(o, r) for o, r in zip(offsets, replacements, strict=True)]
-        if all(set(row[:n]) == {IGNORE_INDEX} for row, n in zip(labels, lengths, strict=True)):
+        kept = max(self._kept(o, r) for o, r in zip(offsets, replacements, strict=True))
+        if all(set(row[:kept]) == {IGNORE_INDEX} for row in labels):
             # The mean over no tokens is NaN, and one such step destroys the weights.
             raise ValueError(
                 f"No answer of the batch is left within `data.max_length` = {self.max_length} tokens. Raise it, or "
                 f"take conversations with such long questions out of the data."
             )
-        return self._pad({**encoded, "labels": labels}, lengths)
+        return {
+            # What is a list has a value for each token, and so has Llama 3.2's `cross_attention_mask`.
+            name: torch.as_tensor(value)[:, :kept]
+            if isinstance(value, list) or name == "cross_attention_mask"
+            else value
+            for name, value in {**encoded, "labels": labels}.items()
+        }
 
     def _encode(self, texts: list[str], images: list) -> dict[str, Any]:
-        """Tokenises texts and processes images in one call; token lists stay unpadded."""
+        """Tokenises texts and processes images in one call; token lists are padded on the right."""
         # A template that writes the BOS token itself must not get a second one from the tokenizer.
         bos = self.tokenizer.bos_token
         encoded = self.processor(
@@ -101,9 +109,10 @@ class ConversationCollator:
             images=images if any(images) else None,
             text_kwargs={
                 "add_special_tokens": not (bos and texts[0].startswith(bos)),
-                "padding": False,
+                "padding": True,
+                "padding_side": "right",
                 "return_offsets_mapping": True,
-                # Pixtral's and Janus's processors ask for tensors unasked, which unpadded texts cannot be.
+                # Pixtral's and Janus's processors ask for tensors unasked.
                 "return_tensors": None,
             },
             images_kwargs={"return_tensors": "pt"},
@@ -114,7 +123,7 @@ class ConversationCollator:
             # Llama 3.2's processor leaves the text as it is: an image is one token in it.
             encoded["text_replacement_offsets"] = [_unreplaced(text, self.processor.image_token) for text in texts]
         self._check_offsets(texts, encoded)
-        return encoded
+        return _with_all_rows(encoded, len(texts))
 
     def _check_offsets(self, texts: list[str], encoded: dict[str, Any]):
         """Raises a `ValueError` if offsets of tokens are missing, or count characters of another text than ours."""
@@ -127,7 +136,8 @@ class ConversationCollator:
                     f"{type(self.processor).__name__} does not tell where its tokens lie in the text, so the answers "
                     f"cannot be found in it: it gives no offsets, or adds to the text (a BOS token that the chat "
                     f"template does not write). Use a processor with a fast tokenizer, and set `model.chat_template` "
-                    f"to a template that writes all of the text."
+                    f"to a template that writes all of the text. PaliGemma's adds to every text: its models take a "
+                    f"prompt, not a conversation, and cannot be trained on one."
                 )
 
     def _render(self, frozen: tuple[tuple[str, str], ...]) -> tuple[str, list[Span]]:
@@ -178,20 +188,6 @@ class ConversationCollator:
             )
         return self.max_length
 
-    def _pad(self, encoded: dict[str, Any], lengths: list[int]) -> dict[str, torch.Tensor]:
-        """Cuts token lists to `lengths`, pads them on the right and makes them tensors; other fields stay."""
-        fill = {"input_ids": self.tokenizer.pad_token_id, "labels": IGNORE_INDEX}
-        longest = max(lengths)
-        batch = {}
-        for name, value in encoded.items():
-            if name == "cross_attention_mask":  # (batch, tokens, images, tiles), padded already
-                value = torch.as_tensor(value)[:, :longest]
-            elif isinstance(value, list):
-                rows = zip(value, lengths, strict=True)
-                value = torch.tensor([list(row[:n]) + [fill.get(name, 0)] * (longest - n) for row, n in rows])
-            batch[name] = value
-        return batch
-
 
 class ImageCollator:
     """
@@ -241,6 +237,21 @@ def _freeze(messages: list[dict[str, str]]) -> tuple[tuple[str, str], ...]:
     return tuple((message["role"], message["content"]) for message in messages)
 
 
+def _with_all_rows(encoded: dict[str, Any], texts: int) -> dict[str, Any]:
+    """
+    Adds to Llama 3.2's `aspect_ratio_ids` and `aspect_ratio_mask` the rows of the last texts, if these have no image:
+    its image processor has such rows in its pixels and between other texts, but forgets them at the end (seen with
+    transformers 5.24).
+    """
+    if "aspect_ratio_ids" in encoded:
+        for name in ("aspect_ratio_ids", "aspect_ratio_mask"):
+            rows = encoded[name]
+            encoded[name] = torch.cat([rows, rows.new_zeros(texts - len(rows), *rows.shape[1:])])
+        # As the image processor pads: attention over no tile at all would not be finite.
+        encoded["aspect_ratio_mask"][..., 0] = 1
+    return encoded
+
+
 def _unreplaced(text: str, image_token: str) -> list[dict]:
     """Returns where images lie in a text that keeps its image tokens, as processors tell it that replace them."""
     spans = [match.span() for match in re.finditer(re.escape(image_token), text)]
@@ -250,7 +261,7 @@ def _unreplaced(text: str, image_token: str) -> list[dict]:
 
 def _label(ids: list[int], offsets: list[Span], spans: list[Span], replaced: list[dict]) -> list[int]:
     """Returns the labels of one conversation: its ids within the answers, `IGNORE_INDEX` elsewhere and on images."""
-    labels = [IGNORE_INDEX] * len(ids)
+    labels = [IGNORE_INDEX] * len(ids)  # `ids` may be padded, `offsets` are not
     # `spans` count characters of the text as rendered, `offsets` those of the text with its image tokens expanded.
     ends = [item["span"][1] for item in replaced]
     gained = [0] + [item["new_span"][1] - item["span"][1] for item in replaced]
@@ -258,7 +269,7 @@ def _label(ids: list[int], offsets: list[Span], spans: list[Span], replaced: lis
     starts = [start for start, _ in offsets]
     for span in spans:
         first, last = (place + gained[bisect.bisect_right(ends, place)] for place in span)
-        for index in range(bisect.bisect_left(starts, first), len(ids)):
+        for index in range(bisect.bisect_left(starts, first), len(offsets)):
             start, end = offsets[index]
             if start >= last:
                 break

@@ -8,6 +8,7 @@ from transformers import (
     LlavaNextProcessor,
     MllamaImageProcessor,
     MllamaProcessor,
+    PaliGemmaProcessor,
     PixtralImageProcessor,
     PixtralProcessor,
 )
@@ -347,4 +348,15 @@ def test_a_processor_that_adds_to_the_text_unasked_is_an_error():
     processor.chat_template = processor.chat_template.replace("{{ bos_token }}", "")
 
     with pytest.raises(ValueError, match="adds to the text .*set `model.chat_template`"):
+        ConversationCollator(processor)(pictured())
+
+
+def test_paligemma_which_adds_to_every_text_is_an_error_whatever_their_lengths():
+    image_processor = tiny_image_processor()
+    image_processor.image_seq_length = 16
+    tokenizer = tiny_tokenizer()
+    tokenizer.image_token, tokenizer.image_token_id = "<image>", tokenizer.convert_tokens_to_ids("<image>")
+    processor = PaliGemmaProcessor(image_processor, tokenizer, CHAT_TEMPLATE)
+
+    with pytest.raises(ValueError, match="adds to the text .*PaliGemma's adds to every text"):
         ConversationCollator(processor)(pictured())
