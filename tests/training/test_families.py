@@ -1,89 +1,228 @@
-"""`deem train` on families whose pictures have any size: saved, reloaded by the stock class, reconstructed."""
+"""
+The recipes on families that people fine-tune: trained on pictures of mixed sizes, saved, reloaded by the stock class,
+reconstructed, and evaluated through lmms-eval; every step by the files that a published checkpoint has.
+"""
 
 import json
 
 import pytest
-import transformers as hf
+import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from deem_plugin.data.collator import IGNORE_INDEX, ConversationCollator
+from deem_plugin.evaluation.details import write_details
+from deem_plugin.evaluation.run import run_lmms_eval
 from deem_plugin.feedback.reconstruction import reconstruct_files
+from deem_plugin.training.arguments import ModelArguments
+from deem_plugin.training.cache import cache_latents
+from deem_plugin.training.model import make_model
 from deem_plugin.training.recipes import load_recipe
 from deem_plugin.training.run import train
+from deem_plugin.vision.towers import find_tower
 
-from ..families.builders import build, picture
+from ..evaluation.helpers import offline_env
+from ..families.builders import picture
 from ..tiny import tiny_sd_folder
+from .checkpoints import ANSWER, CHECKPOINTS, QUESTION, write_checkpoint
 from .helpers import tiny_overrides
 
-TURNS = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}{% if c['type'] == 'image' %}"
-TEMPLATE = (
-    TURNS + "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-SPECIAL = ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>", "<|im_start|>", "<|im_end|>"]
-FAMILIES = {
-    "qwen3_vl": (hf.Qwen3VLProcessor, hf.Qwen3VLVideoProcessor),
-    "qwen2_5_vl": (hf.Qwen2_5_VLProcessor, hf.Qwen2VLVideoProcessor),
-}
+# Width and height of the pictures of each conversation.
+CONVERSATIONS = [
+    [(64, 64)],
+    [(128, 40), (40, 100)],
+    [],
+    [(150, 110)],
+    [(32, 96)],
+    [(96, 64), (64, 64)],
+    [],
+    [(70, 70)],
+]
 
 
-def byte_pair_tokenizer():
-    """A tokenizer with merges, as Qwen's own: byte-level BPE."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=["<pad>", *SPECIAL])
-    tokenizer.train_from_iterator(["What is in the picture? A red square on a blue ground."] * 4, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<|im_end|>", extra_special_tokens=SPECIAL[:-1]
-    )
+def conversations(folder):
+    """Makes a conversation with each list of pictures; every other one has a second turn."""
+    made = []
+    for index, sizes in enumerate(CONVERSATIONS):
+        files = [folder / f"{index}-{place}.png" for place in range(len(sizes))]
+        turns = ["<image>\n" * len(sizes) + QUESTION, ANSWER] + [f"And é {index}?", "It is 1."] * (index % 2)
+        roles = ["user", "assistant"] * 2
+        messages = [{"role": role, "content": turn} for role, turn in zip(roles, turns, strict=False)]
+        made.append({"messages": messages, "images": [str(file) for file in files]})
+        for place, (size, file) in enumerate(zip(sizes, files, strict=True)):
+            picture(*size, 10 * index + place)[0].save(file)
+    return made
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request, tmp_path_factory):
-    """The folder of a tiny checkpoint with its processor, data of pictures of three sizes, and a diffusion model."""
-    folder = tmp_path_factory.mktemp(request.param)
-    tiny_sd_folder(folder / "sd")
-    case, tokenizer = build(request.param), byte_pair_tokenizer()
-    ids = tokenizer.convert_tokens_to_ids(SPECIAL[:4])
-    names = ("vision_start_token_id", "image_token_id", "vision_end_token_id", "video_token_id")
-    for name, value in zip(names, ids, strict=True):
-        setattr(case.model.config, name, value)
-    processor_class, video_class = FAMILIES[request.param]
-    case.model.save_pretrained(folder / "model")
-    processor = processor_class(case.image_processor, tokenizer, video_class(), chat_template=TEMPLATE)
-    processor.save_pretrained(folder / "model")
-    (folder / "images").mkdir()
-    records = []
-    for index in range(8):
-        size = ((64, 64), (96, 64), (64, 128))[index % 3]
-        picture(*size, index)[0].save(folder / "images" / f"{index}.png")
-        question = "What is in the picture?" if index == 5 else "<image>\nWhat is in the picture?"
-        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "A red square."}]
-        records.append({"id": index, "conversations": turns} | ({} if index == 5 else {"image": f"{index}.png"}))
-    (folder / "data.json").write_text(json.dumps(records))
-    return folder, type(case.model)
+def slow_but(name, quick=("qwen3_vl", "mllama", "gemma3")):
+    """Marks all families but a few as slow."""
+    return name if name in quick else pytest.param(name, marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """Gives the folder of a family by name: a tiny checkpoint, conversations and a diffusion model."""
+    made = {}
+
+    def make(name):
+        if name == "smolvlm":
+            pytest.importorskip("num2words")  # of which its processor makes numbers
+        if name not in made:
+            folder = made[name] = tmp_path_factory.mktemp(name)
+            write_checkpoint(name, folder / "model")
+            tiny_sd_folder(folder / "sd")
+            (folder / "images").mkdir()
+            (folder / "data.jsonl").write_text("\n".join(map(json.dumps, conversations(folder / "images"))))
+        return made[name]
+
+    return make
+
+
+def recipe_of(folder, out, **settings):
+    """The recipe for Qwen3-VL on another family's checkpoint, trained in full."""
+    stand_ins = {"model__model": folder / "model", "data__path": folder / "data.jsonl", "model__lora_r": 0, **settings}
+    recipe = load_recipe("qwen3-vl-feedback-lora", tiny_overrides(folder, out, **stand_ins))
+    recipe.model.learning_rates = {"@tower": 1e-3, "feedback_conditioner": 1e-3}
+    return recipe
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
+
+
+def losses(out):
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    return [(row["loss"], row["feedback_loss"]) for row in history if "feedback_loss" in row]
+
+
+@pytest.mark.parametrize("name", map(slow_but, CHECKPOINTS))
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_answers_are_learned_with_their_end_of_turn_beside_any_other_conversation(checkpoint, name, side):
+    folder, case = checkpoint(name), CHECKPOINTS[name]
+    processor = AutoProcessor.from_pretrained(folder / "model")
+    processor.tokenizer.padding_side = side
+    collate, examples = ConversationCollator(processor), records(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder / "model").eval()
+
+    batch = collate(examples)
+
+    end = case.turn_end or case.eos
+    with torch.no_grad():
+        logits = model(**batch).logits
+    for index, example in enumerate(examples):
+        alone = collate([example])
+        length = alone["input_ids"].shape[1]
+        for key in ("input_ids", "labels"):
+            assert alone[key][0].equal(batch[key][index, :length])
+        learned = processor.tokenizer.decode(alone["labels"][alone["labels"] != IGNORE_INDEX]).replace(f"{end} ", end)
+        answers = [turn["content"] for turn in example["messages"] if turn["role"] == "assistant"]
+        assert learned.strip() == end.join([*answers, ""])
+        if name != "mllama":  # attends to the pixels of padding wherever a token has no image before it
+            with torch.no_grad():
+                torch.testing.assert_close(model(**alone).logits[0], logits[index, :length], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", map(slow_but, CHECKPOINTS))
+def test_all_that_the_language_model_reads_of_the_tower_trains_and_nothing_else(checkpoint, name):
+    folder = checkpoint(name)
+    model, processor = make_model(ModelArguments(model=str(folder / "model"), dtype="float32"))
+    plain = AutoModelForImageTextToText.from_pretrained(folder / "model")
+    batch = ConversationCollator(processor)(records(folder))
+
+    plain(**batch).loss.backward()
+
+    read = {name for name, value in find_tower(plain).named_parameters() if value.grad is not None}
+    trained = {name for name, value in find_tower(model).named_parameters() if value.requires_grad}
+    assert trained == read
+    if name == "qwen3_vl":  # DeepStack
+        assert read == {name for name, _ in find_tower(plain).named_parameters()}
+        assert any("deepstack_merger_list.1." in name for name in trained)
+    outside = set(find_tower(model).parameters())
+    assert all(value.requires_grad for value in model.parameters() if value not in outside)
+
+
+@pytest.fixture(scope="session")
+def trained(checkpoint, tmp_path_factory):
+    """Gives by name what a family's checkpoint has become by two steps of training."""
+    made = {}
+
+    def make(name):
+        folder = checkpoint(name)
+        if name not in made:
+            made[name] = train(recipe_of(folder, tmp_path_factory.mktemp(f"{name}-out")))
+        return made[name]
+
+    return make
 
 
 @pytest.mark.slow
-def test_a_family_of_native_resolution_trains_saves_reloads_and_is_reconstructed(family, tmp_path):
-    folder, model_class = family
-    recipe = load_recipe("qwen3-vl-feedback-lora", tiny_overrides(folder, tmp_path, model__model=folder / "model"))
-    recipe.model.lora_r = 0
-    recipe.model.learning_rates = {"@tower": 1e-4, "feedback_conditioner": 1e-3}
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_trained_family_reloads_as_its_stock_class_with_all_that_should_have_moved(checkpoint, trained, name):
+    start, final = checkpoint(name) / "model", trained(name)
+    stock = AutoModelForImageTextToText.from_pretrained(start)
+    before = find_tower(stock).state_dict()
+    ready = find_tower(make_model(ModelArguments(model=str(start), dtype="float32"))[0])
 
-    final = train(recipe)
+    model, info = type(stock).from_pretrained(final, output_loading_info=True)
 
-    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
-    assert sum("feedback_loss" in entry for entry in history) == recipe.training.max_steps
-    model, info = model_class.from_pretrained(final, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    before = model_class.from_pretrained(folder / "model").model.visual.state_dict()
-    moved = [name for name, value in model.model.visual.state_dict().items() if not value.equal(before[name])]
-    assert any("patch_embed" in name for name in moved)
-    # Everything that the language model reads of the tower trains: DeepStack's mergers, too.
-    assert ("deepstack_merger_list" in str(before.keys())) is any("deepstack_merger_list" in name for name in moved)
-    pictures = [folder / "images" / "0.png", folder / "images" / "2.png"]
-    reconstruct_files(final, pictures, tmp_path / "seen.png", steps=2)
-    assert Image.open(tmp_path / "seen.png").width == 2 * 33 + 1
+    assert not (info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"])
+    history = losses(final.parent)
+    assert len(history) == 2 and all(value > 0 for row in history for value in row)
+    frozen = {name for name, value in ready.named_parameters() if not value.requires_grad}
+    for key, value in find_tower(model).named_parameters():
+        if key in frozen:
+            assert value.equal(before[key]), key
+        elif "k_proj.bias" not in key:  # shifts all of a query's scores alike, so that its gradient is rounding
+            assert not value.equal(before[key]), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_trained_family_is_reconstructed(checkpoint, trained, name, tmp_path):
+    pictures = sorted((checkpoint(name) / "images").glob("*.png"))[:2]
+
+    reconstruct_files(trained(name), pictures, tmp_path / "seen.png", steps=2)
+
+    assert Image.open(tmp_path / "seen.png").size == (2 * 33 + 1, 2 * 33 + 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_trained_family_answers_through_lmms_eval(checkpoint, trained, name, tmp_path):
+    rows = [
+        {
+            "question_id": f"{index}-{answer}",
+            "image_id": str(index),
+            "image": Image.open(file),
+            "question": f"Is it {answer}? Answer yes or no.",
+            "category": "colour",
+            "answer": answer,
+        }
+        for index, file in enumerate(sorted((checkpoint(name) / "images").glob("*.png"))[:2])
+        for answer in ("yes", "no")
+    ]
+    write_details(rows, tmp_path / "details" / "details.parquet")
+    env = {**offline_env(tmp_path), "DEEM_DETAILS": str(tmp_path / "details")}
+    model_args = {"pretrained": trained(name), "device": "cpu", "raw_answers": True}
+
+    results = run_lmms_eval(model_args, "deem_details", tmp_path / "out", batch_size=3, env=env)
+
+    assert results["n-samples"]["deem_details"]["effective"] == 4
+    log = next((tmp_path / "out").rglob("*_samples_deem_details.jsonl")).read_text().splitlines()
+    answers = [json.loads(line)["filtered_resps"] for line in log]
+    assert len(answers) == 4 and all(answer and isinstance(answer[0], str) for answer in answers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3_vl", "smolvlm"])
+def test_a_family_trains_from_its_latent_cache_as_without(checkpoint, name, tmp_path):
+    folder, settings = checkpoint(name), {"feedback__latent_cache": tmp_path / "cache"}
+
+    counts = cache_latents(recipe_of(folder, tmp_path / "fill", **settings), batch_size=3)
+    train(recipe_of(folder, tmp_path / "plain"))
+    train(recipe_of(folder, tmp_path / "cached", **settings))
+
+    assert counts.known == 0 and counts.new >= sum(map(len, CONVERSATIONS))
+    assert len(losses(tmp_path / "plain")) == 2
+    for expected, given in zip(losses(tmp_path / "plain"), losses(tmp_path / "cached"), strict=True):
+        assert given == pytest.approx(expected, rel=1e-5)
