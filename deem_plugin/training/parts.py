@@ -8,8 +8,8 @@ from torch import nn
 
 from deem_plugin.vision.towers import find_tower, without_peft
 
-# Stands for the vision tower in a pattern.
-TOWER = "@tower"
+# Stand for the vision tower and for the language model in a pattern.
+TOWER, LANGUAGE_MODEL = "@tower", "@language_model"
 # What wrappers (PEFT, DDP, FSDP) and the base model put before a part's own name.
 _WRAPPERS = re.compile(r"^(module\.|_fsdp_wrapped_module\.|base_model\.model\.|model\.)+")
 
@@ -26,15 +26,26 @@ def list_parts(model: nn.Module) -> list[str]:
 
 def resolve(model: nn.Module, pattern: str) -> str:
     """
-    Returns a pattern with `@tower` at its beginning replaced by the dotted name of the model's vision tower, so that
-    one recipe serves every family: `@tower`, `@tower.encoder.layers.0`.
+    Returns a pattern with `@tower` or `@language_model` at its beginning replaced by the dotted name that the part has
+    in the model, so that one recipe serves every family: `@tower`, `@tower.encoder.layers.0`.
+
+    Raises:
+        ValueError: If the model has no such part, or its tower is inside its language model.
     """
-    if pattern != TOWER and not pattern.startswith(f"{TOWER}."):
+    mark, dot, rest = pattern.partition(".")
+    if mark not in (TOWER, LANGUAGE_MODEL):
         return pattern
     base = without_peft(model)
-    tower = find_tower(base)
-    name = next(name for name, module in base.named_modules(remove_duplicate=False) if module is tower)
-    return name + pattern.removeprefix(TOWER)
+    part = find_tower(base)
+    if mark == LANGUAGE_MODEL:
+        tower, part = part, base.get_decoder() if hasattr(base, "get_decoder") else None
+        if part is None or tower in part.modules():
+            raise ValueError(
+                f"A {type(base).__name__} has no language model apart from its vision tower, which the pattern "
+                f"{pattern!r} could mean. Its parts are {', '.join(list_parts(base))}; name those that are meant."
+            )
+    name = next(name for name, module in base.named_modules(remove_duplicate=False) if module is part)
+    return name + dot + rest
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -5,6 +5,7 @@ from deem_plugin.training.arguments import ModelArguments
 from deem_plugin.training.model import add_lora, freeze_unread_layers
 from deem_plugin.training.parts import count_parameters, find, freeze, list_parts, matches, parameter_table
 
+from ..families.builders import build
 from ..tiny import tiny_llava
 
 PARTS = ["vision_tower", "multi_modal_projector", "language_model", "lm_head"]
@@ -103,6 +104,28 @@ def test_the_table_counts_every_parameter_once():
     assert rows["language_model"][0] == "0"
     total = sum(int(value.replace(",", "")) for value in rows["total"])
     assert total == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "with LoRA"])
+@pytest.mark.parametrize(("family", "name"), [("smolvlm", "text_model"), ("mllama", "language_model")])
+def test_the_language_model_has_a_name_of_its_own_in_every_family(family, name, wrapped):
+    model = build(family).model
+    if wrapped:
+        model = add_lora(model, ModelArguments(model="m", lora_r=2, lora_modules=["@language_model"]))
+        trainable = [key for key, parameter in model.named_parameters() if parameter.requires_grad]
+        assert trainable and all(f"model.{name}.layers." in key and "lora_" in key for key in trainable)
+
+    names = find(model, "@language_model", "model.freeze")
+
+    assert names and names == [key for key, _ in model.named_parameters() if f"model.{name}." in key]
+    assert find(model, "@language_model.norm", "model.freeze") == [
+        f"{'base_model.model.' * wrapped}model.{name}.norm.weight"
+    ]
+
+
+def test_a_language_model_with_the_tower_in_it_has_no_such_name():
+    with pytest.raises(ValueError, match="GitForCausalLM has no language model apart from its vision tower"):
+        find(build("git").model, "@language_model", "model.freeze")
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "with LoRA"])
