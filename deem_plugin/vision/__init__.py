@@ -15,7 +15,7 @@ _PUBLIC = {
     "DeemVisionConfig": "configuration",
     "DeemVisionOutput": "tower",
     "DeemVisionTower": "tower",
-    "EncoderOutput": "encoders",
+    "EncoderOutput": "encoder_output",
     "LlavaTower": "llava",
     "PerceiverResampler": "resampler",
     "assemble_llava": "hosts",

@@ -12,7 +12,7 @@ from transformers.image_utils import (
     IMAGENET_STANDARD_STD,
 )
 
-from .configuration import HF_ENCODER_TYPES, DeemVisionConfig
+from .configuration import DeemVisionConfig
 from .tower import DeemVisionTower
 
 # The encoder of the paper (https://arxiv.org/abs/2405.15232, Sec. 3.1).
@@ -44,7 +44,8 @@ def build_vision_tower(
 
     `"deem"` is the paper's: open_clip's convnext_base_w_320, adapters to 1024, and 77 queries in 12 layers of width
     768. `"deem:<encoder>"` is another encoder, which is one of: a model name of open_clip; the hub id or folder of a
-    CLIP, SigLIP, SigLIP2 or DINOv2 model; the folder of a saved [`DeemVisionTower`], taken as it is.
+    model of transformers that returns tokens or a map for a picture, or has such a vision part; the folder of a saved
+    [`DeemVisionTower`], taken as it is.
 
     Args:
         name (`str`, *optional*, defaults to `"deem"`):
@@ -145,12 +146,7 @@ def _from_hugging_face(path, pretrained, image_size, options) -> DeemVisionTower
         ) from error
     if config.model_type == DeemVisionConfig.model_type:
         return _saved_tower(path, config, pretrained, image_size)
-    vision_config = config.vision_config if config.model_type in ("clip", "siglip", "siglip2") else config
-    if vision_config.model_type not in HF_ENCODER_TYPES:
-        raise ValueError(
-            f"{path} is a model of type '{config.model_type}', which cannot be the encoder. Supported: "
-            f"{', '.join(HF_ENCODER_TYPES)}, and clip, siglip, siglip2, whose vision part is taken."
-        )
+    vision_config = getattr(config, "vision_config", config)
     mean, std = _normalisation(path, vision_config)
     tower = DeemVisionTower(
         DeemVisionConfig(
@@ -183,15 +179,25 @@ def _normalisation(path: str, vision_config: PreTrainedConfig) -> tuple[list[flo
         preprocessing, _ = CLIPImageProcessor.get_image_processor_dict(path)
     except OSError:  # a model saved without its processor
         preprocessing = {}
-    mean, std = _NORMALISATION[vision_config.model_type]
-    return list(preprocessing.get("image_mean", mean)), list(preprocessing.get("image_std", std))
+    timm = getattr(vision_config, "pretrained_cfg", None) or {}
+    usual = _NORMALISATION.get(vision_config.model_type, (timm.get("mean"), timm.get("std")))
+    mean, std = (
+        preprocessing.get(name, value) for name, value in zip(("image_mean", "image_std"), usual, strict=True)
+    )
+    if mean is None or std is None:
+        raise ValueError(
+            f"{path} does not say how pictures are normalised for its model of type '{vision_config.model_type}': it "
+            f"has no preprocessor_config.json with `image_mean` and `image_std`. Save its image processor there."
+        )
+    return list(mean), list(std)
 
 
 def _load_encoder(tower: DeemVisionTower, path: str):
     source, info = AutoModel.from_pretrained(path, output_loading_info=True)
     _refuse_bad_keys(path, info["missing_keys"], info["unexpected_keys"])
-    vision = getattr(source, "vision_model", source)  # of a full CLIP or SigLIP the vision part
-    tower.encoder.model.load_state_dict(vision.state_dict(), strict=True)
+    model = tower.encoder.model  # of a vision-language model its vision part alone
+    vision = next(module for module in source.modules() if isinstance(module, type(model)))
+    model.load_state_dict(vision.state_dict(), strict=True)
 
 
 def _refuse_bad_keys(path, missing, unexpected):

@@ -1,11 +1,12 @@
 """DeemVisionConfig: everything that defines a vision tower and is saved with it."""
 
-import math
 from dataclasses import fields
 
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, CLIPVisionCfg
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+
+from .hf_encoder import measure, own_image_size
 
 # The image tower of open_clip's `convnext_base_w_320`, the encoder of the paper.
 CONVNEXT_BASE_W_320 = {
@@ -13,15 +14,6 @@ CONVNEXT_BASE_W_320 = {
     "timm_drop_path": 0.1,
     "image_size": 320,
 }
-
-# Hugging Face vision models that can be wrapped, with the number of tokens before the patches.
-HF_ENCODER_TYPES = (
-    "clip_vision_model",
-    "siglip_vision_model",
-    "siglip2_vision_model",
-    "dinov2",
-    "dinov2_with_registers",
-)
 
 _OPEN_CLIP_KEYS = {field.name for field in fields(CLIPVisionCfg)} | {"quick_gelu", "timm_kwargs"}
 _CONVNEXT_STAGES = 4
@@ -37,7 +29,8 @@ class DeemVisionConfig(PreTrainedConfig):
 
     Args:
         encoder_config (`dict` or `PreTrainedConfig`, *optional*):
-            A CLIP, SigLIP, SigLIP2 or DINOv2 vision config.
+            Configuration of a vision encoder of transformers that returns tokens or a map, see
+            [`~deem_plugin.vision.hf_encoder.HFEncoder`].
         open_clip_config (`dict`, *optional*):
             The `vision_cfg` of an open_clip model, so that a checkpoint needs no registry to be built again. Two more
             keys are understood: `quick_gelu` (bool) and `timm_kwargs` (dict), which goes to `timm.create_model`.
@@ -69,8 +62,9 @@ class DeemVisionConfig(PreTrainedConfig):
         image_size (`int`, *optional*):
             Side of the square input in pixels. Hugging Face encoders interpolate their position embeddings when it
             differs from their own; for open_clip it is set in `open_clip_config`.
-        hidden_size, patch_size, num_hidden_layers, num_attention_heads, intermediate_size, num_channels (`int`):
-            Derived. `patch_size` is the stride of the token grid in pixels.
+        hidden_size, patch_size, num_hidden_layers, encoder_dim (`int`):
+            Derived. `patch_size` is the stride of the token grid in pixels, `encoder_dim` the width of the encoder's
+            tokens, from which `hidden_size` differs behind a resampler.
     """
 
     model_type = "deem_vision"
@@ -102,9 +96,7 @@ class DeemVisionConfig(PreTrainedConfig):
     hidden_size: int | None = None
     patch_size: int | None = None
     num_hidden_layers: int | None = None
-    num_attention_heads: int | None = None
-    intermediate_size: int | None = None
-    num_channels: int = 3
+    encoder_dim: int | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -132,28 +124,16 @@ class DeemVisionConfig(PreTrainedConfig):
             setattr(self, name, value)
 
     def _describe_hf_encoder(self) -> dict:
-        encoder = self.encoder_config
-        if encoder.model_type not in HF_ENCODER_TYPES:
-            raise ValueError(
-                f"Cannot use a model of type '{encoder.model_type}' as encoder. Supported: "
-                f"{', '.join(HF_ENCODER_TYPES)}. Of a CLIP or SigLIP model, pass the `vision_config`."
-            )
+        self.image_size = self.image_size or own_image_size(self.encoder_config)
         if self.image_size is None:
-            if encoder.model_type == "siglip2_vision_model":
-                self.image_size = math.isqrt(encoder.num_patches) * encoder.patch_size
-            else:
-                self.image_size = encoder.image_size
-        if encoder.model_type.startswith("dinov2"):
-            intermediate_size = int(encoder.hidden_size * encoder.mlp_ratio)
-        else:
-            intermediate_size = encoder.intermediate_size
-        return {
-            "hidden_size": encoder.hidden_size,
-            "patch_size": encoder.patch_size,
-            "num_hidden_layers": encoder.num_hidden_layers,
-            "num_attention_heads": encoder.num_attention_heads,
-            "intermediate_size": intermediate_size,
-        }
+            raise ValueError(
+                f"A model of type '{self.encoder_config.model_type}' does not say for which square pictures it was "
+                f"made. Give `image_size`, a number of pixels."
+            )
+        if None not in (self.encoder_dim, self.patch_size, self.num_hidden_layers):  # measured when it was saved
+            return {"hidden_size": self.encoder_dim}
+        measured = measure(self.encoder_config, self.image_size)
+        return {"hidden_size": measured["encoder_dim"], **measured}
 
     def _describe_open_clip(self) -> dict:
         cfg = self.open_clip_config
@@ -175,11 +155,10 @@ class DeemVisionConfig(PreTrainedConfig):
         width = cfg.get("width", CLIPVisionCfg.width)
         return {
             "image_size": image_size,
+            "encoder_dim": width,
             "hidden_size": width,
             "patch_size": cfg.get("patch_size", CLIPVisionCfg.patch_size),
             "num_hidden_layers": cfg.get("layers", CLIPVisionCfg.layers),
-            "num_attention_heads": width // cfg.get("head_width", CLIPVisionCfg.head_width),
-            "intermediate_size": int(width * cfg.get("mlp_ratio", CLIPVisionCfg.mlp_ratio)),
         }
 
     def _describe_convnext(self, image_size: int) -> dict:
@@ -193,11 +172,10 @@ class DeemVisionConfig(PreTrainedConfig):
                 f"got {image_size}. Choose for example {max(round(image_size / total_stride), 1) * total_stride}."
             )
         return {
+            "encoder_dim": self.embed_dim,
             "hidden_size": self.embed_dim,
             "patch_size": stem_stride * 2**self.token_stage,
             "num_hidden_layers": _CONVNEXT_STAGES,
-            "num_attention_heads": max(self.embed_dim // 64, 1),
-            "intermediate_size": 4 * self.embed_dim,
         }
 
     @property
@@ -206,15 +184,6 @@ class DeemVisionConfig(PreTrainedConfig):
         return self.open_clip_config is not None and str(self.open_clip_config.get("timm_model_name", "")).startswith(
             "convnext"
         )
-
-    @property
-    def encoder_dim(self) -> int:
-        """Width of the encoder's tokens; differs from `hidden_size` behind a resampler."""
-        if self.is_convnext:
-            return self.embed_dim
-        if self.encoder_config is not None:
-            return self.encoder_config.hidden_size
-        return self.open_clip_config.get("width", CLIPVisionCfg.width)
 
     @property
     def grid_size(self) -> int:

@@ -1,67 +1,22 @@
-"""Encoders behind one contract: `pixel_values (batch, 3, height, width)` in, [`EncoderOutput`] out."""
+"""The encoders of open_clip behind the contract of [`EncoderOutput`], and the choice of an encoder."""
 
-from dataclasses import dataclass, fields
-from typing import NamedTuple
+from dataclasses import fields
 
 import timm
 import torch
 from open_clip import CLIPVisionCfg
 from open_clip.transformer import LayerNorm, QuickGELU, VisionTransformer
 from torch import nn
-from transformers import AutoModel
 
 from .configuration import DeemVisionConfig
+from .encoder_output import Encoder, EncoderOutput, Tokens, to_map
+from .hf_encoder import HFEncoder
 
 
-class Tokens(NamedTuple):
-    """Class token `(batch, 1, dim)`, `None` where the encoder has none, and patches `(batch, patches, dim)`."""
-
-    class_token: torch.Tensor | None
-    patches: torch.Tensor
-
-
-@dataclass
-class EncoderOutput:
-    """
-    What every encoder returns.
-
-    Args:
-        tokens (`Tokens`): The encoder's final tokens, patches in row-major order.
-        layers (`tuple[Tokens, ...]`): Tokens after the embedding and after each layer; a single entry for ConvNeXts.
-        pooled (`torch.Tensor`): One vector an image, `(batch, dim)`.
-        maps (`dict[str, torch.Tensor]`): Feature maps `(batch, dim, height, width)` under the names `stride{pixels}`.
-    """
-
-    tokens: Tokens
-    layers: tuple[Tokens, ...]
-    pooled: torch.Tensor
-    maps: dict[str, torch.Tensor]
-
-
-def to_map(patches: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Lays patches `(batch, height * width, dim)` out as `(batch, dim, height, width)`."""
-    return patches.transpose(1, 2).unflatten(2, (height, width))
-
-
-class OpenClipEncoder(nn.Module):
-    """
-    What the encoders from open_clip share: loading its weights, and gradient checkpointing that takes effect.
-
-    transformers switches checkpointing on by setting the attribute `gradient_checkpointing` on the modules that have
-    it. timm and open_clip do not, so without the property below nothing would be checkpointed and nobody told.
-    """
+class OpenClipEncoder(Encoder):
+    """What the encoders from open_clip share: loading its weights."""
 
     trunk: nn.Module
-
-    @property
-    def gradient_checkpointing(self) -> bool:
-        """Whether activations are recomputed in the backward pass; setting it reaches the trunk."""
-        return self._gradient_checkpointing
-
-    @gradient_checkpointing.setter
-    def gradient_checkpointing(self, enable: bool):
-        self._gradient_checkpointing = enable
-        self.trunk.set_grad_checkpointing(enable)
 
     def load_visual(self, visual: nn.Module):
         """
@@ -187,64 +142,8 @@ class OpenClipViT(OpenClipEncoder):
         )
 
 
-class HFEncoder(nn.Module):
-    """
-    CLIP, SigLIP, SigLIP2 or DINOv2 vision model of Hugging Face.
-
-    Register tokens are left out of the output.
-
-    Args:
-        config (`DeemVisionConfig`): Reads `encoder_config` and `image_size`.
-    """
-
-    def __init__(self, config: DeemVisionConfig):
-        super().__init__()
-        encoder = config.encoder_config
-        self.model = AutoModel.from_config(encoder)
-        self.patch_size = config.patch_size
-        self.has_class_token = not encoder.model_type.startswith("siglip")
-        self.num_prefix_tokens = int(self.has_class_token) + getattr(encoder, "num_register_tokens", 0)
-        self.packs_patches = encoder.model_type == "siglip2_vision_model"
-        # DINOv2 interpolates unasked, and SigLIP2 by its `spatial_shapes`.
-        asks_to_interpolate = encoder.model_type in ("clip_vision_model", "siglip_vision_model")
-        self.interpolate = asks_to_interpolate and config.image_size != encoder.image_size
-
-    def _inputs(self, pixel_values: torch.Tensor, height: int, width: int) -> dict:
-        if not self.packs_patches:
-            inputs = {"pixel_values": pixel_values}
-            if self.interpolate:
-                inputs["interpolate_pos_encoding"] = True
-            return inputs
-        batch, size = len(pixel_values), self.patch_size
-        patches = pixel_values[..., : height * size, : width * size]
-        patches = patches.unflatten(3, (width, size)).unflatten(2, (height, size))  # (batch, 3, h, size, w, size)
-        patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # channels last within a patch
-        return {
-            "pixel_values": patches,
-            "pixel_attention_mask": pixel_values.new_ones(batch, height * width, dtype=torch.long),
-            "spatial_shapes": torch.tensor([[height, width]] * batch, device=pixel_values.device),
-        }
-
-    def _split(self, state: torch.Tensor) -> Tokens:
-        class_token = state[:, :1] if self.has_class_token else None
-        return Tokens(class_token, state[:, self.num_prefix_tokens :])
-
-    def forward(self, pixel_values: torch.Tensor) -> EncoderOutput:
-        """Maps `pixel_values` `(batch, 3, size, size)` to tokens."""
-        height, width = (side // self.patch_size for side in pixel_values.shape[-2:])
-        outputs = self.model(**self._inputs(pixel_values, height, width), output_hidden_states=True, return_dict=True)
-        tokens = self._split(outputs.last_hidden_state)
-        pooled = outputs.pooler_output
-        return EncoderOutput(
-            tokens=tokens,
-            layers=tuple(self._split(state) for state in outputs.hidden_states),
-            pooled=tokens.patches.mean(dim=1) if pooled is None else pooled,
-            maps={f"stride{self.patch_size}": to_map(tokens.patches, height, width)},
-        )
-
-
 def build_encoder(config: DeemVisionConfig) -> nn.Module:
     """Builds the encoder that `config` describes, with new weights."""
     if config.encoder_config is not None:
-        return HFEncoder(config)
+        return HFEncoder(config.encoder_config, config.image_size)
     return OpenClipConvNeXt(config) if config.is_convnext else OpenClipViT(config)

@@ -12,7 +12,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
 from .configuration import DeemVisionConfig
-from .encoders import EncoderOutput, OpenClipEncoder, Tokens, build_encoder
+from .encoder_output import EncoderOutput, Tokens
+from .encoders import build_encoder
 from .grids import positioned_maps, region_to_patches, sincos_position_embedding
 from .region_tokens import RegionTokens
 from .resampler import PerceiverResampler
@@ -99,9 +100,7 @@ class DeemVisionTower(PreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         """Returns the module that turns pixels into patches, so that its output can be made to require gradients."""
-        if isinstance(self.encoder, OpenClipEncoder):
-            return self.encoder.trunk.stem if self.config.is_convnext else self.encoder.trunk.conv1
-        return self.encoder.model.get_input_embeddings()
+        return next(module for module in self.encoder.modules() if isinstance(module, nn.Conv2d | nn.Linear))
 
     @property
     def patch_size(self) -> int:
@@ -147,11 +146,11 @@ class DeemVisionTower(PreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         wanted = _layers_asked_for(output_hidden_states, self.num_layers)
         size, grid = self.config.image_size, self.config.grid_size
-        if pixel_values.shape[1:] != (self.config.num_channels, size, size):
+        if pixel_values.shape[1:] != (3, size, size):
             raise ValueError(
-                f"The tower reads images of shape (batch, {self.config.num_channels}, {size}, {size}), got "
-                f"{tuple(pixel_values.shape)}. Use the image processor made by `build_image_processor(tower)`, or "
-                f"build the tower with another `image_size`."
+                f"The tower reads images of shape (batch, 3, {size}, {size}), got {tuple(pixel_values.shape)}. Use "
+                f"the image processor made by `build_image_processor(tower)`, or build the tower with another "
+                f"`image_size`."
             )
 
         encoded = self.encoder(pixel_values)

@@ -160,9 +160,9 @@ def test_names_that_mean_nothing_are_refused_with_the_choices(name, options, mes
         build_vision_tower(name, **options)
 
 
-def test_other_models_are_refused(tmp_path):
+def test_model_with_an_unknown_normalisation_is_refused(tmp_path):
     ViTConfig().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="model of type 'vit', which cannot be the encoder. Supported: clip_vision"):
+    with pytest.raises(ValueError, match="does not say how pictures are normalised for its model of type 'vit'"):
         build_vision_tower(f"deem:{tmp_path}")
 
 
