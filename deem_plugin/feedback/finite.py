@@ -34,8 +34,8 @@ class FiniteTally:
         if share > NONFINITE_SHARE and (self.nonfinite >= NONFINITE_VIEWS or (share == 1 and self.views > 1)):
             raise RuntimeError(
                 f"The feedback of {self.nonfinite:.0f} of {self.views:.0f} pictures was not finite. They were left "
-                f"out, and the weights are unharmed; but the denoiser or the autoencoder overflows. Set the `dtype` of "
-                f"the diffusion model to bfloat16 or float32, and look for broken pictures in the data."
+                f"out, and the weights are unharmed; but the denoiser or the autoencoder overflows. Set the `dtype` "
+                f"of the diffusion model to bfloat16 or float32, and look for broken pictures in the data."
             )
 
 
