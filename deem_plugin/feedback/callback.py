@@ -172,7 +172,7 @@ class DiffusionFeedbackCallback(TrainerCallback):
         self.attachment.began = True
         self.hook.reset()
         if not args.deepspeed and not args.fsdp:
-            self._check_optimizer(optimizer)
+            _check_optimizer(optimizer, self.conditioner)
         self.diffusion_model.to(args.device)
         if self.diffusion_model.cpu_offload and args.device.type == "cuda":
             pin(self.diffusion_model.modules())
@@ -199,16 +199,6 @@ class DiffusionFeedbackCallback(TrainerCallback):
         elif args.should_save:
             anchor.save(args.output_dir)
         anchor.to(args.device)
-
-    def _check_optimizer(self, optimizer):
-        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        missing = [name for name, value in self.conditioner.named_parameters() if id(value) not in trained]
-        if missing:
-            raise ValueError(
-                f"The conditioner is in no optimizer group ({len(missing)} parameters, first {missing[0]!r}), so it "
-                f"would stay as it was drawn. Call `callback.attach(model, processor)` before you build the optimizer "
-                f"that you pass to the Trainer, and after `get_peft_model`."
-            )
 
     def on_step_begin(self, args, state, control, optimizer=None, train_dataloader=None, **kwargs):
         """Makes the state of the next optimizer step: the factor on the feedback's gradient and the seed."""
@@ -242,33 +232,13 @@ class DiffusionFeedbackCallback(TrainerCallback):
         """
         values = {}
         if "loss" in logs and "feedback_loss" not in logs:
-            values = self._training_values(self.hook.sums.take(SUMS, args.device))
+            values = _training_values(self.hook, self.hook.sums.take(SUMS, args.device))
         evaluated = [name.removesuffix("_runtime") for name in logs if name.endswith("_runtime")]
         if self.config.in_eval and evaluated and evaluated != ["train"]:
             sums = self.hook.eval_sums.take(("loss", "images"), args.device)
             if sums["images"]:
                 values[f"{evaluated[0]}_feedback_loss"] = sums["loss"] / sums["images"]
         logs.update(values)
-        return values
-
-    def _training_values(self, sums):
-        values = {}
-        if sums["images"]:
-            values["feedback_loss"] = sums["loss"] / sums["images"]
-            if self.hook.anchor is not None:
-                values["anchor_loss"] = sums["anchor"] / sums["images"]
-        if sums["blank"]:
-            values["feedback_blank"] = sums["blank"]
-        if sums["nonfinite"]:
-            values["feedback_nonfinite"] = sums["nonfinite"]
-        if sums["unseen"]:
-            logger.warning(
-                "In %d calls the model was given pictures that its vision tower (%s) never saw, as videos may go to a "
-                "tower of their own. These pictures got no feedback.",
-                sums["unseen"],
-                type(self.hook.source.module).__name__,
-            )
-        self.hook.tally.add(sums["views"], sums["nonfinite"])
         return values
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
@@ -303,6 +273,40 @@ class DiffusionFeedbackCallback(TrainerCallback):
         save_conditioner(self.conditioner, self.config, args.output_dir, write=args.should_save)
         self.hook.reset()
         self.detach()
+
+
+def _check_optimizer(optimizer, conditioner):
+    """Raises a `ValueError` if the optimizer does not train the conditioner."""
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [name for name, value in conditioner.named_parameters() if id(value) not in trained]
+    if missing:
+        raise ValueError(
+            f"The conditioner is in no optimizer group ({len(missing)} parameters, first {missing[0]!r}), so it "
+            f"would stay as it was drawn. Call `callback.attach(model, processor)` before you build the optimizer "
+            f"that you pass to the Trainer, and after `get_peft_model`."
+        )
+
+
+def _training_values(hook, sums):
+    """Returns what is logged of the sums since the last log, and warns of what was left out."""
+    values = {}
+    if sums["images"]:
+        values["feedback_loss"] = sums["loss"] / sums["images"]
+        if hook.anchor is not None:
+            values["anchor_loss"] = sums["anchor"] / sums["images"]
+    if sums["blank"]:
+        values["feedback_blank"] = sums["blank"]
+    if sums["nonfinite"]:
+        values["feedback_nonfinite"] = sums["nonfinite"]
+    if sums["unseen"]:
+        logger.warning(
+            "In %d calls the model was given pictures that its vision tower (%s) never saw, as videos may go to a "
+            "tower of their own. These pictures got no feedback.",
+            sums["unseen"],
+            type(hook.source.module).__name__,
+        )
+    hook.tally.add(sums["views"], sums["nonfinite"])
+    return values
 
 
 class Attachment:
