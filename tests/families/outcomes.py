@@ -25,6 +25,6 @@ WITHOUT_TOWER = {
 # Have a tower, but no builder here.
 UNBUILT = {
     "diffusion_gemma": "computes no loss of its own",
-    "instructblipvideo": "takes videos only",
-    "pi0": "drives robots",
+    "instructblipvideo": "refused: takes videos only",
+    "pi0": "refused: drives robots",
 }

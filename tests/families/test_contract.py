@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from deem_plugin.vision.eyes import Eyes
@@ -14,6 +15,7 @@ from deem_plugin.vision.outputs import mapped, tokens_last
 
 from ..feedback.helpers import begin_step, keyed_callback, relative_difference
 from .builders import FAMILIES, POPULAR, build
+from .generic import small_config
 from .outcomes import BROKEN, REFUSED, UNBUILT, WITHOUT_TOWER
 
 TRAINED = [name for name in FAMILIES if name not in {**REFUSED, **BROKEN}]
@@ -60,6 +62,35 @@ def test_what_is_refused_is_refused_when_the_feedback_is_attached(name):
     case = build(name)
     with pytest.raises(ValueError, match=REFUSED[name][0]):
         keyed_callback().attach(case.model, case.image_processor)
+
+
+VQ = {
+    "base_channels": 32,
+    "channel_multiplier": [1, 1],
+    "num_res_blocks": 1,
+    "embed_dim": 8,
+    "num_embeddings": 16,
+    "latent_channels": 8,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("fuyu", {}, "Found no vision tower"),
+        ("gemma4_unified", {}, "Found no vision tower"),
+        ("mistral4", {}, "Found no vision tower"),
+        ("udop", {}, "Found no vision tower"),
+        ("chameleon", {"vocabulary_map": {"<image>": 500}, "vq_config": VQ}, "Found no vision tower"),
+        ("emu3", {"vocabulary_map": {"<image>": 500}, "vq_config": VQ}, "could not be measured"),
+        ("instructblipvideo", {}, "could not be measured"),
+        ("pi0", {}, "could not be measured"),
+    ],
+)
+def test_what_sees_without_a_tower_or_no_pictures_is_refused(name, options, reason):
+    model = AutoModelForImageTextToText.from_config(small_config(name, **options))
+    with pytest.raises(ValueError, match=reason):
+        Eyes.of(model, None, [0.5] * 3, [0.5] * 3)
 
 
 @pytest.mark.parametrize("name", BROKEN)

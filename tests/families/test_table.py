@@ -29,7 +29,7 @@ def table() -> str:
         **{name: f"refused: {why}" for name, (_, why) in REFUSED.items()},
         **dict.fromkeys(BROKEN, "not tried: transformers itself cannot run it with a picture"),
         **{name: f"no tower: {why}" for name, why in WITHOUT_TOWER.items()},
-        **{name: f"not tried: {why}" for name, why in UNBUILT.items()},
+        **{name: why if why.startswith("refused") else f"not tried: {why}" for name, why in UNBUILT.items()},
     }
     mapping = sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items())
     for name, model_class in mapping:
