@@ -88,7 +88,8 @@ VQ = {
     ],
 )
 def test_what_sees_without_a_tower_or_no_pictures_is_refused(name, options, reason):
-    model = AutoModelForImageTextToText.from_config(small_config(name, **options))
+    with torch.device("meta"):  # some of these cannot be made small
+        model = AutoModelForImageTextToText.from_config(small_config(name, **options))
     with pytest.raises(ValueError, match=reason):
         Eyes.of(model, None, [0.5] * 3, [0.5] * 3)
 
