@@ -216,7 +216,7 @@ def test_a_trained_family_answers_through_lmms_eval(checkpoint, trained, name, t
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_vl", "smolvlm"])
 def test_a_family_trains_from_its_latent_cache_as_without(checkpoint, name, tmp_path):
-    folder, settings = checkpoint(name), {"feedback__latent_cache": tmp_path / "cache"}
+    folder, settings = checkpoint(name), {"feedback__diffusion_model__latent_cache": tmp_path / "cache"}
 
     counts = cache_latents(recipe_of(folder, tmp_path / "fill", **settings), batch_size=3)
     train(recipe_of(folder, tmp_path / "plain"))
