@@ -34,6 +34,7 @@ class Eyes:
         tiles (`bool`): Whether the processor cuts pictures into tiles, each a row of the call.
         thumbnail (`int`, *optional*): Place of the thumbnail among the tiles of an image: 0, -1, or none.
         image_token_id (`int`, *optional*): Marks the places of an image in `input_ids`.
+        image_end_id (`int`, *optional*): Ends an image there, whose tiles may have tokens between them.
         options (`dict`): Arguments that the model calls the tower with beside its pictures.
     """
 
@@ -48,6 +49,7 @@ class Eyes:
     tiles: bool = False
     thumbnail: int | None = None
     image_token_id: int | None = None
+    image_end_id: int | None = None
     options: dict = field(default_factory=dict)
 
     @classmethod
@@ -84,6 +86,7 @@ class Eyes:
             read_parameters=parameters_of(tower, [call.outputs[path] for path in call.read]),
             pooled_width=pooled_width(call.outputs),
             image_token_id=_image_token_id(base.config),
+            image_end_id=_image_end_id(base.config, processor),
             options=call.options,
         )
         if not (tokens.is_meta or image_processor is None):
@@ -262,18 +265,24 @@ def _rows_per_image(model_inputs, rows, eyes):
     ids = model_inputs.get("input_ids")
     if not eyes.tiles or ids is None or eyes.image_token_id is None:
         return None, "image"
-    runs = _runs(ids == eyes.image_token_id)
-    if not runs or sum(runs) % rows or any(run % (sum(runs) // rows) for run in runs):
+    lengths = _image_lengths(ids, eyes.image_token_id, eyes.image_end_id)
+    if not lengths or sum(lengths) % rows or any(length % (sum(lengths) // rows) for length in lengths):
         return None, "image"
-    return [run * rows // sum(runs) for run in runs], "tile"
+    return [length * rows // sum(lengths) for length in lengths], "tile"
 
 
-def _runs(mask) -> list[int]:
-    """Returns the lengths of the runs of True in the rows of a mask `(batch, tokens)`."""
-    padded = nn.functional.pad(mask.int(), (1, 1))
-    steps = padded.diff(dim=1)
-    starts, ends = (steps == 1).nonzero()[:, 1], (steps == -1).nonzero()[:, 1]
-    return (ends - starts).tolist()
+def _image_lengths(ids, image, end) -> list[int]:
+    """
+    Returns the number of tokens of each image in texts `(batch, tokens)`: up to what ends an image, for there may be
+    others between its tiles (Aya Vision, Llama 4); where nothing does, as many as follow each other.
+    """
+    mask = ids == image
+    breaks = ids == end if end is not None else torch.zeros_like(mask)
+    if not breaks.any():
+        breaks = ~mask
+    # The end of a row ends an image, too.
+    numbers = nn.functional.pad(breaks.int(), (0, 1), value=1).flatten().cumsum(0).view(len(ids), -1)[:, :-1]
+    return numbers[mask].unique_consecutive(return_counts=True)[1].tolist()
 
 
 def _find_thumbnail(views):
@@ -291,6 +300,19 @@ def _find_thumbnail(views):
 
 def _image_token_id(config):
     for name in ("image_token_id", "image_token_index"):
+        if getattr(config, name, None) is not None:
+            return getattr(config, name)
+    return None
+
+
+def _image_end_id(config, processor):
+    """Returns the id of the token that ends an image in a text, as the processor or the config names it; or None."""
+    tokenizer = getattr(processor, "tokenizer", None)
+    for name in ("end_of_img_token", "image_end_token", "eoi_token"):
+        token = getattr(processor, name, None) or getattr(tokenizer, name, None)
+        if isinstance(token, str) and tokenizer is not None:
+            return tokenizer.convert_tokens_to_ids(token)
+    for name in ("eoi_token_id", "image_end_token_id"):
         if getattr(config, name, None) is not None:
             return getattr(config, name)
     return None

@@ -3,13 +3,19 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModel, CLIPVisionModel, LlavaForConditionalGeneration
+from transformers import (
+    AutoModel,
+    AyaVisionProcessor,
+    CLIPVisionModel,
+    Llama4Processor,
+    LlavaForConditionalGeneration,
+)
 
 from deem_plugin.vision.eyes import Eyes
 from deem_plugin.vision.towers import find_tower
 
-from ..families.builders import build
-from ..tiny import tiny_clip_config, tiny_llava
+from ..families.builders import build, picture
+from ..tiny import tiny_clip_config, tiny_llava, tiny_tokenizer
 
 STATISTICS = {"mean": [0.5] * 3, "std": [0.5] * 3}
 
@@ -134,3 +140,46 @@ def test_a_layout_whose_pictures_come_back_scrambled_is_refused():
         ValueError, match="cannot be put together.*laid out in an order that the feedback does not know"
     ):
         Eyes.of(case.model, Reordered())
+
+
+def with_tokens(tokenizer, *tokens):
+    tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)})
+    return tokenizer
+
+
+def aya():
+    """Aya Vision with its processor, whose tiles have their names between them; 4 tokens a tile."""
+    case = build("aya_vision")
+    tokenizer = with_tokens(tiny_tokenizer(), "<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>", "TILE_GLOBAL")
+    options = {"patch_size": 8, "img_size": 32, "downsample_factor": 2, "image_token": "<image>"}
+    processor = AyaVisionProcessor(case.image_processor, tokenizer, **options)
+    case.model.config.image_token_index = processor.image_token_id
+    return case.model, processor
+
+
+def llama4():
+    """Llama 4 with its processor, whose tiles have separators between them."""
+    case = build("llama4")
+    names = ("start", "end", "tile_x_separator", "tile_y_separator")
+    marks = [f"<|image_{name}|>" if name in ("start", "end") else f"<|{name}|>" for name in names]
+    tokenizer = with_tokens(tiny_tokenizer(), *marks, "<|patch|>", "<|image|>")
+    processor = Llama4Processor(case.image_processor, tokenizer, patch_size=8)
+    case.model.config.image_token_index = tokenizer.convert_tokens_to_ids("<|patch|>")
+    return case.model, processor
+
+
+@pytest.mark.parametrize(("make", "mark"), [(aya, "<image>"), (llama4, "<|image|>")])
+def test_tiles_with_tokens_between_them_are_one_image(make, mark):
+    """Two images next to each other and one in a text of its own: of two, of four tiles, and of one."""
+    model, processor = make()
+    eyes = Eyes.of(model, processor)
+    images = [picture(*size, seed)[0] for seed, size in enumerate(((64, 32), (64, 64), (32, 32)))]
+    batch = processor(
+        text=[f"{mark}{mark}what", f"a {mark}"], images=[images[:2], images[2:]], padding=True, return_tensors="pt"
+    )
+
+    views = eyes.show(model, dict(batch))
+
+    assert [view.image for view in views] == [0] * 3 + [1] * 5 + [2]
+    kinds = ["tile", "tile", "thumbnail"], ["tile"] * 4 + ["thumbnail"], ["image"]
+    assert [view.kind for view in views] == [kind for own in kinds for kind in own]
