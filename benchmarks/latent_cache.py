@@ -1,5 +1,5 @@
 """
-Times a feedback step with and without a latent cache, alternately: `python -m tests.feedback.benchmark_latent_cache`.
+Times a feedback step with and without a latent cache, alternately: `python benchmarks/latent_cache.py`.
 
 The sizes are those of a small Stable Diffusion: UNet of 35 million parameters, pictures of 256 pixels, latents of 32 x
 32, batch 4; a CLIP of 9 million parameters that trains at 128 pixels. CPU seconds of one thread, so that other work on
