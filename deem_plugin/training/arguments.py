@@ -117,7 +117,8 @@ class DeemArguments:
             0.
         dtype (`str`, *optional*, defaults to `"float32"`): Precision of the denoiser.
         lm_weight, image_weight, feedback_weight (`float`, *optional*, defaults to 1, 5 and 5):
-            Factors on the losses of the next token, the next image and the same image; 0 leaves a loss out.
+            Factors on the losses of the next token, the next image and the same image; 0 leaves a loss out. The first
+            two are means; the last is the sum over the images of a step by its documents.
         feedback_timesteps (`str`, *optional*, defaults to `"shrink"`): One of `TIMESTEP_SAMPLERS`.
         null_context_rate (`float`, *optional*, defaults to 0.1):
             Share of pictures that are learned without their context, for classifier-free guidance.
