@@ -177,6 +177,22 @@ def test_a_trained_family_reloads_as_its_stock_class_with_all_that_should_have_m
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3_vl", "smolvlm", "mllama"])
+def test_lora_on_language_model_and_tower_is_merged_into_the_stock_class(checkpoint, name, tmp_path):
+    folder = checkpoint(name)
+    recipe = recipe_of(folder, tmp_path, model__lora_r=2)
+    recipe.model.learning_rates = {"feedback_conditioner": 1e-3}
+
+    model, info = AutoModelForImageTextToText.from_pretrained(train(recipe), output_loading_info=True)
+
+    assert not (info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"])
+    before = AutoModelForImageTextToText.from_pretrained(folder / "model")
+    for after, start in ((find_tower(model), find_tower(before)), (model.get_decoder(), before.get_decoder())):
+        start = start.state_dict()
+        assert any(not value.equal(start[key]) for key, value in after.named_parameters())
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_a_trained_family_is_reconstructed(checkpoint, trained, name, tmp_path):
     pictures = sorted((checkpoint(name) / "images").glob("*.png"))[:2]
