@@ -194,10 +194,14 @@ def _normalisation(path: str, vision_config: PreTrainedConfig) -> tuple[list[flo
 
 def _load_encoder(tower: DeemVisionTower, path: str):
     source, info = AutoModel.from_pretrained(path, output_loading_info=True)
-    _refuse_bad_keys(path, info["missing_keys"], info["unexpected_keys"])
-    model = tower.encoder.model  # of a vision-language model its vision part alone
-    vision = next(module for module in source.modules() if isinstance(module, type(model)))
-    model.load_state_dict(vision.state_dict(), strict=True)
+    model = tower.encoder.model
+    parts = [name for name, part in source.named_modules() if isinstance(part, type(model))]
+    if not parts:
+        raise ValueError(f"{path} holds no {type(model).__name__}, though its config has one. Check that both fit.")
+    # Of a larger model the vision part, whose keys alone count.
+    keys = ([key for key in info[kind] if key.startswith(parts[0])] for kind in ("missing_keys", "unexpected_keys"))
+    _refuse_bad_keys(path, *keys)
+    model.load_state_dict(source.get_submodule(parts[0]).state_dict(), strict=True)
 
 
 def _refuse_bad_keys(path, missing, unexpected):

@@ -46,7 +46,9 @@ class HFEncoder(Encoder):
         # The others interpolate unasked, or cannot.
         self.interpolate = "interpolate_pos_encoding" in arguments and image_size != own_image_size(encoder)
         parameters = ((name.split(".")[-1], value) for name, value in self.model.named_parameters())
-        self.num_registers = sum(value.shape[-2] for name, value in parameters if name.startswith("reg"))
+        registers = [value for name, value in parameters if name.startswith("reg")]
+        # DeepSpeed keeps the shape of what it has spread over devices under a name of its own.
+        self.num_registers = sum(getattr(value, "ds_shape", value.shape)[-2] for value in registers)
         self.gradient_checkpointing = False
 
     def _inputs(self, pixel_values: torch.Tensor) -> dict:
@@ -123,6 +125,7 @@ def measure(encoder: PreTrainedConfig, image_size: int) -> dict[str, int]:
         small.num_hidden_layers = 1
     try:
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
             model = HFEncoder(small, image_size, MODEL_MAPPING[type(small)](small)).eval()
             pictures = torch.randn(1, 3, image_size, image_size).repeat(3, 1, 1, 1)
             encoded = model(pictures)
