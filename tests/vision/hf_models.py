@@ -30,7 +30,7 @@ OPTIONS = {
         "fov_model_config": _DINOV2,
     },
     "efficientloftr": {"hidden_size": 256},
-    "efficientnet": {"depth_coefficient": 0.2},
+    "efficientnet": {"depth_coefficient": 0.2, "initializer_range": 0.2},
     "timm_wrapper": {"architecture": "vit_tiny_patch16_224", "model_args": {"img_size": 128, "depth": 3}},
     "gemma3n_vision": {"architecture": "mobilenetv5_300m_enc", "model_args": {"channel_multiplier": 0.05}},
     "swin2sr": {"image_size": 16, "window_size": 4},
