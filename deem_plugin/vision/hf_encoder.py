@@ -1,7 +1,6 @@
 """HFEncoder: any vision encoder of transformers that gives tokens on a grid; what it gives is measured, not listed."""
 
 import copy
-import inspect
 import math
 
 import torch
@@ -9,6 +8,7 @@ from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedM
 from transformers.utils import ModelOutput
 
 from .encoder_output import Encoder, EncoderOutput, Tokens, to_map
+from .layouts import layout_of
 
 
 def own_image_size(encoder: PreTrainedConfig) -> int | None:
@@ -41,32 +41,15 @@ class HFEncoder(Encoder):
     def __init__(self, encoder: PreTrainedConfig, image_size: int, model: PreTrainedModel | None = None):
         super().__init__()
         self.model = AutoModel.from_config(encoder) if model is None else model
-        arguments = inspect.signature(self.model.forward).parameters
-        self.patch_size = encoder.patch_size if "spatial_shapes" in arguments else None  # of packed patches
+        self.layout = layout_of(self.model)
         # The others interpolate unasked, or cannot.
-        self.interpolate = "interpolate_pos_encoding" in arguments and image_size != own_image_size(encoder)
+        asks_to_interpolate = "interpolate_pos_encoding" in self.layout.names
+        self.interpolate = asks_to_interpolate and image_size != own_image_size(encoder)
         parameters = ((name.split(".")[-1], value) for name, value in self.model.named_parameters())
         registers = [value for name, value in parameters if name.startswith("reg")]
         # DeepSpeed keeps the shape of what it has spread over devices under a name of its own.
         self.num_registers = sum(getattr(value, "ds_shape", value.shape)[-2] for value in registers)
         self.gradient_checkpointing = False
-
-    def _inputs(self, pixel_values: torch.Tensor) -> dict:
-        if self.patch_size is None:
-            inputs = {"pixel_values": pixel_values}
-            if self.interpolate:
-                inputs["interpolate_pos_encoding"] = True
-            return inputs
-        batch, size = len(pixel_values), self.patch_size
-        height, width = (side // size for side in pixel_values.shape[-2:])
-        patches = pixel_values[..., : height * size, : width * size]
-        patches = patches.unflatten(3, (width, size)).unflatten(2, (height, size))  # (batch, 3, h, size, w, size)
-        patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # channels last within a patch
-        return {
-            "pixel_values": patches,
-            "pixel_attention_mask": pixel_values.new_ones(batch, height * width, dtype=torch.long),
-            "spatial_shapes": torch.tensor([[height, width]] * batch, device=pixel_values.device),
-        }
 
     def _split(self, state: torch.Tensor, batch: int) -> Tokens:
         if state.ndim == 4:
@@ -78,7 +61,10 @@ class HFEncoder(Encoder):
 
     def run(self, pixel_values: torch.Tensor) -> ModelOutput:
         """Runs the model on `pixel_values` `(batch, 3, size, size)`."""
-        return self.model(**self._inputs(pixel_values), output_hidden_states=True, return_dict=True)
+        inputs = self.layout.pack(list(pixel_values))
+        if self.interpolate:
+            inputs["interpolate_pos_encoding"] = True
+        return self.model(**inputs, output_hidden_states=True, return_dict=True)
 
     def read(self, outputs: ModelOutput, pixel_values: torch.Tensor) -> EncoderOutput:
         """Reads what [`HFEncoder.run`] returned."""
@@ -137,8 +123,7 @@ def measure(encoder: PreTrainedConfig, image_size: int) -> dict[str, int]:
             outputs = model.run(pictures)
     except Exception as error:
         raise ValueError(
-            f"Cannot use {name}: given `pixel_values` of shape (batch, 3, {image_size}, {image_size}) and nothing "
-            f"else, it stops with {type(error).__name__}: {error}. {advice}."
+            f"Cannot use {name}: given such pictures alone, it stops with {type(error).__name__}: {error}. {advice}."
         ) from error
     patches = model.read(outputs, pictures).tokens.patches
     changed = (patches[1:] - patches[0]).norm(dim=2).argmax(dim=1).tolist()

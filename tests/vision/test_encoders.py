@@ -185,7 +185,7 @@ def test_siglip2_reads_patches_in_the_order_of_its_own_processor():
 
     tower = tiny_tower("siglip2")
     pixels = tiny_pixels(tower)
-    inputs = tower.encoder._inputs(pixels)
+    inputs = tower.encoder.layout.pack(list(pixels))
     expected = torch.stack([convert_image_to_patches(image, 8) for image in pixels])
     assert torch.equal(inputs["pixel_values"], expected)
 
