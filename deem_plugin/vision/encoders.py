@@ -1,11 +1,9 @@
 """The encoders of open_clip behind the contract of [`EncoderOutput`], and the choice of an encoder."""
 
-from dataclasses import fields
-
 import timm
 import torch
 from open_clip import CLIPVisionCfg
-from open_clip.transformer import LayerNorm, QuickGELU, VisionTransformer
+from open_clip.model import _build_vision_tower
 from torch import nn
 
 from .configuration import DeemVisionConfig
@@ -74,23 +72,6 @@ class OpenClipConvNeXt(OpenClipEncoder):
         return EncoderOutput(tokens, (tokens,), pooled, maps)
 
 
-# Options of open_clip's vision transformer that `OpenClipViT` follows, or that do not concern it.
-_HONOURED = ("image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio", "ls_init_value", "no_ln_pre")
-_INDIFFERENT = ("output_tokens",)
-
-
-def _check_honoured(cfg: CLIPVisionCfg):
-    """Raises a `ValueError` if an option is set that would silently change nothing."""
-    for option in fields(CLIPVisionCfg):
-        ours = option.name in (*_HONOURED, *_INDIFFERENT) or option.name.startswith("timm_")
-        if not ours and getattr(cfg, option.name) != option.default:
-            raise ValueError(
-                f"The open_clip model sets `{option.name}={getattr(cfg, option.name)!r}`, which the tower does not "
-                f"support: its tokens would be others than open_clip's. Supported are "
-                f"{', '.join(_HONOURED)}; choose a model with the default of `{option.name}` ({option.default!r})."
-            )
-
-
 class OpenClipViT(OpenClipEncoder):
     """
     Vision transformer of open_clip.
@@ -104,40 +85,28 @@ class OpenClipViT(OpenClipEncoder):
     def __init__(self, config: DeemVisionConfig):
         super().__init__()
         cfg = dict(config.open_clip_config)
-        act_layer = QuickGELU if cfg.pop("quick_gelu", False) else nn.GELU
-        cfg = CLIPVisionCfg(**cfg)
-        _check_honoured(cfg)
-        self.trunk = VisionTransformer(
-            image_size=cfg.image_size,
-            patch_size=cfg.patch_size,
-            width=cfg.width,
-            layers=cfg.layers,
-            heads=cfg.width // cfg.head_width,
-            mlp_ratio=cfg.mlp_ratio,
-            ls_init_value=cfg.ls_init_value,
-            no_ln_pre=cfg.no_ln_pre,
-            act_layer=act_layer,
-            norm_layer=LayerNorm,
-        )
+        if cfg.get("patch_dropout"):
+            raise ValueError(
+                f"The open_clip model sets `patch_dropout={cfg['patch_dropout']}`, but the tower's tokens form a "
+                f"whole grid. Choose a model without it."
+            )
+        quick_gelu = cfg.pop("quick_gelu", False)
+        self.trunk = _build_vision_tower(cfg.get("width", CLIPVisionCfg.width), cfg, quick_gelu)
         self.trunk.proj = None
-        self.patch_size = cfg.patch_size
+        self.patch_size = config.patch_size
         self.gradient_checkpointing = False
 
     def forward(self, pixel_values: torch.Tensor) -> EncoderOutput:
         """Maps `pixel_values` `(batch, 3, size, size)` to tokens."""
         trunk = self.trunk
-        patches = trunk.conv1(pixel_values).flatten(2).transpose(1, 2)
-        class_token = trunk.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
-        embeddings = torch.cat([class_token, patches], dim=1) + trunk.positional_embedding.to(patches.dtype)
-        embeddings = trunk.ln_pre(embeddings)
-
+        embeddings = trunk._embeds(pixel_values)
         last, states = trunk.transformer.forward_intermediates(embeddings)
         layers = tuple(Tokens(state[:, :1], state[:, 1:]) for state in (embeddings, *states))
         height, width = (side // self.patch_size for side in pixel_values.shape[-2:])
         return EncoderOutput(
             tokens=layers[-1],
             layers=layers,
-            pooled=trunk.ln_post(last[:, 0]),
+            pooled=trunk._pool(last)[0],
             maps={f"stride{self.patch_size}": to_map(layers[-1].patches, height, width)},
         )
 

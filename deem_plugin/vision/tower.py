@@ -96,7 +96,8 @@ class DeemVisionTower(PreTrainedModel):
         elif isinstance(module, VisionTransformer):
             scale = self.config.encoder_dim**-0.5
             init.normal_(module.class_embedding, std=scale)
-            init.normal_(module.positional_embedding, std=scale)
+            if module.positional_embedding.requires_grad:  # else it is sinusoidal
+                init.normal_(module.positional_embedding, std=scale)
 
     def get_input_embeddings(self) -> nn.Module:
         """Returns the module that turns pixels into patches, so that its output can be made to require gradients."""
