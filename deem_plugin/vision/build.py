@@ -98,14 +98,9 @@ def _from_open_clip(encoder, pretrained, image_size, options) -> DeemVisionTower
     if image_size is not None:
         vision_cfg["image_size"] = image_size
     tag = open_clip.get_pretrained_cfg(encoder, pretrained) if isinstance(pretrained, str) else {}
-    if isinstance(pretrained, str) and not tag and not Path(pretrained).is_file():
+    if pretrained is True or (pretrained and not tag and not Path(pretrained).is_file()):
         raise ValueError(
             f"`pretrained` of {encoder} must be a file or a tag of open_clip, got {pretrained!r}. "
-            f"Tags: {', '.join(open_clip.list_pretrained_tags_by_model(encoder)) or 'none'}."
-        )
-    if pretrained is True:
-        raise ValueError(
-            f"`pretrained=True` does not say which weights of {encoder}. "
             f"Tags: {', '.join(open_clip.list_pretrained_tags_by_model(encoder)) or 'none'}."
         )
     quick_gelu = bool(tag.get("quick_gelu") or model_config.get("quick_gelu"))

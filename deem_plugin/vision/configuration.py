@@ -112,8 +112,7 @@ class DeemVisionConfig(PreTrainedConfig):
                 f"`num_queries` above 0 (now {self.multiscale} and {self.num_queries})."
             )
         derived = self._describe_hf_encoder() if self.encoder_config is not None else self._describe_open_clip()
-        if self.num_queries:
-            derived["hidden_size"] = self.resampler_hidden_size
+        derived["hidden_size"] = self.resampler_hidden_size if self.num_queries else derived["encoder_dim"]
         for name, value in derived.items():
             given = getattr(self, name)
             if given is not None and given != value:
@@ -131,9 +130,8 @@ class DeemVisionConfig(PreTrainedConfig):
                 f"made. Give `image_size`, a number of pixels."
             )
         if None not in (self.encoder_dim, self.patch_size, self.num_hidden_layers):  # measured when it was saved
-            return {"hidden_size": self.encoder_dim}
-        measured = measure(self.encoder_config, self.image_size)
-        return {"hidden_size": measured["encoder_dim"], **measured}
+            return {"encoder_dim": self.encoder_dim}
+        return measure(self.encoder_config, self.image_size)
 
     def _describe_open_clip(self) -> dict:
         cfg = self.open_clip_config
@@ -152,11 +150,9 @@ class DeemVisionConfig(PreTrainedConfig):
                 f"Of open_clip, ConvNeXts and plain vision transformers can be the encoder, got {cfg}. For SigLIP "
                 f"models give the id of the Hugging Face checkpoint instead."
             )
-        width = cfg.get("width", CLIPVisionCfg.width)
         return {
             "image_size": image_size,
-            "encoder_dim": width,
-            "hidden_size": width,
+            "encoder_dim": cfg.get("width", CLIPVisionCfg.width),
             "patch_size": cfg.get("patch_size", CLIPVisionCfg.patch_size),
             "num_hidden_layers": cfg.get("layers", CLIPVisionCfg.layers),
         }
@@ -173,7 +169,6 @@ class DeemVisionConfig(PreTrainedConfig):
             )
         return {
             "encoder_dim": self.embed_dim,
-            "hidden_size": self.embed_dim,
             "patch_size": stem_stride * 2**self.token_stage,
             "num_hidden_layers": _CONVNEXT_STAGES,
         }

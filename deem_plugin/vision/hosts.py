@@ -188,21 +188,19 @@ def mount_tower(
         _move_modules(vlm, mounted, keep=(vlm.base_model_prefix,))
     _move_modules(old, new, keep=("vision_tower", "multi_modal_projector"))
     new.vision_tower = tower.to(device=vlm.device, dtype=vlm.dtype)
-    new.multi_modal_projector = _fitting_projector(old.multi_modal_projector, new, vlm)
+    shapes = [{name: p.shape for name, p in part.multi_modal_projector.named_parameters()} for part in (old, new)]
+    new.multi_modal_projector = old.multi_modal_projector if shapes[0] == shapes[1] else _new_projector(new, vlm)
     mounted.generation_config = vlm.generation_config
     mounted.train(vlm.training)
     return mounted, None if processor is None else fit_processor(processor, config)
 
 
-def _fitting_projector(old: nn.Module, new_model: PreTrainedModel, vlm: PreTrainedModel) -> nn.Module:
-    """Returns the old projector if its weights fit the new model, else a new one."""
-    shapes = {name: p.shape for name, p in new_model.multi_modal_projector.named_parameters()}
-    if shapes == {name: p.shape for name, p in old.named_parameters()}:
-        return old
-    projector = type(old)(new_model.config)
+def _new_projector(model: PreTrainedModel, like: PreTrainedModel) -> nn.Module:
+    """Makes a projector with new weights for a model that was built without memory."""
+    projector = type(model.multi_modal_projector)(model.config)
     for module in projector.modules():
-        new_model._init_weights(module)
-    return projector.to(device=vlm.device, dtype=vlm.dtype)
+        model._init_weights(module)
+    return projector.to(device=like.device, dtype=like.dtype)
 
 
 def assemble_llava(
@@ -239,10 +237,7 @@ def assemble_llava(
     llava.model.language_model = language_model.base_model
     llava.lm_head = language_model.get_output_embeddings()
     llava.model.vision_tower = tower.to(device=language_model.device, dtype=language_model.dtype)
-    projector = type(llava.model.multi_modal_projector)(config)
-    for module in projector.modules():
-        llava._init_weights(module)
-    llava.model.multi_modal_projector = projector.to(device=language_model.device, dtype=language_model.dtype)
+    llava.model.multi_modal_projector = _new_projector(llava.model, language_model)
     llava.generation_config = copy.deepcopy(language_model.generation_config)
     if len(tokenizer) > llava.get_input_embeddings().num_embeddings:
         llava.resize_token_embeddings(len(tokenizer))

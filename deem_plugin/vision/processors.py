@@ -66,17 +66,13 @@ def fit_processor(processor: ProcessorMixin, config: PreTrainedConfig) -> Proces
         `ProcessorMixin`: A processor of the same class.
     """
     processor = copy.deepcopy(processor)
-    tower_config = config.vision_config
-    _FIT[config.model_type](processor, config, tower_config)
+    _FIT[config.model_type](processor, config, config.vision_config)
     return processor
 
 
 def _fit_llava(processor, config, tower_config):
     processor.image_processor = build_image_processor(tower_config)
-    # VipLLaVA has no such setting in its configuration: it always crops.
-    processor.vision_feature_select_strategy = getattr(config, "vision_feature_select_strategy", "default")
-    for name, value in llava_token_count(tower_config).items():
-        setattr(processor, name, value)
+    _fit_token_count(processor, config, tower_config)
 
 
 def _fit_llava_next(processor, config, tower_config):
@@ -85,7 +81,12 @@ def _fit_llava_next(processor, config, tower_config):
     processor.image_processor.size = SizeDict(shortest_edge=size)
     processor.image_processor.crop_size = SizeDict(height=size, width=size)
     processor.image_processor.image_grid_pinpoints = config.image_grid_pinpoints
-    processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+    _fit_token_count(processor, config, tower_config)
+
+
+def _fit_token_count(processor, config, tower_config):
+    # VipLLaVA has no such setting in its configuration: it always crops.
+    processor.vision_feature_select_strategy = getattr(config, "vision_feature_select_strategy", "default")
     for name, value in llava_token_count(tower_config).items():
         setattr(processor, name, value)
 

@@ -151,7 +151,7 @@ def test_saved_tower_is_taken_as_it_is(tmp_path):
         ("deem:convnext_bse_w_320", {}, "Unknown encoder 'convnext_bse_w_320'.*convnext_base_w_320"),
         ("deem:nobody/nothing", {}, "Found no model at 'nobody/nothing'"),
         ("deem", {"pretrained": "laion2b"}, "must be a file or a tag of open_clip, got 'laion2b'. Tags: .*laion_aes"),
-        ("deem", {"pretrained": True}, "does not say which weights of convnext_base_w_320"),
+        ("deem", {"pretrained": True}, "`pretrained` of convnext_base_w_320 must be .*, got True. Tags: .*laion_aes"),
         ("deem:deem-test-resnet", {}, "ConvNeXts and plain vision transformers can be the encoder"),
     ],
 )
