@@ -1,16 +1,11 @@
 """build_vision_tower: a vision tower by name."""
 
+import contextlib
 import difflib
 from pathlib import Path
 
 import open_clip
 from transformers import AutoConfig, AutoModel, CLIPImageProcessor, PreTrainedConfig
-from transformers.image_utils import (
-    IMAGENET_DEFAULT_MEAN,
-    IMAGENET_DEFAULT_STD,
-    IMAGENET_STANDARD_MEAN,
-    IMAGENET_STANDARD_STD,
-)
 
 from .configuration import DeemVisionConfig
 from .tower import DeemVisionTower
@@ -18,15 +13,6 @@ from .tower import DeemVisionTower
 # The encoder of the paper (https://arxiv.org/abs/2405.15232, Sec. 3.1).
 DEEM_ENCODER = "convnext_base_w_320"
 DEEM_QUERIES = 77
-
-# How a model was normalised when its folder does not say so.
-_NORMALISATION = {
-    "siglip_vision_model": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
-    "siglip2_vision_model": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
-    "dinov2": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
-    "dinov2_with_registers": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
-    "clip_vision_model": (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD),
-}
 
 
 def build_vision_tower(
@@ -122,7 +108,13 @@ def _from_open_clip(encoder, pretrained, image_size, options) -> DeemVisionTower
         **options,
     )
     tower = DeemVisionTower(config)
-    tower.encoder.load_visual(model.visual)
+    # The projection to the contrastive space is left behind, it has no use here.
+    weights = {
+        name.removeprefix("trunk."): value
+        for name, value in model.visual.state_dict().items()
+        if name != "proj" and not name.startswith("head.")
+    }
+    tower.encoder.trunk.load_state_dict(weights, strict=True)
     return tower
 
 
@@ -142,13 +134,11 @@ def _from_hugging_face(path, pretrained, image_size, options) -> DeemVisionTower
     if config.model_type == DeemVisionConfig.model_type:
         return _saved_tower(path, config, pretrained, image_size)
     vision_config = getattr(config, "vision_config", config)
-    mean, std = _normalisation(path, vision_config)
     tower = DeemVisionTower(
         DeemVisionConfig(
             encoder_config=vision_config,
             image_size=image_size,
-            image_mean=mean,
-            image_std=std,
+            **_normalisation(path, vision_config, needed=pretrained is not False),
             **options,
         )
     )
@@ -169,22 +159,18 @@ def _saved_tower(path, config, pretrained, image_size) -> DeemVisionTower:
     return tower.train()
 
 
-def _normalisation(path: str, vision_config: PreTrainedConfig) -> tuple[list[float], list[float]]:
-    try:
-        preprocessing, _ = CLIPImageProcessor.get_image_processor_dict(path)
-    except OSError:  # a model saved without its processor
-        preprocessing = {}
+def _normalisation(path: str, vision_config: PreTrainedConfig, needed: bool) -> dict[str, list[float]]:
     timm = getattr(vision_config, "pretrained_cfg", None) or {}
-    usual = _NORMALISATION.get(vision_config.model_type, (timm.get("mean"), timm.get("std")))
-    mean, std = (
-        preprocessing.get(name, value) for name, value in zip(("image_mean", "image_std"), usual, strict=True)
-    )
-    if mean is None or std is None:
+    known = {f"image_{name}": timm[name] for name in ("mean", "std") if name in timm}
+    with contextlib.suppress(OSError):  # a model saved without its processor
+        known |= CLIPImageProcessor.get_image_processor_dict(path)[0]
+    statistics = {name: list(known[name]) for name in ("image_mean", "image_std") if name in known}
+    if needed and len(statistics) < 2:
         raise ValueError(
-            f"{path} does not say how pictures are normalised for its model of type '{vision_config.model_type}': it "
-            f"has no preprocessor_config.json with `image_mean` and `image_std`. Save its image processor there."
+            f"{path} does not say how pictures are normalised for its weights: it has no preprocessor_config.json with "
+            f"`image_mean` and `image_std`. Save the model's image processor there."
         )
-    return list(mean), list(std)
+    return statistics
 
 
 def _load_encoder(tower: DeemVisionTower, path: str):

@@ -11,27 +11,7 @@ from .encoder_output import Encoder, EncoderOutput, Tokens, to_map
 from .hf_encoder import HFEncoder
 
 
-class OpenClipEncoder(Encoder):
-    """What the encoders from open_clip share: loading its weights."""
-
-    trunk: nn.Module
-
-    def load_visual(self, visual: nn.Module):
-        """
-        Copies the weights of the image tower of an open_clip model.
-
-        The projection to the contrastive space is left behind, it has no use here. Anything else that is missing or
-        does not fit raises a `RuntimeError`.
-        """
-        weights = {
-            name.removeprefix("trunk."): value
-            for name, value in visual.state_dict().items()
-            if name != "proj" and not name.startswith("head.")
-        }
-        self.trunk.load_state_dict(weights, strict=True)
-
-
-class OpenClipConvNeXt(OpenClipEncoder):
+class OpenClipConvNeXt(Encoder):
     """
     ConvNeXt of open_clip (a timm trunk) with linear adapters to one width, as in DEEM.
 
@@ -72,7 +52,7 @@ class OpenClipConvNeXt(OpenClipEncoder):
         return EncoderOutput(tokens, (tokens,), pooled, maps)
 
 
-class OpenClipViT(OpenClipEncoder):
+class OpenClipViT(Encoder):
     """
     Vision transformer of open_clip.
 

@@ -58,18 +58,18 @@ TOKENS = [
 
 def image_encoders() -> list[str]:
     """The types of all models that `AutoModel` makes and that read pictures, and nothing else."""
-    found = {}
+    found = []
     for model_type, names in MODEL_MAPPING_NAMES.items():
         name = names if isinstance(names, str) else names[0]
         try:
             model_class = getattr(transformers, name)
-            reads, main = set(model_class.input_modalities), model_class.main_input_name
+            reads, main = model_class.input_modalities, model_class.main_input_name
         except (AttributeError, ImportError):  # named by the mapping, but not there, or not without another package
             continue
         # Some say that they read texts, and read pictures alone.
-        if ("image" in reads and "text" not in reads) or (reads == {"text"} and main == "pixel_values"):
-            found.setdefault(name, model_type)
-    return sorted(found.values())
+        if ("image" in reads and "text" not in reads) or (reads in ("text", ("text",)) and main == "pixel_values"):
+            found.append(model_type)
+    return sorted(found)
 
 
 def tiny_config(model_type: str) -> PreTrainedConfig:

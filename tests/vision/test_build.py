@@ -5,7 +5,15 @@ import json
 import open_clip
 import pytest
 import torch
-from transformers import CLIPVisionModel, Dinov2Model, SiglipConfig, SiglipImageProcessor, SiglipModel, ViTConfig
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionModel,
+    Dinov2Model,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
+    ViTConfig,
+)
 
 from deem_plugin.vision import DeemVisionTower, build_image_processor, build_vision_tower
 from tests.tiny import tiny_full_clip
@@ -109,11 +117,11 @@ def test_vision_models_are_taken_as_they_are(encoder, model_class, tmp_path):
     torch.manual_seed(0)
     stock = model_class(encoder_options(encoder)["encoder_config"]).eval()
     stock.save_pretrained(tmp_path)
+    CLIPImageProcessor(image_mean=[0.1, 0.2, 0.3]).save_pretrained(tmp_path)
     tower = build_vision_tower(f"deem:{tmp_path}", num_queries=0).eval()
     pixels = tiny_pixels(tower)
     assert torch.equal(tower(pixels).last_hidden_state, stock(pixels).last_hidden_state)
-    if encoder == "dinov2":
-        assert tower.config.image_mean[0] == 0.485
+    assert tower.config.image_mean == [0.1, 0.2, 0.3]
 
 
 def test_false_gives_new_weights(tmp_path):
@@ -161,9 +169,10 @@ def test_names_that_mean_nothing_are_refused_with_the_choices(name, options, mes
 
 
 def test_model_with_an_unknown_normalisation_is_refused(tmp_path):
-    ViTConfig().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="does not say how pictures are normalised for its model of type 'vit'"):
+    ViTConfig(num_hidden_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="does not say how pictures are normalised for its weights.*image processor"):
         build_vision_tower(f"deem:{tmp_path}")
+    assert build_vision_tower(f"deem:{tmp_path}", pretrained=False).config.encoder_dim == 768
 
 
 def test_tag_for_a_folder_is_refused(tmp_path):
