@@ -167,8 +167,8 @@ def _normalisation(path: str, vision_config: PreTrainedConfig, needed: bool) -> 
     statistics = {name: list(known[name]) for name in ("image_mean", "image_std") if name in known}
     if needed and len(statistics) < 2:
         raise ValueError(
-            f"{path} does not say how pictures are normalised for its weights: it has no preprocessor_config.json with "
-            f"`image_mean` and `image_std`. Save the model's image processor there."
+            f"{path} does not say how pictures are normalised for its weights: it has no preprocessor_config.json "
+            f"with `image_mean` and `image_std`. Save the model's image processor there."
         )
     return statistics
 
