@@ -144,7 +144,8 @@ def test_a_task_with_a_drawn_step_is_answered(workplace):
         f"task: drawn_step\ndataset_kwargs: {{data_files: {{train: {folder / 'chartqa.parquet'}}}}}\n"
     )
     command = [sys.executable, "-m", "lmms_eval", "--model", "deem", "--batch_size", "2", "--force_simple"]
-    command += ["--model_args", f"pretrained={folder / 'deem'},generator={folder / 'generator'},steps=2"]
+    model_args = f"pretrained={folder / 'deem'},diffusion_model={folder / 'diffusion_model'},steps=2"
+    command += ["--model_args", model_args]
     command += ["--tasks", "drawn_step", "--include_path", str(task.parent), "--log_samples"]
     command += ["--output_path", str(folder / "drawn")]
 
