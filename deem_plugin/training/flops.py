@@ -5,20 +5,20 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
+from inspect import signature
 
 import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from deem_plugin.feedback.diffusion_model import DiffusionModel
 from deem_plugin.feedback.state import StepState
+from deem_plugin.training.fakes import DEVICE
 from deem_plugin.training.skeleton import Skeleton
+from deem_plugin.vision.towers import without_peft
 
-# Fake tensors stand for those of a CPU: its kernels need no driver, and its attention keeps what a GPU's keeps.
-DEVICE = torch.device("cpu")
+TOKEN_TYPES = {"mm_token_type_ids", "token_type_ids"}
 
 
 def flop_counter() -> FlopCounterMode:
@@ -91,16 +91,14 @@ class StepCounter:
     Runs micro-batches of a skeleton on fake tensors. The skeleton is of no other use afterwards.
 
     Args:
-        skeleton (`Skeleton`): The modules of the run; its parameters on the meta device are replaced by fake ones.
+        skeleton (`Skeleton`): The modules of the run.
         autocast_dtype (`torch.dtype`, *optional*): Precision in which the run computes, if not that of its weights.
     """
 
     def __init__(self, skeleton: Skeleton, autocast_dtype: torch.dtype | None = None):
         self.skeleton = skeleton
         self.autocast_dtype = autocast_dtype
-        # The scheduler's few numbers are real.
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        replaced: dict[int, torch.Tensor] = {}
+        self.mode = skeleton.mode
         self._modules = [skeleton.model]
         if skeleton.diffusion_model is not None:
             diffusion_model = PlacedDiffusionModel(
@@ -111,8 +109,6 @@ class StepCounter:
             self._modules += [diffusion_model.denoiser.model]
             self._modules += [diffusion_model.codec.vae] if hasattr(diffusion_model.codec, "vae") else []
             self._modules += [skeleton.hook.anchor.tower] if skeleton.hook.anchor is not None else []
-        for module in self._modules:
-            _put_fakes(module, self.mode, replaced)
 
     def count_flops(self, pictures: int, tokens: int, feedback: bool) -> int:
         """
@@ -169,32 +165,22 @@ class StepCounter:
         return torch.autocast(DEVICE.type, self.autocast_dtype)
 
     def _inputs(self, pictures: int, tokens: int) -> dict[str, torch.Tensor]:
-        size = self.skeleton.tower.config.image_size
-        inputs = {"pixel_values": torch.zeros(pictures, 3, size, size, device=DEVICE)}
+        inputs = {name: torch.cat([value] * pictures) for name, value in self.skeleton.picture.items()}
         if not self.skeleton.image_tokens:
             return inputs
+        model = without_peft(self.skeleton.model)
         ids = torch.zeros(pictures, tokens, dtype=torch.long, device=DEVICE)
-        ids[:, : self.skeleton.image_tokens] = self.skeleton.model.config.image_token_id
-        return {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+        ids[:, : self.skeleton.image_tokens] = model.config.image_token_id
+        inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+        # Told by the processors of families whose pictures have positions or attention of their own.
+        for name in TOKEN_TYPES.intersection(signature(type(model).forward).parameters):
+            inputs[name] = (ids == model.config.image_token_id).long()
+        return inputs
 
     def _loss(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         outputs = self.skeleton.model(**inputs)
         # An encoder alone learns from the feedback only, see `training.trainer.EncoderTrainer`.
         return outputs.loss if self.skeleton.image_tokens else 0.0 * outputs.last_hidden_state.float().sum()
-
-
-def _put_fakes(module: nn.Module, mode: FakeTensorMode, replaced: dict[int, torch.Tensor]):
-    """Replaces parameters and buffers on the meta device by fake ones on `DEVICE`; tied ones stay tied."""
-    for child in module.modules():
-        for name, parameter in child._parameters.items():
-            if parameter is not None:
-                if id(parameter) not in replaced:
-                    fake = FakeTensor(mode, parameter.detach(), DEVICE)
-                    replaced[id(parameter)] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
-                child._parameters[name] = replaced[id(parameter)]
-        for name, buffer in child._buffers.items():
-            if buffer is not None:
-                child._buffers[name] = FakeTensor(mode, buffer, DEVICE) if buffer.is_meta else buffer
 
 
 @contextmanager

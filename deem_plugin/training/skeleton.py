@@ -1,34 +1,43 @@
-"""The model of a recipe without weights: made of configs alone, on the meta device, where a tensor takes no memory."""
+"""The model of a recipe without weights: made of configs alone, of fake tensors, which take no memory."""
 
 from dataclasses import dataclass, replace
+from inspect import signature
 
 import torch
+from PIL import Image
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from deem_plugin.training.arguments import ModelArguments
 from deem_plugin.training.encoder import vision_part
+from deem_plugin.training.fakes import FakeWeightsMode, put_fakes
 from deem_plugin.training.model import add_lora, freeze_unread_layers
 from deem_plugin.training.parts import freeze
 from deem_plugin.training.recipes import Recipe
 from deem_plugin.vision import build_vision_tower
 from deem_plugin.vision.hosts import IMAGE_TOKEN, assemble_llava, crops_class_token, mount_tower
-from deem_plugin.vision.towers import find_tower
+from deem_plugin.vision.normalization import find_image_processor, process_image
+from deem_plugin.vision.probe import cast
+from deem_plugin.vision.towers import find_tower, without_peft
 
-# VLMs whose tower gets one row of `pixel_values` a picture, whatever the picture's size.
-PLANNED_HOSTS = ("llava", "vipllava")
+# VLMs whose tower gets one row of `pixel_values` a picture, whatever the picture's size: their config says it all.
+SQUARE_HOSTS = ("llava", "vipllava")
+# Width and height of the picture that other families' image processors are given, in pixels.
+PICTURE_SIZE = (448, 448)
 
 
 @dataclass
 class Skeleton:
     """
-    All modules of a run, on the meta device, frozen and wrapped as the run would have them.
+    All modules of a run, of fake tensors, frozen and wrapped as the run would have them.
 
     Args:
         model (`nn.Module`): What the Trainer would get, the feedback's conditioner in it.
         tower (`PreTrainedModel`): Its vision tower.
         diffusion_model (`DiffusionModel`, *optional*): The frozen diffusion model; its scheduler is real.
         hook (`FeedbackHook`, *optional*): The feedback's hook on the tower.
+        mode (`FakeWeightsMode`): In which it computes.
+        picture (`dict[str, torch.Tensor]`): What the model is given of one picture, with values.
         image_tokens (`int`): Tokens that a picture takes in the language model; 0 for an encoder alone.
         notes (`list[str]`): What had to be supposed.
     """
@@ -37,6 +46,8 @@ class Skeleton:
     tower: nn.Module
     diffusion_model: object | None
     hook: object | None
+    mode: FakeWeightsMode
+    picture: dict[str, torch.Tensor]
     image_tokens: int
     notes: list[str]
 
@@ -51,27 +62,47 @@ def build_skeleton(recipe: Recipe) -> Skeleton:
     Raises:
         ValueError: If a config cannot be found, or the recipe does not fit together.
     """
-    arguments, notes = recipe.model, []
+    arguments, notes, mode, image_tokens = recipe.model, [], FakeWeightsMode(), 0
     if arguments.encoder is not None:
         whole = _from_config(AutoModel, arguments.encoder, "model.encoder", arguments)
-        model = tower = vision_part(whole, recipe.feedback is not None and recipe.feedback.condition.reads_pooled)
-        if arguments.lora_r:
-            model = add_lora(model, arguments)
-        freeze(tower, arguments.freeze)
-        image_tokens = 0
+        model = vision_part(whole, recipe.feedback is not None and recipe.feedback.condition.reads_pooled)
     else:
         with torch.device("meta"):
             model = _vlm(arguments, notes)
-            tower = find_tower(model)
-            size = tower.config.image_size
-            inputs = {"pixel_values": torch.zeros(1, 3, size, size)}
-            image_tokens = _count_image_tokens(model, inputs)
-            if arguments.lora_r:
-                model = add_lora(model, arguments)
-        freeze(model, arguments.freeze)
-        freeze_unread_layers(model)
-    diffusion_model, hook = _attach_feedback(recipe, model)
-    return Skeleton(model, tower, diffusion_model, hook, image_tokens, notes)
+    tower = find_tower(model)
+    if arguments.lora_r:
+        with torch.device("meta"):
+            model = add_lora(model, arguments)
+    put_fakes(model, mode)
+    freeze(model, arguments.freeze)
+    with mode:
+        picture = _picture(model, tower, arguments, notes)
+        if arguments.encoder is None:
+            image_tokens = _count_image_tokens(without_peft(model), picture)
+            freeze_unread_layers(model)
+    diffusion_model, hook = _attach_feedback(recipe, model, mode)
+    return Skeleton(model, tower, diffusion_model, hook, mode, picture, image_tokens, notes)
+
+
+def _picture(model, tower, arguments: ModelArguments, notes: list[str]) -> dict[str, torch.Tensor]:
+    """
+    Returns what a model is given of one picture: a square of the tower's size, or what the image processor makes of
+    `PICTURE_SIZE` where that depends on the picture.
+    """
+    base = without_peft(model)
+    if arguments.model is None or arguments.vision_tower is not None or base.config.model_type in SQUARE_HOSTS:
+        return {"pixel_values": torch.zeros(1, 3, tower.config.image_size, tower.config.image_size)}
+    image_processor = find_image_processor(base, None)
+    if image_processor is None:
+        raise ValueError(
+            f"`model.model: {arguments.model}` is of type '{base.config.model_type}', whose image processor says how "
+            f"many tiles or patches a picture has, and there is none. Put its preprocessor_config.json (or "
+            f"processor_config.json) beside the config.json."
+        )
+    notes.append(f"Supposed are pictures of {PICTURE_SIZE[0]} x {PICTURE_SIZE[1]} pixels.")
+    inputs = process_image(image_processor, Image.new("RGB", PICTURE_SIZE))
+    names = signature(type(base).forward).parameters
+    return {name: value for name, value in inputs.items() if name in names}
 
 
 def _vlm(arguments: ModelArguments, notes: list[str]):
@@ -89,12 +120,6 @@ def _vlm(arguments: ModelArguments, notes: list[str]):
         tower = _tower(arguments.vision_tower, **options)
         return assemble_llava(language_model, tokenizer, tower)[0]
     model = _from_config(AutoModelForImageTextToText, arguments.model, "model.model", arguments)
-    if model.config.model_type not in PLANNED_HOSTS:
-        raise ValueError(
-            f"`model.model: {arguments.model}` is of type '{model.config.model_type}', which takes a number of tiles "
-            f"or patches that depends on each picture. A plan is made for {', '.join(PLANNED_HOSTS)}, for a language "
-            f"model with `model.vision_tower`, and for an encoder alone."
-        )
     if arguments.vision_tower is None:
         return model
     tower = _tower(arguments.vision_tower, class_token=crops_class_token(model.config), **options)
@@ -139,16 +164,22 @@ def _tokenizer(path: str, vocabulary_size: int, notes: list[str]):
         return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="0")))
 
 
-def _count_image_tokens(model, inputs) -> int:
+def _count_image_tokens(model, picture) -> int:
     """Returns the number of tokens that the language model gets of one picture."""
+    if not hasattr(model, "get_image_features"):
+        raise ValueError(
+            f"A {type(model).__name__} attends to pictures beside its text, which `deem plan` does not know yet; it "
+            f"plans models that have them as tokens in the text."
+        )
+    names = signature(model.get_image_features).parameters
     with torch.no_grad():
-        features = model.get_image_features(**{**inputs, "pixel_values": inputs["pixel_values"].to(model.dtype)})
+        features = model.get_image_features(**cast({k: v for k, v in picture.items() if k in names}, model))
     features = getattr(features, "pooler_output", features)
     features = torch.cat(list(features)) if isinstance(features, list | tuple) else features
     return features.numel() // features.shape[-1]
 
 
-def _attach_feedback(recipe: Recipe, model):
+def _attach_feedback(recipe: Recipe, model, mode: FakeWeightsMode):
     """Loads the diffusion model without weights and attaches the feedback; `(None, None)` without one."""
     from deem_plugin.feedback.callback import DiffusionFeedbackCallback
     from deem_plugin.feedback.factory import load_configured
@@ -157,6 +188,8 @@ def _attach_feedback(recipe: Recipe, model):
         return None, None
     config = recipe.feedback
     diffusion_model = load_configured(config.diffusion_model, weights=False)
+    for module in diffusion_model.modules():
+        put_fakes(module, mode)
     # The processor may be missing, and whatever the normalisation is, the work is the same.
     # A cache is known by the weights of the VAE, and there are none: the plan counts the run without. A prompt and
     # the values that a conditioner starts from change no count.
@@ -169,5 +202,7 @@ def _attach_feedback(recipe: Recipe, model):
         image_std=[1.0] * 3,
     )
     callback = DiffusionFeedbackCallback(config, diffusion_model)
-    callback.attach(model)
+    with mode:
+        callback.attach(model)
+    put_fakes(model, mode)  # the conditioner
     return diffusion_model, callback.hook

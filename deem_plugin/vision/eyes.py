@@ -8,7 +8,7 @@ from torch import nn
 
 from .layouts import Grid, Layout, call_arguments, layout_of
 from .normalization import find_image_processor, normalization
-from .outputs import field_of, replaced
+from .outputs import field_of, has_values, replaced
 from .probe import LOCAL_COUNTS, cast, difference_to_shown, see, show_picture
 from .reading import Reading, parameters_of, pooled_width, reading_of
 from .towers import find_tower, is_encoder, without_peft
@@ -89,12 +89,12 @@ class Eyes:
             image_end_id=_image_end_id(base.config, processor),
             options=call.options,
         )
-        if not (tokens.is_meta or image_processor is None):
+        if has_values(tokens) and image_processor is not None:
             eyes.layout = _layout_of_shown(eyes, call, layout.candidates(call.inputs, tokens))
         views = eyes._split(call.inputs, call.outputs)
-        if isinstance(layout, Grid) and not is_encoder(base) and len(views) > 1 and not tokens.is_meta:
+        if isinstance(layout, Grid) and not is_encoder(base) and len(views) > 1:
             eyes.tiles = True
-            eyes.thumbnail = _find_thumbnail(views)
+            eyes.thumbnail = _find_thumbnail(views) if has_values(tokens) else None
         return eyes
 
     def call_arguments(self, args, kwargs) -> dict:

@@ -1,6 +1,12 @@
 """Tensors within what a model returns: a tensor, a tuple, or an output of transformers, nested at will."""
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+def has_values(tensor):
+    """Tells whether a tensor holds values; those of a plan (`deem plan`) are fake."""
+    return not isinstance(tensor, FakeTensor)
 
 
 def mapped(output, function, path=()):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from .layouts import Layout
-from .outputs import at_path, tokens_last
+from .outputs import at_path, has_values, tokens_last
 from .probe import Call
 
 # Class and register tokens that a tower may have, where they can be told by their number only.
@@ -49,7 +49,7 @@ def reading_of(call: Call, layout: Layout) -> Reading:
     gradients = [tokens_last(call.read[path]) for path in paths]
     if not layout.fixed_rows or gradients[0].dim() < 3:
         return reading
-    if gradients[0].is_meta:  # without values: so many of the first are left out as the language model gets fewer
+    if not has_values(gradients[0]):  # so many of the first are left out as the language model gets fewer
         surplus = gradients[0].shape[1] - call.features
         return Reading(paths, first=surplus if 0 < surplus <= _MOST_SPECIAL_TOKENS else 0)
     read = torch.stack([(gradient != 0).any(dim=-1) for gradient in gradients]).flatten(0, -2).any(dim=0)

@@ -225,8 +225,9 @@ def test_a_trained_family_answers_through_lmms_eval(checkpoint, trained, name, t
 
     assert results["n-samples"]["deem_details"]["effective"] == 4
     log = next((tmp_path / "out").rglob("*_samples_deem_details.jsonl")).read_text().splitlines()
-    answers = [json.loads(line)["filtered_resps"] for line in log]
-    assert len(answers) == 4 and all(answer and isinstance(answer[0], str) for answer in answers)
+    rows = [json.loads(line) for line in log]
+    # Random weights may end an answer at once, so that it is empty.
+    assert len(rows) == 4 and all(len(row["resps"]) == 1 for row in rows)
 
 
 @pytest.mark.slow
