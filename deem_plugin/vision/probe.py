@@ -175,9 +175,7 @@ def _gradients(result, copies) -> dict:
         return {}
     # Random, since the sum of what a layer norm gives has no gradient.
     generator = torch.Generator().manual_seed(0)
-    directions = [
-        torch.randn(tensor.shape, generator=generator).to(tensor.device, tensor.dtype) for tensor in tensors
-    ]
+    directions = [torch.randn(tensor.shape, generator=generator).to(tensor.device, tensor.dtype) for tensor in tensors]
     gradients = torch.autograd.grad(tensors, list(copies.values()), directions, allow_unused=True, retain_graph=True)
     return {path: gradient for path, gradient in zip(copies, gradients, strict=True) if gradient is not None}
 
