@@ -7,7 +7,8 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from PIL import Image
+from transformers import AutoImageProcessor, TrainerCallback
 
 from deem_plugin.training.flops import flop_counter
 from deem_plugin.training.memory import GIB
@@ -19,6 +20,7 @@ from deem_plugin.training.run import _prepare_encoder, _prepare_vlm
 from deem_plugin.training.skeleton import build_skeleton
 
 from ..published_configs import write_configs
+from .checkpoints import write_checkpoint
 from .helpers import tiny_overrides
 
 # Recipes with tiny parts: name, settings, whether there is feedback.
@@ -302,6 +304,36 @@ def test_lora_is_refused_under_fsdp_and_so_never_the_answer(parts, tmp_path):
     assert refused == {"fsdp2", "zero3"}
     assert least(plan.rows).strategy not in refused
     assert asdict(plan)["rows"][0]["memory"].items() <= as_json(plan, None)["rows"][0]["memory"].items()
+
+
+@pytest.mark.parametrize(
+    ("name", "family"), [("qwen3-vl-feedback-lora", "qwen3_vl"), ("qwen2.5-vl-feedback", "qwen2_5_vl")]
+)
+def test_a_qwen_is_planned_by_its_configs_for_a_picture_of_a_known_size(name, family, parts, tmp_path):
+    write_checkpoint(family, tmp_path / "whole")
+    (tmp_path / "model").mkdir()
+    for file in ("config.json", "processor_config.json"):
+        (tmp_path / "model" / file).write_text((tmp_path / "whole" / file).read_text())
+    recipe = load_recipe(name, tiny_overrides(parts, tmp_path / "out", model__model=tmp_path / "model"))
+
+    plan = make_plan(recipe, gpus=[1], tokens=200)
+
+    image_processor = AutoImageProcessor.from_pretrained(tmp_path / "whole")
+    grid = image_processor(Image.new("RGB", (448, 448)), return_tensors="pt")["image_grid_thw"]
+    assert plan.image_tokens == int(grid.prod()) // 4
+    assert plan.notes == ["Supposed are pictures of 448 x 448 pixels."]
+    assert plan.flops.without_feedback > plan.flops.denoising > 0 and plan.flops.encoding > 0
+    assert plan.rows[0].memory.activations > 0
+
+
+def test_without_an_image_processor_the_tokens_of_a_picture_are_not_known(parts, tmp_path):
+    write_checkpoint("qwen3_vl", tmp_path / "whole")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text((tmp_path / "whole" / "config.json").read_text())
+    overrides = tiny_overrides(parts, tmp_path / "out", model__model=tmp_path / "model")
+
+    with pytest.raises(ValueError, match="'qwen3_vl', whose image processor says how many .*preprocessor_config.json"):
+        make_plan(load_recipe("qwen3-vl-feedback-lora", overrides))
 
 
 def test_the_interleaved_model_is_refused_rather_than_planned_as_a_llava():
