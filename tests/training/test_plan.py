@@ -19,6 +19,7 @@ from deem_plugin.training.recipes import load_recipe
 from deem_plugin.training.run import _prepare_encoder, _prepare_vlm
 from deem_plugin.training.skeleton import build_skeleton
 
+from ..families.builders import picture
 from ..published_configs import write_configs
 from .checkpoints import write_checkpoint
 from .helpers import tiny_overrides
@@ -324,6 +325,28 @@ def test_a_qwen_is_planned_by_its_configs_for_a_picture_of_a_known_size(name, fa
     assert plan.notes == ["Supposed are pictures of 448 x 448 pixels."]
     assert plan.flops.without_feedback > plan.flops.denoising > 0 and plan.flops.encoding > 0
     assert plan.rows[0].memory.activations > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl", "gemma3"])
+def test_the_plan_of_a_family_is_what_a_real_step_counts(family, parts, tmp_path):
+    write_checkpoint(family, tmp_path / "model")
+    (tmp_path / "images").mkdir()
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A red square."}]
+    for index in range(4):
+        picture(448, 448, index)[0].save(tmp_path / "images" / f"{index}.png")
+    records = [{"id": index, "conversations": turns, "image": f"{index}.png"} for index in range(4)]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    stand_ins = {"model__model": tmp_path / "model", "data__path": tmp_path / "data.json"}
+    stand_ins |= {"data__image_dir": tmp_path / "images", "training__max_steps": 1}
+    recipe = load_recipe("qwen2.5-vl-feedback", tiny_overrides(parts, tmp_path / "out", **stand_ins))
+    probe, _, tokens, _ = run_one_step(copy.deepcopy(recipe))
+
+    plan = make_plan(recipe, gpus=[1], tokens=tokens)
+
+    assert plan.flops.total == probe.flops
+    memory = plan.rows[0].memory
+    assert (memory.weights, memory.gradients, memory.optimizer) == (probe.weights, probe.gradients, probe.optimizer)
 
 
 def test_without_an_image_processor_the_tokens_of_a_picture_are_not_known(parts, tmp_path):
