@@ -1,7 +1,8 @@
 """Says what a recipe takes, before a GPU is booked: parameters, FLOPs, memory, and what would make it fit."""
 
 import copy
-from collections.abc import Sequence
+import json
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from deem_plugin.training.memory import (
     communication_memory,
     state_memory,
 )
-from deem_plugin.training.parts import count_parameters
+from deem_plugin.training.parts import LANGUAGE_MODEL, TOWER, count_parameters
 from deem_plugin.training.recipes import Recipe, load_recipe
 from deem_plugin.training.skeleton import Skeleton, build_skeleton
 
@@ -169,7 +170,7 @@ def fit(plan: Plan, name: str | Path, overrides: Sequence[str], gpus: Sequence[i
     for option, change in OPTIONS.items():
         if least(rows).memory.total <= limit:
             return
-        added = change(load_recipe(name, tried))
+        added = change(load_recipe(name, tried), plan.parameters)
         if added:
             tried += added
             rows = memory_rows(load_recipe(name, tried), gpus, plan.tokens)
@@ -188,12 +189,12 @@ def memory_rows(recipe: Recipe, gpus: Sequence[int], tokens: int) -> list[Row]:
     return measure(StepCounter(skeleton, _autocast_dtype(recipe)), gpus, tokens)
 
 
-def _smaller_denoiser(recipe: Recipe) -> list[str]:
+def _smaller_denoiser(recipe: Recipe, parts: Collection[str]) -> list[str]:
     applies = recipe.feedback is not None and recipe.feedback.diffusion_model.dtype == "float32"
     return ["feedback.diffusion_model.dtype=bfloat16"] if applies else []
 
 
-def _offload(recipe: Recipe) -> list[str]:
+def _offload(recipe: Recipe, parts: Collection[str]) -> list[str]:
     feedback = recipe.feedback
     if feedback is None or feedback.condition.shows_maps:
         return []
@@ -201,25 +202,32 @@ def _offload(recipe: Recipe) -> list[str]:
     return [] if held.cpu_offload or held.quantization else ["feedback.diffusion_model.cpu_offload=true"]
 
 
-def _checkpointing(recipe: Recipe) -> list[str]:
+def _checkpointing(recipe: Recipe, parts: Collection[str]) -> list[str]:
     return [] if recipe.training.activation_checkpointing else ["training.activation_checkpointing=true"]
 
 
-def _smaller_batch(recipe: Recipe) -> list[str]:
+def _smaller_batch(recipe: Recipe, parts: Collection[str]) -> list[str]:
     pictures, accumulation = recipe.training.per_device_train_batch_size, recipe.training.gradient_accumulation_steps
     settings = ["training.per_device_train_batch_size=1"]
     return [*settings, f"training.gradient_accumulation_steps={accumulation * pictures}"] if pictures > 1 else []
 
 
-def _lora(recipe: Recipe) -> list[str]:
+def _lora(recipe: Recipe, parts: Collection[str]) -> list[str]:
     if recipe.model.lora_r or recipe.model.encoder:
         return []
-    parts = [part for part in ("language_model", "vision_tower") if part not in recipe.model.freeze]
-    settings = {"dtype": "bfloat16", "lora_r": 16, "lora_modules": f"[{', '.join(parts)}]"}
-    settings["lora_full"] = "[multi_modal_projector]"
-    return [*(f"model.{key}={value}" for key, value in settings.items()), "training.fsdp=null"] if parts else []
+    trained = [mark for mark in (LANGUAGE_MODEL, TOWER) if not {mark, _LLAVA_NAMES[mark]} & set(recipe.model.freeze)]
+    projector = "multi_modal_projector"
+    settings = {
+        "dtype": "bfloat16",
+        "lora_r": 16,
+        "lora_modules": json.dumps(trained),
+        "lora_full": f"[{projector}]" if projector in parts else "[]",
+    }
+    return [*(f"model.{key}={value}" for key, value in settings.items()), "training.fsdp=null"] if trained else []
 
 
+# As older recipes name the parts that the marks stand for.
+_LLAVA_NAMES = {LANGUAGE_MODEL: "language_model", TOWER: "vision_tower"}
 # What can make a recipe fit, from what costs nothing to what changes the training.
 OPTIONS = {
     "the denoiser in bfloat16": _smaller_denoiser,

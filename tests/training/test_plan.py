@@ -13,7 +13,7 @@ from transformers import AutoImageProcessor, TrainerCallback
 from deem_plugin.training.flops import flop_counter
 from deem_plugin.training.memory import GIB
 from deem_plugin.training.parts import count_parameters
-from deem_plugin.training.plan import least, make_plan
+from deem_plugin.training.plan import fit, least, make_plan
 from deem_plugin.training.plan_report import as_json, main, report
 from deem_plugin.training.recipes import load_recipe
 from deem_plugin.training.run import _prepare_encoder, _prepare_vlm
@@ -315,7 +315,8 @@ def test_a_qwen_is_planned_by_its_configs_for_a_picture_of_a_known_size(name, fa
     (tmp_path / "model").mkdir()
     for file in ("config.json", "processor_config.json"):
         (tmp_path / "model" / file).write_text((tmp_path / "whole" / file).read_text())
-    recipe = load_recipe(name, tiny_overrides(parts, tmp_path / "out", model__model=tmp_path / "model"))
+    overrides = tiny_overrides(parts, tmp_path / "out", model__model=tmp_path / "model")
+    recipe = load_recipe(name, overrides)
 
     plan = make_plan(recipe, gpus=[1], tokens=200)
 
@@ -325,6 +326,9 @@ def test_a_qwen_is_planned_by_its_configs_for_a_picture_of_a_known_size(name, fa
     assert plan.notes == ["Supposed are pictures of 448 x 448 pixels."]
     assert plan.flops.without_feedback > plan.flops.denoising > 0 and plan.flops.encoding > 0
     assert plan.rows[0].memory.activations > 0
+    fit(plan, name, overrides, [1], limit=1)
+    by_lora = [option for option in plan.options if "model.lora_r=16" in option.overrides]
+    assert len(by_lora) == (0 if recipe.model.lora_r else 1)
 
 
 @pytest.mark.slow
