@@ -68,7 +68,7 @@ def test_shipped_diffusion_model_tells_shape_position_and_background_apart():
                 assert wrong > 1.3 * right, (attribute, timestep)
 
 
-def test_training_is_deterministic_and_leaves_the_global_diffusion_model_alone():
+def test_training_is_deterministic_and_leaves_the_global_generator_alone():
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)

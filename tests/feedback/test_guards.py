@@ -391,7 +391,7 @@ DRAWING = [{}, {"objective": {"kind": "contrastive"}}, {"condition": {"kind": "c
 
 
 @pytest.mark.parametrize("settings", DRAWING, ids=["mse", "contrastive", "patches"])
-def test_no_global_diffusion_model_is_touched(cuda_seeds, settings):
+def test_no_global_generator_is_touched(cuda_seeds, settings):
     """By attaching and by a step of training."""
     model, processor = tiny_llava()
     callback = DiffusionFeedbackCallback(feedback_config(**settings), pixel_diffusion_model())
@@ -408,7 +408,7 @@ def test_no_global_diffusion_model_is_touched(cuda_seeds, settings):
     assert not cuda_seeds
 
 
-def test_an_augmentation_touches_no_global_diffusion_model(cuda_seeds):
+def test_an_augmentation_touches_no_global_generator(cuda_seeds):
     before = torch.get_rng_state()
 
     augment(torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.Generator().manual_seed(0))

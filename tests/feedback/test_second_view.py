@@ -17,7 +17,7 @@ def test_the_augmented_view_stays_a_picture_close_to_the_first():
     assert (views[:, 0, -8:].mean(dim=(1, 2)) > views[:, 0, :8].mean(dim=(1, 2))).all()
 
 
-def test_it_depends_on_the_seed_alone_and_leaves_the_global_diffusion_model():
+def test_it_depends_on_the_seed_alone_and_leaves_the_global_generator():
     pictures = torch.rand(2, 3, 16, 16)
     state = torch.get_rng_state()
 
