@@ -23,6 +23,7 @@ def check(bench):
             assert 1e-7 < timing["gradient_error"] < 0.5
 
 
+@pytest.mark.slow
 def test_the_command_times_every_option_against_the_plain_step(tmp_path, capsys):
     command = ["bench", "feedback", "--config", "tiny", "--pairs", "2", "--device", "cpu", "--options", *QUICK]
 

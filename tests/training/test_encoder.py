@@ -60,7 +60,7 @@ def test_diva_trains_the_whole_vision_side_and_no_text(parts, tmp_path):
     assert all(name.startswith(("vision_model.", "visual_projection.")) for name in moved)
 
 
-@pytest.mark.parametrize("name", ["dcr", "genhancer"])
+@pytest.mark.parametrize("name", [pytest.param("dcr", marks=pytest.mark.slow), "genhancer"])
 def test_in_stage_two_the_adapters_learn_and_nothing_else_moves(name, parts, tmp_path, monkeypatch):
     """GenHancer's code puts LoRA on the text tower too, where no gradient comes by."""
     probe, before = GradientProbe(), load_file(parts / "clip" / "model.safetensors")

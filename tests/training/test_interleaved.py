@@ -226,7 +226,7 @@ def documents(parts):
     return write_documents(parts / "documents.jsonl", records)
 
 
-@pytest.mark.parametrize("size", ["tiny", "7b"])
+@pytest.mark.parametrize("size", ["tiny", pytest.param("7b", marks=pytest.mark.slow)])
 def test_the_shipped_stages_run_one_after_another(size, parts, documents, language_model, tower, tmp_path):
     """With tiny parts in place of the recipes' own, each stage starting from what the one before has saved."""
     diffusion_model, start = save_diffusion_model(tmp_path / "diffusion_model", "sd1"), None

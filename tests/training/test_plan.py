@@ -307,6 +307,7 @@ def test_lora_is_refused_under_fsdp_and_so_never_the_answer(parts, tmp_path):
     assert asdict(plan)["rows"][0]["memory"].items() <= as_json(plan, None)["rows"][0]["memory"].items()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "family"), [("qwen3-vl-feedback-lora", "qwen3_vl"), ("qwen2.5-vl-feedback", "qwen2_5_vl")]
 )
@@ -376,6 +377,7 @@ def test_a_denoiser_that_trains_is_refused(name):
         make_plan(load_recipe(name, ["training.use_cpu=true", "training.tf32=null", "training.fsdp=null"]))
 
 
+@pytest.mark.slow
 def test_what_saves_memory_in_the_diffusion_model_is_planned_as_it_works(parts, tmp_path):
     def row(**settings):
         return make_plan(recipe_of("full", parts, tmp_path, **settings), gpus=[1])

@@ -81,7 +81,17 @@ def trains_feedback_or_nothing_else(name):
     return sections.get("deem") is None and sections.get("denoiser") is None
 
 
-@pytest.mark.parametrize("name", filter(trains_feedback_or_nothing_else, list_recipes()))
+# Run by default; the others are slow.
+COMMON_RECIPES = ("tiny-tune", "deem", "dcr", "ross", "llava-1.5-7b-feedback", "qwen3-vl-feedback-lora")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in COMMON_RECIPES else pytest.param(name, marks=pytest.mark.slow)
+        for name in filter(trains_feedback_or_nothing_else, list_recipes())
+    ],
+)
 def test_every_shipped_recipe_runs_for_two_steps(name, parts, tmp_path):
     final = train(recipe_for(name, parts, tmp_path))
 
@@ -235,7 +245,14 @@ class Interrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("name", ["tiny-tune", "deem", "dcr", "llava-1.5-7b-feedback-lora"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tiny-tune",
+        "deem",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("dcr", "llava-1.5-7b-feedback-lora")),
+    ],
+)
 def test_resuming_gives_the_weights_of_an_uninterrupted_run(parts, tmp_path, name, monkeypatch):
     settings = {"training__save_strategy": "steps", "training__save_steps": 2, "training__max_steps": 4}
     if name == "dcr":
