@@ -212,6 +212,10 @@ def _smaller_batch(recipe: Recipe, parts: Collection[str]) -> list[str]:
     return [*settings, f"training.gradient_accumulation_steps={accumulation * pictures}"] if pictures > 1 else []
 
 
+# How LLaVA's recipes name the parts that the marks stand for.
+_LLAVA_NAMES = {LANGUAGE_MODEL: "language_model", TOWER: "vision_tower"}
+
+
 def _lora(recipe: Recipe, parts: Collection[str]) -> list[str]:
     if recipe.model.lora_r or recipe.model.encoder:
         return []
@@ -226,8 +230,6 @@ def _lora(recipe: Recipe, parts: Collection[str]) -> list[str]:
     return [*(f"model.{key}={value}" for key, value in settings.items()), "training.fsdp=null"] if trained else []
 
 
-# As older recipes name the parts that the marks stand for.
-_LLAVA_NAMES = {LANGUAGE_MODEL: "language_model", TOWER: "vision_tower"}
 # What can make a recipe fit, from what costs nothing to what changes the training.
 OPTIONS = {
     "the denoiser in bfloat16": _smaller_denoiser,

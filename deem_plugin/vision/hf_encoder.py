@@ -111,7 +111,8 @@ def measure(encoder: PreTrainedConfig, image_size: int) -> dict[str, int]:
         small.num_hidden_layers = 1
     try:
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            # The CPU's generator alone: `torch.manual_seed` would seed every GPU, too.
+            torch.random.default_generator.manual_seed(0)
             model = HFEncoder(small, image_size, MODEL_MAPPING[type(small)](small)).eval()
             pictures = torch.randn(1, 3, image_size, image_size).repeat(3, 1, 1, 1)
             encoded = model(pictures)
@@ -121,7 +122,7 @@ def measure(encoder: PreTrainedConfig, image_size: int) -> dict[str, int]:
             for cell in pictures[1, :, :stride, last], pictures[2, :, last, :stride]:
                 cell.copy_(torch.randn_like(cell))
             outputs = model.run(pictures)
-    except Exception as error:
+    except Exception as error:  # whatever a model that needs other inputs stops with
         raise ValueError(
             f"Cannot use {name}: given such pictures alone, it stops with {type(error).__name__}: {error}. {advice}."
         ) from error
