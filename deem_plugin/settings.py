@@ -6,6 +6,7 @@ import types
 import typing
 from collections.abc import Iterable
 from dataclasses import fields
+from enum import Enum
 from functools import cache
 from typing import Any
 
@@ -20,7 +21,8 @@ def build_settings(cls: type, values: dict | None, name: str, origin: str, *, st
         values (`dict`, *optional*): Its settings; those that are missing keep their defaults.
         name (`str`): Dotted name of the section, for errors.
         origin (`str`): Where the values come from, for errors: `the recipe 'deem'`.
-        strict (`bool`, *optional*, defaults to `True`): Whether a value of another kind than annotated is an error.
+        strict (`bool`, *optional*, defaults to `True`):
+            Whether a value of another kind than annotated is an error, not only where numbers alone are annotated.
 
     Raises:
         ValueError: On an unknown key, which lists the choices, and on a value of the wrong kind.
@@ -145,7 +147,11 @@ def _coerce(value: Any, hint: Any, name: str, strict: bool = True) -> Any:
             return value if int in kinds else float(value)
     if dict in kinds and isinstance(value, dict) and dict[str, float] in options:
         return {key: _coerce(item, float, f"{name}.{key}") for key, item in value.items()}
-    if strict and (not isinstance(value, tuple(kinds)) or (isinstance(value, bool) and bool not in kinds)):
+    if value is False and not strict and any(isinstance(kind, type) and issubclass(kind, Enum) for kind in kinds):
+        return "no"  # what YAML makes of `save_strategy: no`
+    # Even where annotations are loose, a number is a number.
+    plain = strict or kinds <= {int, float, bool, type(None)}
+    if plain and (not isinstance(value, tuple(kinds)) or (isinstance(value, bool) and bool not in kinds)):
         expected = " or ".join(sorted(kind.__name__ for kind in kinds - {type(None)}))
         raise ValueError(f"`{name}` must be of kind {expected}, got {value!r}.")
     return value

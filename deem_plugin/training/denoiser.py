@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from deem_plugin.feedback.callback import step_seed
 from deem_plugin.feedback.checkpoint import save_conditioner
@@ -19,9 +19,15 @@ from deem_plugin.feedback.from_scratch import make_diffusion_model, save_diffusi
 from deem_plugin.feedback.latents import PixelCodec
 from deem_plugin.feedback.loss import FeedbackLoss
 from deem_plugin.settings import changed_settings
-from deem_plugin.training.checkpoint import FINAL_NAME, check_writable, save_in_one_piece, train_or_set_aside
+from deem_plugin.training.checkpoint import (
+    FINAL_NAME,
+    check_writable,
+    resolve_resume,
+    save_in_one_piece,
+    train_and_keep,
+)
 from deem_plugin.training.recipes import Recipe, load_recipe
-from deem_plugin.training.run import resolve_resume
+from deem_plugin.training.trainer import RecipeTrainer
 from deem_plugin.vision.eyes import Eyes
 
 logger = logging.getLogger(__name__)
@@ -116,14 +122,14 @@ def train_denoiser(recipe: Recipe) -> Path:
     diffusion_model = make_diffusion_model(shape.network, shape.config, codec, shape.image_size)
     eyes = Eyes.of(tower, image_processor, config.image_mean, config.image_std)
     conditioner = make_conditioner(config.condition, eyes, diffusion_model.denoiser, seed=config.seed)
-    trainer = Trainer(
+    trainer = RecipeTrainer(
         model=DenoiserTraining(eyes, conditioner, diffusion_model, config),
         args=args,
         train_dataset=dataset,
         data_collator=ImageCollator(image_processor, recipe.data.crop_area),
     )
     trainer.add_callback(_StepSeeds(trainer.model))
-    train_or_set_aside(trainer)
+    train_and_keep(trainer)
     final = Path(args.output_dir) / FINAL_NAME
 
     def save(folder: str):

@@ -19,9 +19,8 @@ from deem_plugin.training.arguments import (
 )
 
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
-
     from deem_plugin.feedback.config import FeedbackConfig, RossConfig
+    from deem_plugin.training.training_arguments import RecipeTrainingArguments
 
 SECTIONS = ("model", "data", "feedback", "ross", "deem", "denoiser", "training")
 # `section: null` takes these out of what a recipe extends; elsewhere an empty section changes nothing.
@@ -44,7 +43,7 @@ class Recipe:
         feedback (`FeedbackConfig` or `RossConfig`, *optional*):
             The diffusion feedback of a VLM or an encoder, from the section `feedback` or `ross`; none without it.
         deem (`DeemArguments`, *optional*): The interleaved model, which has its own feedback; none without it.
-        training (`TrainingArguments`): The Trainer's own arguments.
+        training (`RecipeTrainingArguments`): The Trainer's own arguments.
         diffusion_model (`DenoiserArguments`, *optional*): What `deem train-denoiser` trains; none for `deem train`.
     """
 
@@ -53,7 +52,7 @@ class Recipe:
     data: DataArguments
     feedback: "FeedbackConfig | RossConfig | None"
     deem: DeemArguments | None
-    training: "TrainingArguments"
+    training: "RecipeTrainingArguments"
     denoiser: DenoiserArguments | None = None
 
 
@@ -157,9 +156,8 @@ def _check(recipe: Recipe):
 @cache
 def _classes() -> dict[str, type]:
     """Returns the dataclass of each section."""
-    from transformers import TrainingArguments
-
     from deem_plugin.feedback.config import FeedbackConfig, RossConfig
+    from deem_plugin.training.training_arguments import RecipeTrainingArguments
 
     return {
         "model": ModelArguments,
@@ -168,7 +166,7 @@ def _classes() -> dict[str, type]:
         "ross": RossConfig,
         "deem": DeemArguments,
         "denoiser": DenoiserArguments,
-        "training": TrainingArguments,
+        "training": RecipeTrainingArguments,
     }
 
 
@@ -185,29 +183,46 @@ def find_recipe(name_or_path: str | Path) -> Path:
     return shipped
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in one place, of which YAML would silently keep the last."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
 def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, dict | None]:
     """Reads a recipe file and, first, the one that it extends."""
     path = path.resolve()
     if path in below:
         raise ValueError(f"The recipe {path} extends itself, by way of {', '.join(p.name for p in below)}.")
-    with open(path, encoding="utf-8") as file:
-        try:
-            document = yaml.safe_load(file) or {}
-        except yaml.YAMLError as error:
-            raise ValueError(f"The recipe {path} is no valid YAML: {error}") from error
+    try:
+        document = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"The recipe {path} is no valid YAML in UTF-8: {error}") from error
     if not isinstance(document, dict):
         raise ValueError(f"The recipe {path} must hold the sections {', '.join(SECTIONS)}, got {document!r}.")
     parent = document.pop("extends", None)
     check_names(document, SECTIONS, "section", f"the recipe {path.stem!r}", ("extends",))
     sections: dict[str, dict | None] = {}
     if parent is not None:
+        if not isinstance(parent, str):
+            raise ValueError(f"`extends` of the recipe {path} must be the name of a recipe, got {parent!r}.")
         beside = path.parent / f"{parent}.yaml"
         sections = _read(beside if beside.is_file() else find_recipe(parent), (*below, path))
     for section, values in document.items():
         if values is not None and not isinstance(values, dict):
             raise ValueError(f"The section `{section}` of {path} must hold `key: value` lines, got {values!r}.")
-        if values and values.get("chat_template") and (path.parent / values["chat_template"]).is_file():
-            values["chat_template"] = str(path.parent / values["chat_template"])
+        template = (values or {}).get("chat_template")
+        if isinstance(template, str) and (path.parent / template).is_file():
+            values["chat_template"] = str(path.parent / template)
         if values is None and section in OPTIONAL_SECTIONS:
             sections[section] = None
         else:

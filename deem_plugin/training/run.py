@@ -7,17 +7,15 @@ from pathlib import Path
 
 from deem_plugin.training.checkpoint import (
     FINAL_NAME,
+    check_room,
     check_writable,
-    last_complete_checkpoint,
+    resolve_resume,
     save_in_one_piece,
-    train_or_set_aside,
+    train_and_keep,
 )
 from deem_plugin.training.recipes import Recipe, load_recipe
 
 logger = logging.getLogger(__name__)
-
-# Value of `training.resume_from_checkpoint` that means the newest complete checkpoint of the output folder, if any.
-RESUME_LAST = "last"
 
 
 def main(name: str, overrides: Sequence[str] = ()) -> int:
@@ -54,19 +52,18 @@ def train(recipe: Recipe, make_feedback: Callable | None = None) -> Path:
     from transformers import set_seed
     from transformers.trainer import TRAINING_ARGS_NAME
 
-    from deem_plugin.feedback.checkpoint import FILE_NAME as CONDITIONER_FILE
     from deem_plugin.training.card import write_card
 
     args = recipe.training
     _check(recipe)
     check_writable(args.output_dir)
-    files = [] if recipe.feedback is None else [CONDITIONER_FILE]
-    resolve_resume(args, files)
+    resolve_resume(args)
     # New weights (projector, LoRA) are drawn before the Trainer exists, which seeds only itself.
     set_seed(args.seed)
     prepare = _prepare_encoder if recipe.model.encoder else _prepare_vlm
     trainer, save = prepare(recipe, make_feedback)
-    train_or_set_aside(trainer, files)
+    check_room(args.output_dir, trainer.model)
+    train_and_keep(trainer)
     final = Path(args.output_dir) / FINAL_NAME
 
     def save_with_card(folder: str):
@@ -107,19 +104,6 @@ def _check(recipe: Recipe):
     # Batches of text alone, and steps without feedback, leave the tower or the conditioner without a gradient.
     if args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = True
-
-
-def resolve_resume(args, files=()):
-    """Puts the folder of the checkpoint to resume from into the arguments, where the callbacks look for it too."""
-    if args.resume_from_checkpoint == RESUME_LAST:
-        last = last_complete_checkpoint(args.output_dir, files)
-        logger.info("Resuming from %s.", last or "nothing: there is no complete checkpoint yet")
-        args.resume_from_checkpoint = None if last is None else str(last)
-    elif args.resume_from_checkpoint and not Path(args.resume_from_checkpoint).is_dir():
-        raise ValueError(
-            f"There is no checkpoint {args.resume_from_checkpoint} to resume from. Set "
-            f"`training.resume_from_checkpoint` to a `checkpoint-<step>` folder, or to `{RESUME_LAST}`."
-        )
 
 
 def _feedback_callback(recipe: Recipe, make_feedback, model, processing_class, *, returns_loss=False):

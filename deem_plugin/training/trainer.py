@@ -76,7 +76,12 @@ class RecipeTrainer(Trainer):
         return prepare_data_loader(loader, device=args.device, **options)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """Also counts documents and images of the whole optimizer step, as the stock method counts the tokens."""
+        """
+        Also counts documents and images of the whole optimizer step, as the stock method counts the tokens. No batches
+        where a finished run is resumed: the stock loop asks only after a step whether it was the last.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if isinstance(self.train_dataset, ShardStream):
             for batch in batches:
@@ -124,6 +129,14 @@ class RecipeTrainer(Trainer):
             logs |= {f"feedback_{name}": sums[name] for name in ("blank", "nonfinite") if sums[name]}
             self._tally.add(sums["views"], sums["nonfinite"])
         super().log(logs, start_time)
+
+    def _save_checkpoint(self, model, trial):
+        """As the stock method, which would delete older checkpoints before this one is complete."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """

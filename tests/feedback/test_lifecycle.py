@@ -10,7 +10,6 @@ from transformers import LlavaForConditionalGeneration, Trainer, TrainerCallback
 
 from deem_plugin.feedback import DiffusionFeedbackCallback, load_conditioner, save_conditioner
 from deem_plugin.feedback.checkpoint import FILE_NAME
-from deem_plugin.training.checkpoint import last_complete_checkpoint
 
 from ..tiny import tiny_llava
 from .helpers import feedback_config, pixel_diffusion_model, relative_difference, samples
@@ -432,25 +431,6 @@ def test_the_best_model_itself_is_loaded(tmp_path, better):
     best = LlavaForConditionalGeneration.from_pretrained(trainer.state.best_model_checkpoint).state_dict()
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, best[name], atol=0, rtol=0, msg=name)
-
-
-class KilledCallback(DiffusionFeedbackCallback):
-    """Is killed between the Trainer's save and its own, in the second checkpoint."""
-
-    def on_save(self, args, state, control, **kwargs):
-        if state.global_step == 2:
-            raise KeyboardInterrupt
-        super().on_save(args, state, control, **kwargs)
-
-
-def test_a_checkpoint_without_its_conditioner_is_not_complete(tmp_path):
-    callback = KilledCallback(feedback_config(), pixel_diffusion_model())
-
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, callback, max_steps=3, save_strategy="steps", save_steps=1)
-
-    assert (tmp_path / "checkpoint-2/trainer_state.json").is_file()
-    assert last_complete_checkpoint(tmp_path, files=[FILE_NAME]) == tmp_path / "checkpoint-1"
 
 
 # Trackers

@@ -1,23 +1,54 @@
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from types import SimpleNamespace
+
 import pytest
-from transformers.trainer_utils import get_last_checkpoint
+import torch
+from safetensors.torch import load_file
 
+from deem_plugin.training import checkpoint as checkpoints
 from deem_plugin.training.checkpoint import (
+    check_room,
     check_writable,
-    last_complete_checkpoint,
+    find_damage,
+    naming_a_full_disk,
     save_in_one_piece,
-    set_aside_incomplete,
+    write_manifest,
 )
+from deem_plugin.training.recipes import load_recipe
+from deem_plugin.training.run import train
+
+from .helpers import tiny_overrides
+
+EVERY_STEP = {"training__save_strategy": "steps", "training__save_steps": 1}
 
 
-@pytest.fixture
-def run_folder(tmp_path):
-    """A run whose newest checkpoint was cut off: it has weights, but not the state that is written last."""
-    for step, complete in ((9, True), (10, True), (20, False)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "model.safetensors").write_text("weights")
-        if complete:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
-    return tmp_path
+def recipe(parts, out, **settings):
+    return load_recipe("tiny-tune", tiny_overrides(parts, out, model__model=parts / "llava", **settings))
+
+
+def same_weights(one, two):
+    for name in ("model.safetensors", "feedback.safetensors"):
+        expected, given = load_file(one / name), load_file(two / name)
+        assert expected.keys() == given.keys() and all(torch.equal(given[key], expected[key]) for key in expected)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.glob("*checkpoint-*"))
+
+
+@pytest.fixture(scope="module")
+def whole(parts, tmp_path_factory):
+    """An uninterrupted run of three steps with a checkpoint at each; its folder."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(recipe(parts, folder, training__max_steps=3, **EVERY_STEP))
+    return folder
 
 
 def test_output_that_cannot_be_written_is_an_error_that_says_so(tmp_path):
@@ -33,16 +64,127 @@ def test_the_check_leaves_an_empty_folder(tmp_path):
     assert list((tmp_path / "a" / "b").iterdir()) == []
 
 
-def test_the_newest_checkpoint_is_the_newest_complete_one(run_folder, tmp_path):
-    assert last_complete_checkpoint(run_folder).name == "checkpoint-10"
-    assert last_complete_checkpoint(tmp_path / "nowhere") is None
+def test_a_manifest_tells_what_is_wrong_with_a_checkpoint(tmp_path):
+    (tmp_path / "global_step3").mkdir()
+    for name in ("one", "global_step3/two"):
+        (tmp_path / name).write_text("contents")
+    assert "has no manifest.json" in find_damage(tmp_path)
+
+    write_manifest(tmp_path)
+
+    assert find_damage(tmp_path) is None and not (tmp_path / "manifest.json.partial").exists()
+    (tmp_path / "global_step3/two").write_text("CONTENTS")
+    assert find_damage(tmp_path) == "the contents of its file global_step3/two are not what was written"
+    (tmp_path / "global_step3/two").write_text("conten")
+    assert find_damage(tmp_path) == "its file global_step3/two has 6 bytes, 8 were written"
+    (tmp_path / "global_step3/two").unlink()
+    assert find_damage(tmp_path) == "its file global_step3/two is missing"
+    (tmp_path / "manifest.json").write_text('{"fil')
+    assert find_damage(tmp_path) == "its manifest.json is damaged"
 
 
-def test_a_half_written_checkpoint_is_set_aside(run_folder):
-    set_aside_incomplete(run_folder)
+def test_each_file_of_a_checkpoint_is_vouched_for(whole):
+    written = {path.name for path in (whole / "checkpoint-3").iterdir()}
 
-    assert get_last_checkpoint(str(run_folder)).endswith("checkpoint-10")
-    assert (run_folder / "incomplete-checkpoint-20" / "model.safetensors").is_file()
+    assert set(json.loads((whole / "checkpoint-3/manifest.json").read_text())["files"]) == written - {"manifest.json"}
+    assert {"model.safetensors", "feedback.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"} <= written
+
+
+def damaged_copy(whole, folder, damage, name):
+    """Copies a run as if it had been interrupted, with one file of its newest checkpoint damaged."""
+    shutil.copytree(whole, folder)
+    shutil.rmtree(folder / "final")
+    path = folder / "checkpoint-3" / name
+    if damage == "missing":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-7])
+    else:
+        contents = bytearray(path.read_bytes())
+        contents[len(contents) // 2] ^= 255
+        path.write_bytes(contents)
+    return folder
+
+
+FILES = ("model.safetensors", "feedback.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+
+
+@pytest.mark.parametrize(
+    ("damage", "name"),
+    [
+        ("changed", "model.safetensors"),
+        ("missing", "manifest.json"),
+        *(
+            pytest.param(damage, name, marks=pytest.mark.slow)
+            for damage in ("missing", "truncated", "changed")
+            for name in (*FILES, "trainer_state.json")
+        ),
+    ],
+)
+def test_a_run_falls_back_to_the_newest_whole_checkpoint_and_says_so(parts, whole, tmp_path, caplog, damage, name):
+    folder = damaged_copy(whole, tmp_path / "run", damage, name)
+
+    final = train(recipe(parts, folder, training__max_steps=3, training__resume_from_checkpoint="last", **EVERY_STEP))
+
+    assert f"{name}" in caplog.text and "It is now damaged-checkpoint-3" in caplog.text
+    assert names(folder) == ["checkpoint-1", "checkpoint-2", "checkpoint-3", "damaged-checkpoint-3"]
+    same_weights(whole / "final", final)
+
+
+def test_a_damaged_checkpoint_that_is_named_is_refused(parts, whole, tmp_path):
+    folder = damaged_copy(whole, tmp_path / "run", "truncated", "optimizer.pt")
+
+    with pytest.raises(ValueError, match=r"checkpoint-3 cannot be resumed: its file optimizer.pt has \d+ bytes"):
+        train(recipe(parts, folder, training__resume_from_checkpoint=folder / "checkpoint-3"))
+
+
+def test_a_finished_run_that_is_resumed_trains_no_further(parts, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/final")
+    resume = {"training__max_steps": 3, "training__resume_from_checkpoint": "last"}
+
+    final = train(recipe(parts, tmp_path / "run", **resume, **EVERY_STEP))
+
+    assert json.loads((tmp_path / "run/trainer_state.json").read_text())["global_step"] == 3
+    assert names(tmp_path / "run") == names(whole)
+    same_weights(whole / "final", final)
+
+
+def test_checkpoints_of_an_earlier_run_are_not_mixed_with_those_of_another(parts, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    with pytest.raises(ValueError, match="holds checkpoints of an earlier run .*resume_from_checkpoint=last"):
+        train(recipe(parts, tmp_path / "run"))
+    other = {"training__resume_from_checkpoint": whole / "checkpoint-1"}
+    with pytest.raises(ValueError, match="holds checkpoints of an earlier run"):
+        train(recipe(parts, tmp_path / "run", **other))
+
+    train(recipe(parts, tmp_path / "run", training__overwrite_output_dir=True, **EVERY_STEP))
+
+    assert names(tmp_path / "run") == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_checkpoints_behind_the_one_that_is_resumed_are_set_aside(parts, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    back = {"training__max_steps": 2, "training__resume_from_checkpoint": tmp_path / "run/checkpoint-1"}
+
+    train(recipe(parts, tmp_path / "run", **back))
+
+    assert names(tmp_path / "run") == ["checkpoint-1", "later-checkpoint-2", "later-checkpoint-3"]
+
+
+def test_older_checkpoints_go_only_when_the_new_one_is_sealed(parts, tmp_path, monkeypatch):
+    """A kill before the manifest must not leave the run without any checkpoint."""
+    sealed = []
+
+    def look(folder):
+        sealed.append([path.name for path in tmp_path.glob("checkpoint-*") if (path / "manifest.json").is_file()])
+        write_manifest(folder)
+
+    monkeypatch.setattr(checkpoints, "write_manifest", look)
+    train(recipe(parts, tmp_path, training__max_steps=3, training__save_total_limit=1, **EVERY_STEP))
+
+    assert sealed == [[], ["checkpoint-1"], ["checkpoint-2"]]
+    assert names(tmp_path) == ["checkpoint-3"]
 
 
 def write_into(folder):
@@ -64,9 +206,97 @@ def test_a_failed_save_leaves_the_earlier_one_and_nothing_else(tmp_path):
 
     def fail(folder):
         write_into(folder)
-        raise OSError("disk full")
+        raise OSError("unplugged")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OSError, match="unplugged"):
         save_in_one_piece(tmp_path / "final", fail, True, lambda: None)
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
     assert (tmp_path / "final" / "weights").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 116864 vs 116756"),
+        Exception("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_named_with_its_folder_and_the_remedy(whole, error):
+    message = (
+        rf"The disk of {whole} is full \(\d+ MiB free\). The newest complete checkpoint is checkpoint-3 and takes"
+    )
+    with pytest.raises(ValueError, match=message), naming_a_full_disk(whole):
+        raise error
+
+
+def test_another_error_stays_what_it_is(tmp_path):
+    with pytest.raises(RuntimeError, match="shapes"), naming_a_full_disk(tmp_path):
+        raise RuntimeError("shapes cannot be multiplied")
+
+
+def test_a_run_whose_result_finds_no_room_does_not_begin(tmp_path, monkeypatch):
+    check_room(tmp_path, torch.nn.Linear(4, 4))
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda folder: SimpleNamespace(free=79))
+
+    with pytest.raises(ValueError, match="the trained model alone takes"):
+        check_room(tmp_path, torch.nn.Linear(4, 4))  # 20 parameters of 4 bytes
+
+
+def start(parts, folder, steps):
+    """Forks a process that trains, so that each attempt costs no import; returns its id."""
+    if child := os.fork():
+        return child
+    try:
+        log = os.open(folder.with_suffix(".log"), os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        os.dup2(log, 1), os.dup2(log, 2)
+        settings = {"training__max_steps": steps, "training__resume_from_checkpoint": "last", **EVERY_STEP}
+        train(recipe(parts, folder, training__save_total_limit=2, **settings))
+        os._exit(0)
+    except BaseException as error:
+        sys.stderr.write(repr(error))
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def in_a_save(folder):
+    """Tells whether a checkpoint or the final folder is being written."""
+    return (folder / "final.partial").exists() or any(
+        not (path / "manifest.json").exists() for path in folder.glob("checkpoint-*")
+    )
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_again_and_again_ends_where_the_uninterrupted_one_does(parts, tmp_path):
+    """40 kills, every second one in the middle of a save."""
+    steps, kills, draw = 60, 40, random.Random(0)
+    train(recipe(parts, tmp_path / "whole", training__max_steps=steps))
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    killed = during = attempts = 0
+    while True:
+        attempts += 1
+        assert attempts < 4 * kills
+        child = start(parts, folder, steps)
+        begun, patience = time.monotonic(), draw.uniform(0.5, 3.0)
+        while True:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                break
+            saving = in_a_save(folder)
+            if killed < kills and (saving if killed % 2 else time.monotonic() - begun > patience):
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                killed, during = killed + 1, during + in_a_save(folder)
+                break
+            time.sleep(draw.uniform(0, 0.003))
+        if ended:
+            assert status == 0, folder.with_suffix(".log").read_text()[-2000:]
+            if killed >= kills:
+                break
+            # It was done before it could be killed: once more from the middle.
+            for path in (*folder.glob("checkpoint-*"), folder / "final"):
+                shutil.rmtree(path, ignore_errors=True)
+
+    assert killed == kills and during >= 10
+    same_weights(tmp_path / "whole/final", folder / "final")

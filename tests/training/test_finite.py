@@ -8,7 +8,6 @@ from diffusers import AutoencoderKL
 from safetensors import safe_open
 
 from deem_plugin.training.cache import cache_latents
-from deem_plugin.training.checkpoint import last_complete_checkpoint, set_aside_incomplete
 from deem_plugin.training.recipes import load_recipe
 from deem_plugin.training.run import train
 
@@ -64,32 +63,3 @@ def test_weights_that_are_not_finite_are_no_result(parts, tmp_path):
         train(recipe(parts, tmp_path, feedback__weight=0.0, **settings))
 
     assert not (tmp_path / "final").exists()
-
-
-@pytest.fixture
-def killed_run(tmp_path):
-    """A run whose newest checkpoint was cut off before its callbacks had written their files."""
-    for step, names in ((1, ["trainer_state.json", "feedback.safetensors"]), (2, ["trainer_state.json"])):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        for name in names:
-            (tmp_path / f"checkpoint-{step}" / name).write_text("")
-    return tmp_path
-
-
-def test_a_checkpoint_is_complete_with_the_files_of_the_callbacks(killed_run):
-    assert last_complete_checkpoint(killed_run).name == "checkpoint-2"
-    assert last_complete_checkpoint(killed_run, ["feedback.safetensors"]).name == "checkpoint-1"
-
-    set_aside_incomplete(killed_run, ["feedback.safetensors"])
-
-    assert sorted(path.name for path in killed_run.iterdir()) == ["checkpoint-1", "incomplete-checkpoint-2"]
-
-
-def test_a_run_resumes_from_the_last_checkpoint_with_a_conditioner(parts, tmp_path):
-    steps = {"training__save_strategy": "steps", "training__save_steps": 1, "training__max_steps": 3}
-    train(recipe(parts, tmp_path, **steps))
-    (tmp_path / "checkpoint-3/feedback.safetensors").unlink()
-
-    trained = train(recipe(parts, tmp_path, training__resume_from_checkpoint="last", **steps))
-
-    assert (tmp_path / "checkpoint-3/feedback.safetensors").is_file() and trained is not None

@@ -340,7 +340,7 @@ def test_a_stream_resumes_where_it_was(parts, language_model, tower, tmp_path, w
     before = load_file(tmp_path / "whole" / "checkpoint-3" / "model.safetensors")
     assert not torch.equal(before["connector.weight"], given["connector.weight"])
     with pytest.raises(ValueError, match="The stream of .*checkpoint-3 cannot go on: its seed were"):
-        run("parts", resume_from_checkpoint=tmp_path / "whole" / "checkpoint-3", data_seed=9)
+        run("other", resume_from_checkpoint=tmp_path / "whole" / "checkpoint-3", data_seed=9)
 
 
 @pytest.mark.slow

@@ -135,6 +135,17 @@ def test_a_chat_template_beside_the_recipe_is_found(write, tmp_path):
         (["model.lora_r=much"], "`model.lora_r` must be of kind int, got 'much'"),
         (["model.lora_r=true"], "`model.lora_r` must be of kind int, got True"),
         (["model.learning_rates={a: b}"], "`model.learning_rates.a` must be a number, got 'b'"),
+        (["training.max_steps=many"], "`training.max_steps` must be of kind int, got 'many'"),
+        (["training.max_steps=2.5"], "`training.max_steps` must be of kind int, got 2.5"),
+        (["training.learning_rate=[1, 2]"], r"`training.learning_rate` must be of kind float, got \[1, 2\]"),
+        (["training.learning_rate=.nan"], "`training.learning_rate` must be a number from 0 up, got nan"),
+        (
+            ["training.gradient_accumulation_steps=0"],
+            "`training.gradient_accumulation_steps` must be at least 1, got 0",
+        ),
+        (["training.max_steps=0"], "`training.max_steps` is 0 and .* nothing would train"),
+        (["training.save_steps=0"], "`training.save_steps` must be above 0, got 0"),
+        (["training.dataloader_num_workers=-1"], "`training.dataloader_num_workers` must be at least 0, got -1"),
         (["training.learning_rate=fast"], "`training.learning_rate` must be a number, got 'fast'"),
         (["model.dtype=float8"], "`model.dtype` must be one of auto, float32, bfloat16, float16, got 'float8'"),
         (["model.encoder=x"], r"exactly one of `model`, `language_model`, `encoder`.*got \['model', 'encoder'\]"),
@@ -148,6 +159,33 @@ def test_a_chat_template_beside_the_recipe_is_found(write, tmp_path):
 def test_wrong_settings_are_errors_that_say_what_is_expected(write, overrides, message):
     with pytest.raises(ValueError, match=message):
         load_recipe(write(MINIMAL + "feedback: {diffusion_model: {path: sd}}\n"), overrides)
+
+
+def test_a_strategy_of_no_needs_no_quotes(write):
+    """YAML reads `no` as false."""
+    assert load_recipe(write(MINIMAL), ["training.save_strategy=no"]).training.save_strategy == "no"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: {model: a, model: b}\n", "the key 'model' stands twice"),
+        ("extends: 3\n", "`extends` of the recipe .* must be the name of a recipe, got 3"),
+        ("model: {model: m, chat_template: 3}\n", "`model.chat_template` must be of kind str, got 3"),
+        ("3: {}\n", "Unknown section 3"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_an_error_that_says_why(write, text, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(write(text))
+
+
+def test_a_recipe_in_another_encoding_is_an_error_that_names_the_file(write):
+    path = write("")
+    path.write_bytes("model: {model: é}".encode("latin-1"))
+
+    with pytest.raises(ValueError, match="mine.yaml is no valid YAML in UTF-8"):
+        load_recipe(path)
 
 
 def test_an_unknown_key_in_the_file_is_an_error(write):

@@ -224,19 +224,6 @@ def test_a_broken_picture_stops_the_run_and_leaves_no_model(parts, tmp_path, dam
     assert list((tmp_path / "out").glob("*checkpoint*")) == [] and not (tmp_path / "out" / "final").exists()
 
 
-def test_a_failed_checkpoint_is_set_aside(parts, tmp_path, monkeypatch):
-    from transformers.trainer_callback import TrainerState
-
-    def fail(self, path):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(TrainerState, "save_to_json", fail)
-    settings = {"training__save_strategy": "steps", "training__save_steps": 1}
-    with pytest.raises(OSError, match="disk full"):
-        train(recipe_for("tiny-tune", parts, tmp_path, **settings))
-    assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["incomplete-checkpoint-1"]
-
-
 class Interrupt(TrainerCallback):
     """Ends a run as Ctrl-C does, in its fourth step."""
 

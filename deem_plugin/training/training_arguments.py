@@ -1,0 +1,51 @@
+"""The section `training` of a recipe."""
+
+import math
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+from transformers.trainer_utils import SaveStrategy
+
+# What a run needs at least 1 of.
+_COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+
+
+@dataclass
+class RecipeTrainingArguments(TrainingArguments):
+    """
+    All of `transformers.TrainingArguments`, and one more.
+
+    Args:
+        overwrite_output_dir (`bool`, *optional*, defaults to `False`):
+            Whether the checkpoints that an earlier run has left in the output folder are deleted. Without it, a run
+            that neither resumes nor overwrites them is refused.
+
+    Raises:
+        ValueError: On a value that no run can have.
+    """
+
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Whether checkpoints of an earlier run in the output folder are deleted."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in _COUNTS:
+            if getattr(self, name) < 1:
+                raise ValueError(f"`training.{name}` must be at least 1, got {getattr(self, name)}.")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):
+            raise ValueError(f"`training.learning_rate` must be a number from 0 up, got {self.learning_rate}.")
+        if self.max_steps == 0 or (self.max_steps < 0 and self.num_train_epochs <= 0):
+            raise ValueError(
+                f"`training.max_steps` is {self.max_steps} and `training.num_train_epochs` {self.num_train_epochs}, "
+                f"so nothing would train. Set one of them above 0."
+            )
+        if self.save_strategy == SaveStrategy.STEPS and self.save_steps <= 0:
+            raise ValueError(
+                f"`training.save_steps` must be above 0, got {self.save_steps}. For no checkpoints set "
+                f"`training.save_strategy: 'no'`."
+            )
+        if self.dataloader_num_workers < 0:
+            raise ValueError(
+                f"`training.dataloader_num_workers` must be at least 0, got {self.dataloader_num_workers}."
+            )
