@@ -102,8 +102,9 @@ def cache_latents(recipe: Recipe, batch_size: int = 16, diffusion_model=None) ->
 
 def _data(recipe: Recipe):
     """Returns data set, collator, model and processor of a recipe, as the run has them."""
-    from deem_plugin.data.collator import ConversationCollator, ImageCollator
+    from deem_plugin.data.collator import ConversationCollator
     from deem_plugin.data.conversations import load_conversations
+    from deem_plugin.data.image_collator import ImageCollator
     from deem_plugin.data.images import load_image_folder
     from deem_plugin.training.encoder import load_encoder
     from deem_plugin.training.model import make_model

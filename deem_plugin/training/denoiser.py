@@ -105,7 +105,7 @@ def train_denoiser(recipe: Recipe) -> Path:
     """
     from transformers import set_seed
 
-    from deem_plugin.data.collator import ImageCollator
+    from deem_plugin.data.image_collator import ImageCollator
     from deem_plugin.data.images import load_image_folder
     from deem_plugin.training.encoder import load_encoder
 

@@ -228,7 +228,7 @@ def _prepare_vlm(recipe: Recipe, make_feedback):
 
 def _prepare_encoder(recipe: Recipe, make_feedback):
     """Returns the Trainer of an encoder alone and the function that saves it."""
-    from deem_plugin.data.collator import ImageCollator
+    from deem_plugin.data.image_collator import ImageCollator
     from deem_plugin.data.images import load_image_folder
     from deem_plugin.training.encoder import load_encoder, save_encoder
     from deem_plugin.training.model import add_lora
