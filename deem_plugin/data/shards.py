@@ -298,9 +298,9 @@ def _read_json(name: str, sample: Sample, keys: tuple[str, ...]) -> dict[str, An
 
 def _check_marks(texts: list[str]):
     """Drops web text that holds the model's own marks, which would be taken for pictures."""
-    from deem_plugin.models.processing import IMAGE_START_TOKEN, IMAGE_TOKEN, REGION_MARK
+    from deem_plugin.models.processing import IMAGE_START_TOKEN, IMAGE_TOKEN
 
-    if any(mark in text for mark in (IMAGE_TOKEN, IMAGE_START_TOKEN, REGION_MARK) for text in texts):
+    if any(mark in text for mark in (IMAGE_TOKEN, IMAGE_START_TOKEN) for text in texts):
         raise Dropped("mark within the text")
 
 

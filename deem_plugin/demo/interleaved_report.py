@@ -106,7 +106,7 @@ def describe(model, processor, count: int) -> tuple[list[bool], list[tuple[str, 
     pictures = [to_pil_image(picture) for picture in mosaics(scenes)]
     images = [picture for picture in pictures for _ in range(TILES**2)]
     boxes = [tile_box(tile) for tile in range(len(images))]
-    answers = _generate(model, processor, ["<region>"] * len(images), images, boxes)
+    answers = _generate(model, processor, ["<image>"] * len(images), images, boxes)
     rows = [(str(box), answer, truth) for box, answer, truth in zip(boxes, answers, captions(scenes), strict=True)]
     return [answer == truth for _, answer, truth in rows], rows
 

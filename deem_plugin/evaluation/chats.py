@@ -73,7 +73,7 @@ def about_region(chat: Chat, doc: Mapping[str, Any]) -> Chat:
     """
     Asks about the region itself instead of a line that the task has drawn on the picture.
 
-    The prompt is what the model has learned from `data.region_sources`: the region, a line break, the question.
+    The prompt is what the model has learned from `data.region_sources`: the picture, a line break, the question.
 
     Args:
         chat (`Chat`): Of one of lmms-eval's RefCOCO tasks.
@@ -81,13 +81,13 @@ def about_region(chat: Chat, doc: Mapping[str, Any]) -> Chat:
     """
     from deem_plugin.data.region_sources import coco_region
     from deem_plugin.data.regions import to_mask
-    from deem_plugin.models.processing import REGION_MARK
+    from deem_plugin.models.processing import IMAGE_TOKEN
 
     image = doc["image"].convert("RGB")
     kind = _ABOUT_A_REGION.match(chat.task)[1]
     annotation = {"bbox": doc["bbox"]} if kind == "bbox" else {"segmentation": [list(doc["segmentation"])]}
     mask = to_mask(coco_region(annotation), *image.size, f"document {chat.doc_id} of {chat.task}")
-    prompt = f"{REGION_MARK}\n{chat.question}\n"
+    prompt = f"{IMAGE_TOKEN}\n{chat.question}\n"
     return Chat(chat.messages, [image], chat.task, chat.doc_id, [mask], prompt)
 
 

@@ -1,6 +1,4 @@
-"""DeemProcessor: texts with marks for pictures and regions, and the pictures, as a DEEM reads them."""
-
-import re
+"""DeemProcessor: texts with marks for pictures, the pictures, and regions of them, as a DEEM reads them."""
 
 import torch
 from transformers import ProcessorMixin
@@ -9,16 +7,11 @@ from ..vision.regions import region_mask, square_around
 
 IMAGE_TOKEN = "<image>"
 IMAGE_START_TOKEN = "<image_start>"
-REGION_MARK = "<region>"
-_MARKS = re.compile(f"{IMAGE_TOKEN}|{REGION_MARK}")
 
 
 class DeemProcessor(ProcessorMixin):
     """
-    Puts an image start and the slots of the tower's tokens in the place of each mark.
-
-    `<image>` stands for a picture and `<region>` for a picture of which one region is meant. Both take the next of
-    `images`; a region also takes its entry of `regions`.
+    Puts an image start and the slots of the tower's tokens in the place of each `<image>`.
 
     Args:
         image_processor (`DeemImageProcessor`): Of the tower.
@@ -38,11 +31,12 @@ class DeemProcessor(ProcessorMixin):
     def __call__(self, images=None, text=None, regions=None, **kwargs):
         """
         Args:
-            images (`list`, *optional*): Pictures in the order of their marks, all texts' in one list.
+            images (`list`, *optional*): Pictures in the order of their marks, in one list or in one for each text.
             text (`str` or `list[str]`): Texts with marks.
             regions (`list`, *optional*):
-                One entry a picture: `None` for `<image>`; for `<region>` a mask, box or points in the pixels of the
-                picture, see `region_mask`. Pictures and masks go through one geometry, see `show_regions`.
+                Arranged like `images`: `None` where the whole picture is meant, else a mask, box or points in the
+                pixels of the picture, see `region_mask`. Pictures and masks go through one geometry, see
+                `show_regions`.
             kwargs: As for every processor of transformers.
 
         Returns:
@@ -52,11 +46,13 @@ class DeemProcessor(ProcessorMixin):
         Raises:
             ValueError: If marks, pictures and regions do not match, or a region does not meet the visible picture.
         """
-        if text is not None:
-            text = [text] if isinstance(text, str) else list(text)
-            self._check_regions([mark for each in text for mark in _MARKS.findall(each)], regions)
-            text = [each.replace(REGION_MARK, IMAGE_TOKEN) for each in text]
         if regions is not None:
+            if images and isinstance(images[0], (list, tuple)):
+                images, regions = ([item for own in lists for item in own] for lists in (images, regions))
+            if len(regions) != len(images or []):
+                raise ValueError(
+                    f"Got {len(regions)} entries of `regions` for {len(images or [])} pictures; expected one each."
+                )
             images, regions = self.show_regions(images, regions)
         inputs = super().__call__(images=images, text=text, **kwargs)
         if regions is not None and any(region is not None for region in regions):
@@ -66,17 +62,6 @@ class DeemProcessor(ProcessorMixin):
     def replace_image_token(self, image_inputs, image_idx, **kwargs) -> str:
         """Returns what stands for a picture in the text: the start and its slots."""
         return IMAGE_START_TOKEN + IMAGE_TOKEN * self.num_image_tokens
-
-    def _check_regions(self, marks, regions):
-        given = [None] * len(marks) if regions is None else regions
-        if len(given) != len(marks):
-            raise ValueError(f"Got {len(given)} entries of `regions` for {len(marks)} marks; expected one each.")
-        for index, (mark, region) in enumerate(zip(marks, given, strict=True)):
-            if (mark == REGION_MARK) != (region is not None):
-                raise ValueError(
-                    f"Mark {index} is {mark}, but its entry of `regions` is {'none' if region is None else 'given'}. "
-                    f"Write {REGION_MARK} where a region is meant and {IMAGE_TOKEN} for a whole picture."
-                )
 
     def show_regions(self, images, regions) -> tuple[list, list]:
         """

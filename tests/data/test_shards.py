@@ -138,7 +138,7 @@ def test_every_reason_is_counted_for_interleaved_documents(tmp_path, caplog):
 
 def test_every_reason_is_counted_for_pairs(tmp_path):
     files = {"0.jpg": jpeg(), "0.txt": " too short "} | {"1.jpg": jpeg()[:60], "1.txt": "a damaged picture"}
-    files |= {"2.txt": "no picture at all"} | {"3.jpg": jpeg(), "3.txt": "a <region> of it"} | {"4.jpg": jpeg()}
+    files |= {"2.txt": "no picture at all"} | {"3.jpg": jpeg(), "3.txt": "an <image> of it"} | {"4.jpg": jpeg()}
     stream, drops = stream_pairs(write_tar(tmp_path / "a.tar", files), on_error="skip")
 
     assert list(stream) == []

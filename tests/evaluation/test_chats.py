@@ -37,7 +37,7 @@ def test_the_region_of_a_document_is_meant_and_nothing_is_drawn_on_its_picture(t
 
     chat = about_region(read_messages(question("What is it?", [drawn_on]), task, 3), doc)
 
-    assert chat.render(processor=None) == "<region>\nWhat is it?\n"
+    assert chat.render(processor=None) == "<image>\nWhat is it?\n"
     assert np.array_equal(np.asarray(chat.images[0]), np.asarray(image))
     expected = np.zeros((30, 40), bool)
     if "bbox" in task:

@@ -67,7 +67,7 @@ def test_it_is_asked_about_the_region_itself(checkpoint, task, box):
 
     about, whole = model.generate_until(requests)
 
-    inputs = model.processor(text="<region>\nWhat is this?\n", images=[image], regions=[box], return_tensors="pt")
+    inputs = model.processor(text="<image>\nWhat is this?\n", images=[image], regions=[box], return_tensors="pt")
     output = model.model.generate(**inputs, do_sample=False, max_new_tokens=6)
     answer = model.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert about == answer.strip().split("\n\n")[0].strip()
