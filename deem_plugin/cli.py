@@ -38,7 +38,7 @@ def _cache_latents(arguments) -> int:
 
 
 def _plan(arguments) -> int:
-    from .training.plan_report import main
+    from .planning.report import main
 
     print(
         main(

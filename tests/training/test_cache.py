@@ -92,7 +92,7 @@ def test_the_command_reports_counts_and_asks_for_a_folder(parts, tmp_path, capsy
 
 
 def test_a_recipe_with_a_cache_can_be_planned(parts, tmp_path):
-    from deem_plugin.training.skeleton import build_skeleton
+    from deem_plugin.planning.skeleton import build_skeleton
 
     skeleton = build_skeleton(
         recipe(parts, tmp_path, feedback__diffusion_model__latent_cache=tmp_path / "not-filled-yet")

@@ -10,19 +10,19 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, TrainerCallback
 
-from deem_plugin.training.flops import flop_counter
-from deem_plugin.training.memory import GIB
+from deem_plugin.planning.flops import flop_counter
+from deem_plugin.planning.memory import GIB
+from deem_plugin.planning.plan import fit, least, make_plan
+from deem_plugin.planning.report import as_json, main, report
+from deem_plugin.planning.skeleton import build_skeleton
 from deem_plugin.training.parts import count_parameters
-from deem_plugin.training.plan import fit, least, make_plan
-from deem_plugin.training.plan_report import as_json, main, report
 from deem_plugin.training.recipes import load_recipe
 from deem_plugin.training.run import _prepare_encoder, _prepare_vlm
-from deem_plugin.training.skeleton import build_skeleton
 
 from ..families.builders import picture
 from ..published_configs import write_configs
-from .checkpoints import write_checkpoint
-from .helpers import tiny_overrides
+from ..training.checkpoints import write_checkpoint
+from ..training.helpers import tiny_overrides
 
 # Recipes with tiny parts: name, settings, whether there is feedback.
 RECIPES = {

@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from deem_plugin.feedback.diffusion_model import DiffusionModel
 from deem_plugin.feedback.state import StepState
-from deem_plugin.training.fakes import DEVICE
-from deem_plugin.training.skeleton import Skeleton
+from deem_plugin.planning.fakes import DEVICE
+from deem_plugin.planning.skeleton import Skeleton
 from deem_plugin.vision.towers import without_peft
 
 TOKEN_TYPES = {"mm_token_type_ids", "token_type_ids"}

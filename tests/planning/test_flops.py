@@ -6,7 +6,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from deem_plugin.training.flops import MemoryTracker, flop_counter
+from deem_plugin.planning.flops import MemoryTracker, flop_counter
 
 KIB = 1024
 

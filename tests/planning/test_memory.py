@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from deem_plugin.training.memory import (
+from deem_plugin.planning.memory import (
     GPUS,
     ZERO_BUCKET,
     OptimizerStates,

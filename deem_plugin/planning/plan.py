@@ -12,8 +12,8 @@ from transformers import Trainer
 
 from deem_plugin.feedback.config import RossConfig
 from deem_plugin.feedback.quantization import quantized_bytes
-from deem_plugin.training.flops import StepCounter
-from deem_plugin.training.memory import (
+from deem_plugin.planning.flops import StepCounter
+from deem_plugin.planning.memory import (
     STRATEGIES,
     Memory,
     OptimizerStates,
@@ -21,9 +21,9 @@ from deem_plugin.training.memory import (
     communication_memory,
     state_memory,
 )
+from deem_plugin.planning.skeleton import Skeleton, build_skeleton
 from deem_plugin.training.parts import LANGUAGE_MODEL, TOWER, count_parameters
 from deem_plugin.training.recipes import Recipe, load_recipe
-from deem_plugin.training.skeleton import Skeleton, build_skeleton
 
 # Tokens of text beside the picture where neither the recipe nor the caller says how long a conversation is.
 TEXT_TOKENS = 128

@@ -8,9 +8,9 @@ from PIL import Image
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
+from deem_plugin.planning.fakes import FakeWeightsMode, put_fakes
 from deem_plugin.training.arguments import ModelArguments
 from deem_plugin.training.encoder import vision_part
-from deem_plugin.training.fakes import FakeWeightsMode, put_fakes
 from deem_plugin.training.model import add_lora, freeze_unread_layers
 from deem_plugin.training.parts import freeze
 from deem_plugin.training.recipes import Recipe

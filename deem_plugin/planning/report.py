@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from deem_plugin.training.memory import GIB, gpu_memory
+from deem_plugin.planning.memory import GIB, gpu_memory
+from deem_plugin.planning.plan import ON_ANY_MACHINE, Option, Plan, Row, fit, least, make_plan
 from deem_plugin.training.parts import parameter_table
-from deem_plugin.training.plan import ON_ANY_MACHINE, Option, Plan, Row, fit, least, make_plan
 from deem_plugin.training.recipes import load_recipe
 
 KINDS = ("weights", "gradients", "optimizer", "diffusion_model", "activations", "communication", "context")

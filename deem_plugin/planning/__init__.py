@@ -1,0 +1,1 @@
+"""`deem plan`: parameters, FLOPs and memory of a recipe, before a GPU is booked."""

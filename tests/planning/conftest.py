@@ -1,0 +1,5 @@
+"""Plans are made of the same tiny parts that recipes are trained with."""
+
+from ..training.conftest import parts
+
+__all__ = ["parts"]
