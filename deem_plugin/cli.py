@@ -155,38 +155,6 @@ def _compare(arguments) -> int:
     return 0
 
 
-def _bench_feedback(arguments) -> int:
-    from .training.bench import OPTIONS, run_bench
-    from .training.bench_report import draw_parts, table, write_json
-
-    bench = run_bench(arguments.config, arguments.pairs, arguments.device, arguments.options or tuple(OPTIONS))
-    print(table(bench))
-    if arguments.json is not None:
-        write_json(bench, arguments.json)
-    if arguments.plot is not None:
-        draw_parts(bench, arguments.plot)
-    return 0
-
-
-def _bench_eval(arguments) -> int:
-    from .evaluation.bench import OPTIONS, draw_speeds, run_eval_bench, table, write_json
-
-    bench = run_eval_bench(
-        arguments.model,
-        arguments.config,
-        arguments.pairs,
-        arguments.device,
-        arguments.options or tuple(OPTIONS),
-        arguments.questions,
-    )
-    print(table(bench))
-    if arguments.json is not None:
-        write_json(bench, arguments.json)
-    if arguments.plot is not None:
-        draw_speeds(bench, arguments.plot)
-    return 0
-
-
 def _convert_official(arguments) -> int:
     from .models.convert import convert_official
 
@@ -246,7 +214,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="deem", description="Diffusion eyes for vision-language models.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_training(commands)
-    _add_bench(commands)
     _add_evaluation(commands)
     _add_data(commands)
     _add_robustvqa(commands)
@@ -283,28 +250,6 @@ def _add_training(commands) -> None:
     )
     plan.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here, in bytes and FLOPs")
     plan.set_defaults(run=_plan)
-
-
-def _add_bench(commands) -> None:
-    bench = commands.add_parser("bench", help="time a feedback step or an evaluation, plain and with each option")
-    subjects = bench.add_subparsers(dest="what", required=True, metavar="WHAT")
-    feedback = subjects.add_parser("feedback", help="a feedback step by its parts, plain and with each option in turn")
-    feedback.add_argument("--config", default="mid", help="sizes: tiny, mid or paper")
-    feedback.add_argument("--pairs", type=int, default=10, help="pairs of steps for each option")
-    feedback.set_defaults(run=_bench_feedback)
-    evaluation = subjects.add_parser(
-        "eval", help="questions a second of the lmms-eval model, and what makes it faster"
-    )
-    evaluation.add_argument("--model", help="checkpoint folder or hub id; by default one with new weights is made")
-    evaluation.add_argument("--config", default="mid", help="sizes of what is made: tiny or mid")
-    evaluation.add_argument("--pairs", type=int, default=3, help="pairs of runs for each option")
-    evaluation.add_argument("--questions", type=int, default=24, help="questions of each set, a multiple of 6")
-    evaluation.set_defaults(run=_bench_eval)
-    for subject in (feedback, evaluation):
-        subject.add_argument("--options", nargs="+", metavar="OPTION", help="those of the table; all by default")
-        subject.add_argument("--device", help="cpu, cuda, ...")
-        subject.add_argument("--json", type=Path, help="file for all figures")
-        subject.add_argument("--plot", type=Path, help="file for a picture")
 
 
 def _add_evaluation(commands) -> None:

@@ -1,11 +1,11 @@
 """
-deem bench eval: how many questions a second the lmms-eval model answers, plain and with each way to make it faster.
+How many questions a second the lmms-eval model answers, plain and with each way to make it faster:
+`python -m benchmarks.answers`.
 
 Plain is a question at a time, its picture's features computed for it alone. Each option answers the same questions in
 turn with plain, pair by pair, so that whatever else runs on the machine slows both.
 """
 
-import json
 import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -17,8 +17,8 @@ from types import SimpleNamespace
 import torch
 from tqdm.auto import tqdm
 
-from deem_plugin.evaluation.bench_model import CONFIGS, draw_picture, save_model
-from deem_plugin.training.bench import check_names, clock_of
+from benchmarks.answers_model import CONFIGS, draw_picture, save_model
+from benchmarks.common import check_names, clock_of, make_parser, show
 
 # Arguments of the lmms-eval model.
 PLAIN = {"batch_size": 1, "feature_cache_mb": 0}
@@ -64,7 +64,7 @@ class EvalBench:
         model (`str`): Checkpoint, or name of the sizes.
         device (`str`): Where it ran.
         threads (`int`): CPU threads.
-        clock (`str`): What was counted, see [`~deem_plugin.training.bench.clock_of`].
+        clock (`str`): What was counted.
         pairs (`int`): Pairs of runs for each option.
         timings (`list[EvalTiming]`): Plain and the options, for each set of questions.
     """
@@ -215,6 +215,20 @@ def draw_speeds(bench: EvalBench, path: str | Path):
     plt.close(figure)
 
 
-def write_json(bench: EvalBench, path: str | Path):
-    """Writes all figures of a benchmark."""
-    Path(path).write_text(json.dumps(asdict(bench), indent=1))
+def main(argv: Sequence[str] | None = None):
+    """Times what the command line asks for."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--model", help="checkpoint folder or hub id; by default one with new weights is made")
+    parser.add_argument("--config", default="mid", help="sizes of what is made: tiny or mid")
+    parser.add_argument("--pairs", type=int, default=3, help="pairs of runs for each option")
+    parser.add_argument("--questions", type=int, default=24, help="questions of each set, a multiple of 6")
+    arguments = parser.parse_args(argv)
+    options = arguments.options or tuple(OPTIONS)
+    bench = run_eval_bench(
+        arguments.model, arguments.config, arguments.pairs, arguments.device, options, arguments.questions
+    )
+    show(bench, table(bench), asdict(bench), draw_speeds, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Sizes that `deem bench feedback` knows by name."""
+"""Sizes that `benchmarks.feedback_step` knows by name."""
 
 _UNET = {
     "layers_per_block": 2,

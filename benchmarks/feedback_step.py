@@ -1,5 +1,6 @@
 """
-deem bench feedback: a feedback step taken apart, and what each way to make it cheaper gains and costs in accuracy.
+A feedback step taken apart, and what each way to make it cheaper gains and costs in accuracy:
+`python -m benchmarks.feedback_step`.
 
 The step is the authors': tower, VAE, UNet, loss and backward, without optimizer. Each option is timed in turn with the
 plain step, pair by pair, so that whatever else runs on the machine slows both.
@@ -7,89 +8,17 @@ plain step, pair by pair, so that whatever else runs on the machine slows both.
 
 import tempfile
 import time
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
 import torch
 from tqdm.auto import tqdm
 
-from deem_plugin.training.bench_setting import OPTIONS, PLAIN, Setting, make_setting, save_diffusion_model
-from deem_plugin.training.bench_sizes import CONFIGS
-
-PARTS = ("encode", "tower", "denoise", "denoise backward", "tower backward")
-DENOISER_PARTS = ("denoise", "denoise backward")
-
-
-@dataclass
-class Timing:
-    """
-    What one option gains.
-
-    Args:
-        name (`str`): The option.
-        exact (`bool`): Whether it is meant to change nothing but rounding.
-        ratio (`float`): Median over pairs of the plain step's time by this one's.
-        seconds (`dict[str, float]`): Median time of each part, and of the whole as `step`.
-        loss_error, gradient_error (`float`): Relative difference to the plain step's loss and tower gradients.
-        first_step (`float`): Wall time of the first step, compiling included.
-        peak_bytes (`int`, *optional*): Most memory of weights and step on a GPU; None elsewhere.
-    """
-
-    name: str
-    exact: bool
-    ratio: float
-    seconds: dict[str, float]
-    loss_error: float
-    gradient_error: float
-    first_step: float
-    peak_bytes: int | None = None
-
-    @property
-    def denoiser_share(self) -> float:
-        """Share of the denoiser's forward and backward in the step."""
-        return sum(self.seconds[part] for part in DENOISER_PARTS) / self.seconds["step"]
-
-
-@dataclass
-class Bench:
-    """
-    A whole benchmark.
-
-    Args:
-        config (`str`): Name of the sizes.
-        device (`str`): Where it ran.
-        threads (`int`): CPU threads.
-        clock (`str`): What was counted, see [`clock_of`].
-        pairs (`int`): Pairs of steps for each option.
-        timings (`list[Timing]`): The plain step, and the options.
-        skipped (`dict[str, str]`): Options that cannot run here, and why.
-    """
-
-    config: str
-    device: str
-    threads: int
-    clock: str
-    pairs: int
-    timings: list[Timing] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
-
-
-def check_names(what: str, given: Iterable[str], known: Collection[str]):
-    """Raises ValueError, with the choices, if a given name is not known."""
-    if unknown := [name for name in given if name not in known]:
-        raise ValueError(f"There is no {what} {unknown[0]!r}; choose from {', '.join(known)}.")
-
-
-def clock_of(device: torch.device):
-    """
-    Returns a clock and its name: CPU seconds where one thread does all the work, so that what else runs on the machine
-    counts little; wall time elsewhere.
-    """
-    if device.type == "cpu" and torch.get_num_threads() == 1:
-        return time.process_time, "CPU seconds"
-    return time.perf_counter, "wall time"
+from benchmarks.common import check_names, clock_of, make_parser, show
+from benchmarks.feedback_report import PARTS, Bench, Timing, draw_parts, figures, table
+from benchmarks.feedback_setting import OPTIONS, PLAIN, Setting, make_setting, save_diffusion_model
+from benchmarks.feedback_sizes import CONFIGS
 
 
 class _Marked:
@@ -198,3 +127,17 @@ def _prepared(config, device, folder, option):
 
 def _medians(steps: list[dict[str, float]]) -> dict[str, float]:
     return {part: median(seconds[part] for seconds in steps) for part in steps[0]} if steps else {}
+
+
+def main(argv: Sequence[str] | None = None):
+    """Times what the command line asks for."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--config", default="mid", help="sizes: tiny, mid or paper")
+    parser.add_argument("--pairs", type=int, default=10, help="pairs of steps for each option")
+    arguments = parser.parse_args(argv)
+    bench = run_bench(arguments.config, arguments.pairs, arguments.device, arguments.options or tuple(OPTIONS))
+    show(bench, table(bench), figures(bench), draw_parts, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,12 +1,11 @@
-"""What `deem bench feedback` times: the options, and a step's parts with one of them on."""
+"""What `benchmarks.feedback_step` times: the options, and a step's parts with one of them on."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from deem_plugin.training.bench_sizes import CONFIGS
+from benchmarks.feedback_sizes import CONFIGS
 
 
 @dataclass(frozen=True)
@@ -68,18 +67,14 @@ def save_diffusion_model(config: str, folder: Path):
     """Saves a Stable Diffusion of one of the `CONFIGS` in diffusers' layout, with new weights from a fixed seed."""
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
+    from deem_plugin.feedback import DiffusionModel, UNetDenoiser, VaeCodec, from_scratch
+
     sizes = CONFIGS[config]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        parts = {
-            "unet": UNet2DConditionModel(**sizes["unet"]),
-            "vae": AutoencoderKL(**sizes["vae"]),
-            "scheduler": DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
-        }
-    for name, part in parts.items():
-        part.save_pretrained(folder / name)
-    index = {name: ["diffusers", type(part).__name__] for name, part in parts.items()}
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline", **index}))
+        unet, vae = UNet2DConditionModel(**sizes["unet"]), AutoencoderKL(**sizes["vae"])
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    from_scratch.save_diffusion_model(DiffusionModel(UNetDenoiser(unet, scheduler), VaeCodec(vae)), folder)
 
 
 def make_setting(config: str, device: torch.device, folder: Path, option: Option = PLAIN) -> Setting:

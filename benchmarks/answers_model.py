@@ -1,4 +1,4 @@
-"""A LLaVA with new weights, whose tower is most of the work as that of a real one is, for `deem bench eval`."""
+"""A LLaVA with new weights, whose tower is most of the work as that of a real one is, for `benchmarks.answers`."""
 
 from pathlib import Path
 
