@@ -26,11 +26,11 @@ _PUBLIC = {
     "PerceiverResampler": "deem_plugin.vision",
     "RossConfig": "deem_plugin.feedback.config",
     "assemble_deem": "deem_plugin.models",
+    "assemble_llava": "deem_plugin.vision",
     "build_vision_tower": "deem_plugin.vision",
     "generate_images": "deem_plugin.models",
     "generate_interleaved": "deem_plugin.models",
     "load_diffusion_model": "deem_plugin.feedback.diffusion_model",
-    "mount_tower": "deem_plugin.vision",
 }
 
 __all__ = sorted(_PUBLIC)

@@ -77,7 +77,6 @@ def parity_tower_config(**options) -> dict:
         },
         "embed_dim": 64,
         "multiscale": True,
-        "class_token": False,
         "num_queries": 8,
         "resampler_hidden_size": 32,
         "resampler_num_layers": 3,

@@ -46,7 +46,7 @@ def test_our_tower_is_registered_by_its_first_use_and_by_one_module():
         "import deem_plugin.vision.auto",
         "import deem_plugin.models",
         "from deem_plugin.vision import DeemVisionTower",
-        "from deem_plugin import mount_tower",
+        "from deem_plugin import build_vision_tower",
     ):
         result = run(f"{line}; {known}")
         assert result.returncode == 0, result.stderr

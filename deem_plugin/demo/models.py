@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from deem_plugin.data.scenes import COLOR_NAMES, SHAPES, TEXTURES, Scenes
 from deem_plugin.vision import DeemVisionConfig, DeemVisionTower
-from deem_plugin.vision.hosts import assemble_llava
+from deem_plugin.vision.llava import assemble_llava
 
 from .diffusion_model import CONTEXT_TOKENS
 
@@ -119,7 +119,6 @@ def build_tower() -> DeemVisionTower:
             },
             embed_dim=WIDTH,
             token_stage=0,
-            class_token=False,
             num_queries=CONTEXT_TOKENS,
             resampler_hidden_size=WIDTH,
             resampler_num_layers=2,

@@ -60,7 +60,7 @@ class DeemConfig(PreTrainedConfig):
         "vision_config": SubConfigSpec(
             config_class=DeemVisionConfig,
             model_type="deem_vision",
-            init_kwargs={"num_queries": 77, "class_token": False},
+            init_kwargs={"num_queries": 77},
         ),
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
     }

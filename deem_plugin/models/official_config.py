@@ -84,7 +84,6 @@ def _vision(official, image_size):
         "embed_dim": len(official["visual_tokenizer.pos_proj.bias"]),
         "multiscale": True,
         "region_tokens": "visual_tokenizer.feature_extractor.mask_feat_linear.weight" in official,
-        "class_token": False,
         "num_queries": queries.shape[1],
         "resampler_hidden_size": queries.shape[2],
         "resampler_num_layers": layers,

@@ -15,13 +15,13 @@ from deem_plugin.training.model import add_lora, freeze_unread_layers
 from deem_plugin.training.parts import freeze
 from deem_plugin.training.recipes import Recipe
 from deem_plugin.vision import build_vision_tower
-from deem_plugin.vision.hosts import IMAGE_TOKEN, assemble_llava, crops_class_token, mount_tower
+from deem_plugin.vision.llava import IMAGE_TOKEN, assemble_llava
 from deem_plugin.vision.normalization import find_image_processor, process_image
 from deem_plugin.vision.probe import cast
 from deem_plugin.vision.towers import find_tower, without_peft
 
 # VLMs whose tower gets one row of `pixel_values` a picture, whatever the picture's size: their config says it all.
-SQUARE_HOSTS = ("llava", "vipllava")
+SQUARE_MODELS = ("llava", "vipllava")
 # Width and height of the picture that other families' image processors are given, in pixels.
 PICTURE_SIZE = (448, 448)
 
@@ -90,7 +90,7 @@ def _picture(model, tower, arguments: ModelArguments, notes: list[str]) -> dict[
     `PICTURE_SIZE` where that depends on the picture.
     """
     base = without_peft(model)
-    if arguments.model is None or arguments.vision_tower is not None or base.config.model_type in SQUARE_HOSTS:
+    if arguments.model is None or arguments.vision_tower is not None or base.config.model_type in SQUARE_MODELS:
         return {"pixel_values": torch.zeros(1, 3, tower.config.image_size, tower.config.image_size)}
     image_processor = find_image_processor(base, None)
     if image_processor is None:
@@ -107,23 +107,26 @@ def _picture(model, tower, arguments: ModelArguments, notes: list[str]) -> dict[
 
 def _vlm(arguments: ModelArguments, notes: list[str]):
     """Makes the VLM that `training.model.make_model` would load or assemble."""
-    options = {"pretrained": False, "image_size": arguments.image_size, "num_queries": arguments.num_queries}
     if arguments.language_model is not None:
-        language_model = _from_config(
-            AutoModelForCausalLM, arguments.language_model, "model.language_model", arguments
-        )
-        tokenizer = _tokenizer(arguments.language_model, language_model.config.vocab_size, notes)
-        words = len({*tokenizer.get_vocab(), IMAGE_TOKEN})
-        if words > language_model.get_input_embeddings().num_embeddings:
-            # `assemble_llava` would draw the new rows from the statistics of the others, which have no values here.
-            language_model.resize_token_embeddings(words, mean_resizing=False)
-        tower = _tower(arguments.vision_tower, **options)
-        return assemble_llava(language_model, tokenizer, tower)[0]
-    model = _from_config(AutoModelForImageTextToText, arguments.model, "model.model", arguments)
+        path, auto_class, setting = arguments.language_model, AutoModelForCausalLM, "model.language_model"
+    else:
+        path, auto_class, setting = arguments.model, AutoModelForImageTextToText, "model.model"
+    source = _from_config(auto_class, path, setting, arguments)
     if arguments.vision_tower is None:
-        return model
-    tower = _tower(arguments.vision_tower, class_token=crops_class_token(model.config), **options)
-    return mount_tower(model, tower)[0]
+        return source
+    tokenizer = _tokenizer(path, source.get_input_embeddings().num_embeddings, notes)
+    words = len({*tokenizer.get_vocab(), IMAGE_TOKEN})
+    if words > source.get_input_embeddings().num_embeddings:
+        # `assemble_llava` would draw the new rows from the statistics of the others, which have no values here.
+        source.resize_token_embeddings(words, mean_resizing=False)
+    with torch.device("meta"):
+        tower = build_vision_tower(
+            arguments.vision_tower,
+            pretrained=False,
+            image_size=arguments.image_size,
+            num_queries=arguments.num_queries,
+        )
+    return assemble_llava(source, tokenizer, tower)[0]
 
 
 def _from_config(auto_class, path: str, setting: str, arguments: ModelArguments):
@@ -140,12 +143,6 @@ def _from_config(auto_class, path: str, setting: str, arguments: ModelArguments)
     dtype = config.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     with torch.device("meta"):
         return auto_class.from_config(config, dtype=dtype or torch.float32, **options)
-
-
-def _tower(name: str, **options):
-    """Makes the tower that [`build_vision_tower`] would, without weights."""
-    with torch.device("meta"):
-        return build_vision_tower(name, **options)
 
 
 def _tokenizer(path: str, vocabulary_size: int, notes: list[str]):

@@ -28,15 +28,16 @@ class ModelArguments:
         encoder (`str`, *optional*):
             Folder or hub id of a vision encoder (CLIP, SigLIP, DINOv2, ...) to train alone, on images only.
         vision_tower (`str`, *optional*):
-            `deem` (the paper's ConvNeXt, resampled to 77 queries), `deem:<encoder>`, or nothing for the VLM's own.
+            `deem` (the paper's ConvNeXt, resampled to 77 queries), `deem:<encoder>`, or nothing for the VLM's own. It
+            takes the place of a LLaVA's, with a new projector.
         vision_pretrained (`str` or `bool`, *optional*):
             Weights of the tower's encoder: for open_clip a tag or a file; `false` for new ones.
         image_size (`int`, *optional*):
             Side of the tower's square input in pixels; by default the encoder's own. Of a saved DEEM (section `deem`)
             it may change from stage to stage, since a ConvNeXt reads any size.
         num_queries (`int`, *optional*):
-            Queries that the tower resamples its patches to; 0 leaves the grid of patches, which some VLMs need. By
-            default 77 for `deem` and 0 for `deem:<encoder>`.
+            Queries that the tower resamples its patches to; 0 leaves the grid of patches. By default 77 for `deem` and
+            0 for `deem:<encoder>`.
         chat_template (`str`, *optional*):
             Jinja file with the chat template, for models that come without one. A relative path is also looked for
             beside the recipe.

@@ -75,7 +75,6 @@ def _assemble(arguments, deem, diffusion_model, options):
         pretrained=arguments.vision_pretrained,
         image_size=arguments.image_size,
         num_queries=arguments.num_queries,
-        class_token=False,
         multiscale=deem.language_synchroniser is not None or deem.unet_synchroniser or deem.region_tokens,
         region_tokens=deem.region_tokens,
     )

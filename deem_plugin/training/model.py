@@ -45,32 +45,33 @@ def make_model(arguments: ModelArguments, deem: DeemArguments | None = None):
 
 
 def _load(arguments: ModelArguments):
-    """Loads the VLM, or assembles it of a language model and a tower."""
+    """Loads the VLM, or assembles a LLaVA of a language model and a tower."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
     import deem_plugin.vision.auto  # noqa: F401  # so that checkpoints with our tower load
-    from deem_plugin.vision import build_vision_tower
-    from deem_plugin.vision.hosts import assemble_llava, crops_class_token, mount_tower
+    from deem_plugin.vision import assemble_llava, build_vision_tower
 
     options = {"dtype": arguments.dtype}
     if arguments.attn_implementation is not None:
         options["attn_implementation"] = arguments.attn_implementation
-    tower_options = {
-        "pretrained": arguments.vision_pretrained,
-        "image_size": arguments.image_size,
-        "num_queries": arguments.num_queries,
-    }
     if arguments.language_model is not None:
-        tower = build_vision_tower(arguments.vision_tower, **tower_options)
-        language_model = AutoModelForCausalLM.from_pretrained(arguments.language_model, **options)
-        return assemble_llava(language_model, AutoTokenizer.from_pretrained(arguments.language_model), tower)
-    model = AutoModelForImageTextToText.from_pretrained(arguments.model, **options)
-    processor = AutoProcessor.from_pretrained(arguments.model)
-    if arguments.vision_tower is None:
-        return model, processor
-    class_token = crops_class_token(model.config)
-    tower = build_vision_tower(arguments.vision_tower, class_token=class_token, **tower_options)
-    return mount_tower(model, tower, processor)
+        source = AutoModelForCausalLM.from_pretrained(arguments.language_model, **options)
+        tokenizer, template = AutoTokenizer.from_pretrained(arguments.language_model), None
+    else:
+        source = AutoModelForImageTextToText.from_pretrained(arguments.model, **options)
+        processor = AutoProcessor.from_pretrained(arguments.model)
+        if arguments.vision_tower is None:
+            return source, processor
+        tokenizer, template = processor.tokenizer, processor.chat_template
+    tower = build_vision_tower(
+        arguments.vision_tower,
+        pretrained=arguments.vision_pretrained,
+        image_size=arguments.image_size,
+        num_queries=arguments.num_queries,
+    )
+    model, processor = assemble_llava(source, tokenizer, tower)
+    processor.chat_template = template or processor.chat_template
+    return model, processor
 
 
 def add_lora(model, arguments: ModelArguments):

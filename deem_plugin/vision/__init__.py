@@ -10,20 +10,16 @@ from importlib import import_module
 
 # Public name -> module that defines it.
 _PUBLIC = {
-    "HOSTS": "hosts",
     "DeemImageProcessor": "image_processing",
     "DeemVisionConfig": "configuration",
     "DeemVisionOutput": "tower",
     "DeemVisionTower": "tower",
     "EncoderOutput": "encoder_output",
-    "LlavaTower": "llava",
     "PerceiverResampler": "resampler",
-    "assemble_llava": "hosts",
+    "assemble_llava": "llava",
     "build_image_processor": "image_processing",
     "build_vision_tower": "build",
-    "check_host": "hosts",
     "find_tower": "towers",
-    "mount_tower": "hosts",
 }
 # Modules that know nothing of our own tower.
 _CORE = ("resampler", "towers")

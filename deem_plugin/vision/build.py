@@ -20,7 +20,6 @@ def build_vision_tower(
     *,
     pretrained: str | bool | None = None,
     image_size: int | None = None,
-    class_token: bool = True,
     num_queries: int | None = None,
     multiscale: bool = False,
     region_tokens: bool = False,
@@ -42,8 +41,6 @@ def build_vision_tower(
             over are an error in every case. Adapters and resampler are new except in a saved tower.
         image_size (`int`, *optional*):
             Side of the input in pixels, if not the encoder's own.
-        class_token (`bool`, *optional*, defaults to `True`):
-            Whether the output starts with a class token, as VLMs that crop the first token expect.
         num_queries (`int`, *optional*):
             Number of queries of the resampler. 0 leaves the resampler out: the VLM then reads the grid of patches. By
             default 77 for `"deem"` and 0 for `"deem:<encoder>"`.
@@ -61,12 +58,7 @@ def build_vision_tower(
     if num_queries is None:
         num_queries = 0 if encoder else DEEM_QUERIES
     encoder = encoder or DEEM_ENCODER
-    options = {
-        "class_token": class_token,
-        "num_queries": num_queries,
-        "multiscale": multiscale,
-        "region_tokens": region_tokens,
-    }
+    options = {"num_queries": num_queries, "multiscale": multiscale, "region_tokens": region_tokens}
     if encoder in open_clip.list_models():
         return _from_open_clip(encoder, pretrained, image_size, options)
     if Path(encoder).is_dir() or encoder.count("/") == 1:

@@ -40,9 +40,6 @@ class DeemVisionConfig(PreTrainedConfig):
             ConvNeXt stage (0 to 3) that becomes the token sequence. Stage 2 has stride 16, as in DEEM.
         multiscale (`bool`, *optional*, defaults to `False`):
             Whether the other ConvNeXt stages get adapters too and are returned as maps.
-        class_token (`bool`, *optional*, defaults to `True`):
-            Whether the output starts with a class token: the encoder's own, or the mean of its patches (of the queries
-            behind a resampler). Language models that crop the first token then never lose a patch.
         num_queries (`int`, *optional*, defaults to 0):
             Number of queries of the resampler; 0 means no resampler. DEEM has 77.
         resampler_hidden_size (`int`, *optional*, defaults to 768): Width of the queries.
@@ -78,7 +75,6 @@ class DeemVisionConfig(PreTrainedConfig):
     embed_dim: int = 1024
     token_stage: int = 2
     multiscale: bool = False
-    class_token: bool = True
     num_queries: int = 0
     resampler_hidden_size: int = 768
     resampler_num_layers: int = 12
@@ -187,5 +183,5 @@ class DeemVisionConfig(PreTrainedConfig):
 
     @property
     def num_image_tokens(self) -> int:
-        """Length of the output sequence, class token included."""
-        return (self.num_queries or self.grid_size**2) + int(self.class_token)
+        """Length of the output sequence."""
+        return self.num_queries or self.grid_size**2

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
 from .configuration import DeemVisionConfig
-from .encoder_output import EncoderOutput, Tokens
+from .encoder_output import EncoderOutput
 from .encoders import build_encoder
 from .grids import positioned_maps, region_to_patches, sincos_position_embedding
 from .region_tokens import RegionTokens
@@ -25,7 +25,7 @@ class DeemVisionOutput(BaseModelOutputWithPooling):
     Output of the tower.
 
     Args:
-        last_hidden_state (`torch.Tensor`): Tokens `(batch, tokens, hidden_size)`, class token first if there is one.
+        last_hidden_state (`torch.Tensor`): Tokens `(batch, tokens, hidden_size)`: patches in rows, or queries.
         pooler_output (`torch.Tensor`): One vector an image, `(batch, hidden_size)`.
         hidden_states (`tuple[torch.Tensor, ...]`, *optional*): The same sequence layer by layer, when asked for.
         maps (`dict[str, torch.Tensor]`, *optional*): The encoder's maps `(batch, encoder_dim, height, width)`, named
@@ -104,11 +104,6 @@ class DeemVisionTower(PreTrainedModel):
         return next(module for module in self.encoder.modules() if isinstance(module, nn.Conv2d | nn.Linear))
 
     @property
-    def patch_size(self) -> int:
-        """Stride of the token grid in pixels; some VLMs read it from the tower itself."""
-        return self.config.patch_size
-
-    @property
     def num_layers(self) -> int:
         """Number of hidden states: one behind a resampler and for ConvNeXts, whose stages differ in resolution."""
         if self.resampler is not None or self.config.is_convnext:
@@ -129,7 +124,7 @@ class DeemVisionTower(PreTrainedModel):
                 Normalised images `(batch, 3, image_size, image_size)`.
             region_masks (`torch.Tensor`, *optional*):
                 Shape `(batch, 1, height, width)` at any resolution, nonzero in the region to look at. Patches outside
-                become zero; the class token still sees the whole image.
+                become zero.
             output_hidden_states (`bool`, `int` or `list[int]`, *optional*):
                 Whether to return `hidden_states`. VLMs pass the index, or indices, of the layers that they will read;
                 the others are then `None`, as in transformers' own towers.
@@ -161,35 +156,21 @@ class DeemVisionTower(PreTrainedModel):
             mask = mask.to(encoded.tokens.patches.dtype)
 
         if self.resampler is not None:
-            last_hidden_state = self._sequence(Tokens(None, self._resample(encoded, mask, region_masks)))
-            hidden_states = (last_hidden_state,)
-            pooled = last_hidden_state[:, 0] if self.config.class_token else last_hidden_state.mean(dim=1)
+            last_hidden_state = self._resample(encoded, mask, region_masks)
+            hidden_states, pooled = (last_hidden_state,), last_hidden_state.mean(dim=1)
         else:
-            last_hidden_state = self._sequence(encoded.tokens, mask)
-            pooled = encoded.pooled
-            hidden_states = tuple(
-                self._sequence(tokens, mask) if index in wanted else None
-                for index, tokens in enumerate(encoded.layers)
+            layers = (layer.patches if index in wanted else None for index, layer in enumerate(encoded.layers))
+            last_hidden_state, *hidden_states = (
+                patches if patches is None or mask is None else patches * mask
+                for patches in (encoded.tokens.patches, *layers)
             )
-
+            hidden_states, pooled = tuple(hidden_states), encoded.pooled
         return DeemVisionOutput(
             last_hidden_state=last_hidden_state,
             pooler_output=pooled,
             hidden_states=hidden_states if wanted else None,
             maps=encoded.maps,
         )
-
-    def _sequence(self, tokens: Tokens, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Joins class token and patches as the config asks, patches outside the region set to zero."""
-        class_token, patches = tokens
-        if mask is not None:
-            patches = patches * mask
-        if not self.config.class_token:
-            return patches
-        if class_token is None:
-            inside = patches.shape[1] if mask is None else mask.sum(dim=1, keepdim=True)
-            class_token = patches.sum(dim=1, keepdim=True) / inside
-        return torch.cat([class_token, patches], dim=1)
 
     def _resample(self, encoded: EncoderOutput, mask=None, region_masks=None) -> torch.Tensor:
         """Reads the encoder's tokens with the resampler, giving `(batch, num_queries, hidden_size)`."""

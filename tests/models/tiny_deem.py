@@ -48,7 +48,6 @@ def tiny_tower(**options) -> DeemVisionTower:
             "timm_kwargs": {"depths": [1, 1, 2, 1], "dims": [8, 16, 32, 64], "ls_init_value": 0.5},
         },
         "embed_dim": 32,
-        "class_token": False,
         "num_queries": QUERIES,
         "resampler_hidden_size": 32,
         "resampler_num_layers": 1,

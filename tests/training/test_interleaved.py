@@ -373,7 +373,6 @@ def test_the_7b_recipe_trains_as_many_parameters_as_the_paper():
     vision = {
         "open_clip_config": {"timm_model_name": "convnext_base", "timm_drop_path": 0.1, "image_size": 256},
         "multiscale": True,
-        "class_token": False,
         "num_queries": 77,
     }
     unet = {"sample_size": 64, "block_out_channels": [320, 640, 1280, 1280], "layers_per_block": 2}

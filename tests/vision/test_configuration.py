@@ -11,7 +11,7 @@ def test_default_is_the_encoder_of_the_paper():
     config = DeemVisionConfig(num_queries=77)
     assert config.open_clip_config["timm_model_name"] == "convnext_base"
     assert (config.image_size, config.patch_size, config.grid_size) == (320, 16, 20)
-    assert (config.encoder_dim, config.hidden_size, config.num_image_tokens) == (1024, 768, 78)
+    assert (config.encoder_dim, config.hidden_size, config.num_image_tokens) == (1024, 768, 77)
 
 
 @pytest.mark.parametrize("encoder", ["convnext", "siglip2"])

@@ -9,7 +9,6 @@ from tests.vision.towers import (
     ENCODERS,
     RESAMPLER,
     VIT,
-    WITHOUT_CLASS_TOKEN,
     encoder_options,
     realigned,
     tiny_pixels,
@@ -25,7 +24,7 @@ def test_output_has_the_promised_shape(encoder, options):
     tower = tiny_tower(encoder, **options).eval()
     output = tower(tiny_pixels(tower), output_hidden_states=True)
 
-    tokens = options.get("num_queries", 16) + 1
+    tokens = options.get("num_queries", 16)
     assert output.last_hidden_state.shape == (2, tokens, tower.config.hidden_size)
     assert tower.config.num_image_tokens == tokens
     assert output.pooler_output.shape == (2, tower.config.hidden_size)
@@ -34,26 +33,10 @@ def test_output_has_the_promised_shape(encoder, options):
     assert output.maps[f"stride{tower.config.patch_size}"].shape == (2, tower.config.encoder_dim, 4, 4)
 
 
-@every_encoder
-def test_first_token_is_never_a_patch_with_class_token_and_always_without(encoder):
-    tower = tiny_tower(encoder).eval()
-    pixels = tiny_pixels(tower)
-    with_class = tower(pixels, output_hidden_states=True)
-    tower.config.class_token = False
-    without = tower(pixels, output_hidden_states=True)
-
-    assert without.last_hidden_state.shape[1] == 16
-    torch.testing.assert_close(with_class.last_hidden_state[:, 1:], without.last_hidden_state)
-    torch.testing.assert_close(with_class.hidden_states[-1][:, 1:], without.hidden_states[-1])
-    if encoder in WITHOUT_CLASS_TOKEN:
-        mean = without.last_hidden_state.mean(dim=1)
-        torch.testing.assert_close(with_class.last_hidden_state[:, 0], mean)
-
-
 def test_patches_lie_in_the_map_row_by_row():
     tower = tiny_tower("clip").eval()
     output = tower(tiny_pixels(tower))
-    patch = output.last_hidden_state[:, 1 + 2 * 4 + 3]
+    patch = output.last_hidden_state[:, 2 * 4 + 3]
     torch.testing.assert_close(output.maps["stride8"][:, :, 2, 3], patch)
 
 
@@ -118,7 +101,7 @@ def test_wrapped_clip_gives_what_clip_gives():
     theirs = stock(pixels, output_hidden_states=True)
 
     for layer in range(-4, 4):
-        assert torch.equal(ours.hidden_states[layer], theirs.hidden_states[layer])
+        assert torch.equal(ours.hidden_states[layer], theirs.hidden_states[layer][:, 1:])
     assert torch.equal(ours.pooler_output, theirs.pooler_output)
 
 
@@ -132,7 +115,7 @@ def test_open_clip_vit_counts_layers_as_hugging_face_clip_does():
     a, b = ours(pixels, output_hidden_states=True), stock(pixels, output_hidden_states=True)
 
     for x, y in zip(a.hidden_states, b.hidden_states, strict=True):
-        torch.testing.assert_close(x, y)
+        torch.testing.assert_close(x, y[:, 1:])
     torch.testing.assert_close(a.pooler_output, b.pooler_output)
 
 
@@ -177,7 +160,7 @@ def _to_open_clip(state_dict):
 def test_other_image_sizes_work_where_the_encoder_allows_them():
     for encoder in ("clip", "siglip", "siglip2", "dinov2"):
         tower = tiny_tower(encoder, image_size=48).eval()
-        assert tower(tiny_pixels(tower)).last_hidden_state.shape == (2, 37, 32)
+        assert tower(tiny_pixels(tower)).last_hidden_state.shape == (2, 36, 32)
 
 
 def test_siglip2_reads_patches_in_the_order_of_its_own_processor():

@@ -44,7 +44,7 @@ def check(tower):
     pixels = torch.randn(2, 3, config.image_size, config.image_size)
     output = tower(pixels, output_hidden_states=True)
 
-    assert config.num_image_tokens == config.grid_size**2 + 1
+    assert config.num_image_tokens == config.grid_size**2
     assert output.last_hidden_state.shape == (2, config.num_image_tokens, config.hidden_size)
     assert output.pooler_output.shape == (2, config.hidden_size)
     assert len(output.hidden_states) == tower.num_layers
@@ -84,7 +84,7 @@ def test_the_vision_part_of_a_vision_language_model_is_taken(tmp_path):
 
     pixels = torch.randn(1, 3, tower.config.image_size, tower.config.image_size)
     with torch.no_grad():
-        assert torch.equal(tower(pixels).last_hidden_state, full.model.vision_tower(pixels).last_hidden_state)
+        assert torch.equal(tower(pixels).last_hidden_state, full.model.vision_tower(pixels).last_hidden_state[:, 1:])
 
 
 @pytest.mark.parametrize(

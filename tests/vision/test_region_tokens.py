@@ -32,7 +32,7 @@ def test_a_token_is_the_mean_over_the_cells_that_the_region_touches():
 
 
 def test_queries_read_the_tokens_before_the_patches_and_a_whole_picture_is_a_region_too():
-    tower = tiny_tower(multiscale=True, region_tokens=True, class_token=False, **OPTIONS).eval()
+    tower = tiny_tower(multiscale=True, region_tokens=True, **OPTIONS).eval()
     pixels = torch.randn(2, 3, 64, 64)
     read = []
     tower.resampler.register_forward_pre_hook(lambda module, args: read.append(args[0]))

@@ -26,7 +26,7 @@ OPEN_CLIP_VIT = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 1
 def encoder_options(name: str) -> dict:
     """Options of a `DeemVisionConfig` for each kind of encoder. All have a grid of 4 x 4 patches."""
     if name == "convnext":
-        plain = parity_tower_config(num_queries=0, multiscale=False, class_token=True)
+        plain = parity_tower_config(num_queries=0, multiscale=False)
         return {key: value for key, value in plain.items() if not key.startswith("resampler")}
     if name == "open_clip_vit":
         return {"open_clip_config": dict(OPEN_CLIP_VIT)}
@@ -42,7 +42,6 @@ def encoder_options(name: str) -> dict:
 
 
 ENCODERS = ["convnext", "open_clip_vit", "clip", "siglip", "siglip2", "dinov2"]
-WITHOUT_CLASS_TOKEN = ["siglip", "siglip2"]
 
 
 def tiny_tower(encoder: str = "convnext", **options) -> DeemVisionTower:
