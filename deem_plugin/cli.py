@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import traceback
 from pathlib import Path
 
 # Package that a command imports -> the extra of deem-plugin that installs it, in a version that the command needs.
@@ -358,8 +359,23 @@ def _add_robustvqa(commands) -> None:
     convert.set_defaults(run=_import_robustvqa)
 
 
+def _is_for_the_user(error: Exception) -> bool:
+    """
+    Tells an error that a user can mend from a bug, of which the traceback must be seen.
+
+    For the user is what a named file or the hub does not give, and what this package raises itself. The same type of
+    error out of a library, or of an expression in our own code, is something that nobody has thought of.
+    """
+    if isinstance(error, OSError):
+        says_of_what = error.filename is not None or error.errno is None  # `Bad file descriptor` alone does not
+        return says_of_what and not isinstance(error, ConnectionError)  # another process of ours has died
+    origin = traceback.extract_tb(error.__traceback__)[-1]
+    ours = Path(origin.filename).is_relative_to(Path(__file__).parent)
+    return ours and (origin.line or "").startswith("raise ")
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Runs the `deem` command; errors that a user can mend are printed without a traceback."""
+    """Runs the `deem` command; errors that a user can mend are printed without a traceback, all others with it."""
     arguments = build_parser().parse_args(argv)
     try:
         return arguments.run(arguments)
@@ -371,6 +387,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"deem {arguments.command}: {error}. {remedy}", file=sys.stderr)
         return 1
     except (ValueError, OSError, RuntimeError) as error:
+        if not _is_for_the_user(error):
+            raise
         print(f"deem {arguments.command}: {error}", file=sys.stderr)
         return 1
 

@@ -1,9 +1,12 @@
 """The package as a whole: what an import costs, what the command says, where its files are."""
 
+import linecache
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 import deem_plugin
 from deem_plugin.cli import main
@@ -44,6 +47,48 @@ def test_errors_of_the_command_are_one_line_and_an_exit_status(capsys):
 
     error = capsys.readouterr().err
     assert error.startswith("deem train: Unknown recipe 'no-such-recipe'") and "Traceback" not in error
+
+
+def failing_command(monkeypatch, code: str, file="deem_plugin/lmms.py"):
+    """Lets `deem lmms-tasks-dir` run `code` as if it stood in `file`, and returns the command's `main`."""
+    path = Path(deem_plugin.__file__).parents[1] / file
+    source = f"def fail():\n    {code}\n"
+    monkeypatch.setitem(linecache.cache, str(path), (len(source), None, source.splitlines(keepends=True), str(path)))
+    names = {"torch": torch}
+    exec(compile(source, str(path), "exec"), names)
+    monkeypatch.setattr("deem_plugin.resources.lmms_tasks_dir", names["fail"])
+    return lambda: main(["lmms-tasks-dir"])
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "torch.zeros(2, 3) @ torch.zeros(2, 3)",  # RuntimeError of torch, as when the memory is out
+        "int('seven')",
+        "a, b = range(3)",
+        "{}['key']",
+        "open(3000)",  # an OSError that names no file
+        "raise BrokenPipeError('a worker is gone')",
+    ],
+)
+def test_the_command_hides_no_traceback_of_a_bug(monkeypatch, code):
+    with pytest.raises((RuntimeError, ValueError, KeyError, OSError)):
+        failing_command(monkeypatch, code)()
+
+
+@pytest.mark.parametrize("error", ["ValueError", "RuntimeError"])
+def test_what_a_library_raises_is_a_bug_and_what_we_raise_is_for_the_user(monkeypatch, capsys, error):
+    with pytest.raises((RuntimeError, ValueError)):
+        failing_command(monkeypatch, f"raise {error}('inside')", "torch/nn/functional.py")()
+
+    assert failing_command(monkeypatch, f"raise {error}('Give another.')")() == 1
+    assert capsys.readouterr().err == "deem lmms-tasks-dir: Give another.\n"
+
+
+def test_a_file_that_is_not_there_is_no_bug(monkeypatch, capsys):
+    assert failing_command(monkeypatch, "open('/no/such/file')")() == 1
+
+    assert capsys.readouterr().err.startswith("deem lmms-tasks-dir: [Errno 2] No such file or directory: '/no/such")
 
 
 def test_the_tasks_folder_is_printed(capsys):
