@@ -165,6 +165,7 @@ def _convert_official(arguments) -> int:
         arguments.language_model,
         image_size=arguments.image_size,
         image_decoder_heads=arguments.image_decoder_heads,
+        resampler_heads=arguments.resampler_heads,
     )
     print(f"{conversion.summary()}\nEach key: {arguments.out / 'conversion.json'}")
     return 0
@@ -317,6 +318,7 @@ def _add_models(commands) -> None:
     convert.add_argument("--language-model", default="lmsys/vicuna-7b-v1.5", help="folder or hub id it was trained on")
     convert.add_argument("--image-size", type=int, default=256, help="the encoder's pixels; 448 behind stage 1")
     convert.add_argument("--image-decoder-heads", type=int, default=16, help="as trained")
+    convert.add_argument("--resampler-heads", type=int, default=12, help="as trained, if it has no QK norm")
     convert.set_defaults(run=_convert_official)
 
 

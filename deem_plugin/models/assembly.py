@@ -30,33 +30,59 @@ def assemble_deem(language_model, tokenizer, tower, extra_tokens=(), target_size
         ValueError: If the tokenizer already knows a new token, or has more tokens than the language model.
     """
     tokenizer = copy.deepcopy(tokenizer)
-    new_tokens = [IMAGE_START_TOKEN, IMAGE_TOKEN, *extra_tokens]
-    if known := [token for token in new_tokens if token in tokenizer.get_vocab()]:
+    config = DeemConfig(
+        text_config=language_model.config.to_dict(),
+        vision_config=tower.config.to_dict(),
+        **add_new_tokens(tokenizer, extra_tokens),
+        **options,
+    )
+    model = DeemForConditionalGeneration(config, language_model=language_model, vision_tower=tower)
+    model.generation_config = copy.deepcopy(language_model.generation_config)
+    stop_at_pictures(model)
+    return model, processor_of(config, tokenizer, tokenizer.chat_template, target_size)
+
+
+def add_new_tokens(tokenizer, extra_tokens=()) -> dict:
+    """
+    Adds the tokens of pictures to a tokenizer, which is changed, and further ones behind them.
+
+    Returns:
+        `dict`: `num_new_tokens` and `first_new_token_id` of a [`DeemConfig`].
+
+    Raises:
+        ValueError: If the tokenizer already knows one of them.
+    """
+    tokens = [IMAGE_START_TOKEN, IMAGE_TOKEN, *extra_tokens]
+    if known := [token for token in tokens if token in tokenizer.get_vocab()]:
         raise ValueError(
             f"The tokenizer already knows {known}; expected that of a language model without pictures. Take the "
             f"checkpoint that the model was made of."
         )
     first = len(tokenizer)
-    tokenizer.add_special_tokens({"additional_special_tokens": new_tokens}, replace_extra_special_tokens=False)
-    config = DeemConfig(
-        text_config=language_model.config.to_dict(),
-        vision_config=tower.config.to_dict(),
-        num_new_tokens=len(new_tokens),
-        first_new_token_id=first,
-        **options,
-    )
-    model = DeemForConditionalGeneration(config, language_model=language_model, vision_tower=tower)
-    model.generation_config = copy.deepcopy(language_model.generation_config)
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens}, replace_extra_special_tokens=False)
+    return {"num_new_tokens": len(tokens), "first_new_token_id": first}
+
+
+def stop_at_pictures(model):
+    """Ends a text where a picture would begin, unless somebody draws it and goes on (`generate_interleaved`)."""
     ends = model.generation_config.eos_token_id
-    # A text ends where a picture would begin, unless somebody draws it and goes on (`generate_interleaved`).
-    model.generation_config.eos_token_id = [
-        *([ends] if isinstance(ends, int) else ends or []),
-        config.image_start_token_id,
-    ]
-    processor = DeemProcessor(
-        image_processor=build_image_processor(tower, target_size=target_size),
+    ends = [ends] if isinstance(ends, int) else ends or []
+    model.generation_config.eos_token_id = [*ends, model.config.image_start_token_id]
+
+
+def processor_of(config, tokenizer, chat_template=None, target_size=None) -> DeemProcessor:
+    """
+    Makes the processor of a model.
+
+    Args:
+        config (`DeemConfig`): Of the model.
+        tokenizer (`PreTrainedTokenizerBase`): With the new tokens.
+        chat_template (`str`, *optional*): Of the language model, see [`~deem_plugin.vision.processors.join_parts`].
+        target_size (`int`, *optional*): As in [`assemble_deem`].
+    """
+    return DeemProcessor(
+        image_processor=build_image_processor(config.vision_config, target_size=target_size),
         tokenizer=tokenizer,
-        num_image_tokens=tower.config.num_image_tokens,
-        chat_template=join_parts(tokenizer.chat_template, IMAGE_TOKEN) if tokenizer.chat_template else None,
+        num_image_tokens=config.vision_config.num_image_tokens,
+        chat_template=join_parts(chat_template, IMAGE_TOKEN) if chat_template else None,
     )
-    return model, processor

@@ -1,12 +1,15 @@
-"""Weights of the authors' code (MM-Interleaved has the same names), renamed to ours; every key accounted for."""
+"""Weights of the authors' code, renamed to ours; every key accounted for."""
 
 import re
 from dataclasses import dataclass, field
 
 import torch
+from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
 from ..vision.grids import sincos_position_embedding
-from .synchroniser_names import synchroniser_weights
+
+# Points a head and a map in the official code, which hard-codes them.
+OFFICIAL_POINTS = 8
 
 _RESAMPLER = [
     (r"blip2qformer\.layernorm\.", "norm."),
@@ -21,42 +24,77 @@ _RESAMPLER = [
     (r"\.output_query\.dense\.", ".feed_forward.down."),
     (r"\.output_query\.LayerNorm\.", ".feed_forward.norm."),
 ]
-
-# First match wins; what follows the match is kept.
-_RENAMED = [
-    (r"^visual_tokenizer\.sniffer\.vision_model\.visual\.trunk\.", "vision_tower.encoder.trunk."),
-    (r"^visual_tokenizer\.sniffer\.vision_model\.adapter_cls\.", "vision_tower.encoder.class_adapter."),
-    (r"^visual_tokenizer\.pos_proj\.", "vision_tower.position_proj."),
-    (r"^visual_tokenizer\.pos_ln\.", "vision_tower.position_norm."),
-    (r"^visual_tokenizer\.post_ln\.", "vision_tower.input_norm."),
-    (r"^visual_tokenizer\.perceiver_resampler\.", "vision_tower.resampler."),
-    (r"^visual_tokenizer\.feature_extractor\.mask_feat_linear\.", "vision_tower.region_tokens.features."),
-    (r"^visual_tokenizer\.feature_extractor\.mask_linear\.layers\.0\.", "vision_tower.region_tokens.shape.0."),
-    (r"^visual_tokenizer\.feature_extractor\.mask_linear\.layers\.1\.", "vision_tower.region_tokens.shape.2."),
-    (r"^visual_tokenizer\.feature_extractor\.mask_linear\.layers\.2\.", "vision_tower.region_tokens.shape.4."),
-    (r"^visual_tokenizer\.proj_t\.", "connector."),
-    (r"^visual_tokenizer\.proj_i\.", "feedback_head."),
-    (r"^image_decoder\.perceiver_resampler\.", "image_decoder.resampler."),
-    (r"^image_decoder\.neg_prompt_embeds$", "image_decoder.null_context"),
-    (r"^context_feat_proj\.", "image_decoder.projection."),
-    (r"^mm_decoder\.(?!embed_tokens\.)", "language_model.model."),
+_SYNCHRONISER = [
+    (r"\.mmfs_down_blocks\.", ".skip_blocks."),
+    (r"\.mmfs_mid_block\.", ".middle_block."),
+    (r"\.(?:query_norm|norm1)\.", ".query_norm."),
+    (r"\.(?:feat_norm|norm2)\.", ".feature_norm."),
+    (r"\.conv\.", ".zero."),
+    (r"\.(?:mmfs|attn)\.", ".attention."),
+    (r"\.dynamic_offset_mask\.", ".query."),
+    (r"\.query_relpos\.", ".image_positions."),
+    (r"\.sampling_offsets\.", ".offsets."),
+    (r"\.attention_weights\.", ".scores."),
+    (r"\.value_proj\.", ".value."),
+    (r"\.output_proj\.", ".out."),
+    (r"\.ignore_token$", ".null_value"),
 ]
-_ADAPTER = re.compile(r"^visual_tokenizer\.sniffer\.vision_model\.adapter_c([2-5])\.")
+_OF_UNET = r"^visual_tokenizer\.encoder\.mmfs_module\."
+_SNIFFER = r"^visual_tokenizer\.sniffer\.vision_model\."
+
+# Where a name begins, how ours does, and how parts of the rest are called. The first match wins.
+_RENAMED = [
+    (rf"{_SNIFFER}visual\.trunk\.", "vision_tower.encoder.trunk.", ()),
+    (rf"{_SNIFFER}adapter_cls\.", "vision_tower.encoder.class_adapter.", ()),
+    # The official names count from the stride: c2 has 2**2, c5 has 2**5.
+    *((rf"{_SNIFFER}adapter_c{index + 2}\.", f"vision_tower.encoder.adapters.{index}.", ()) for index in range(4)),
+    (r"^visual_tokenizer\.pos_proj\.", "vision_tower.position_proj.", ()),
+    (r"^visual_tokenizer\.pos_ln\.", "vision_tower.position_norm.", ()),
+    (r"^visual_tokenizer\.post_ln\.", "vision_tower.input_norm.", ()),
+    (r"^visual_tokenizer\.perceiver_resampler\.", "vision_tower.resampler.", _RESAMPLER),
+    (r"^visual_tokenizer\.feature_extractor\.mask_feat_linear\.", "vision_tower.region_tokens.features.", ()),
+    *(
+        (
+            rf"^visual_tokenizer\.feature_extractor\.mask_linear\.layers\.{index}\.",
+            f"vision_tower.region_tokens.shape.{2 * index}.",
+            (),
+        )
+        for index in range(3)
+    ),
+    (r"^visual_tokenizer\.proj_t\.", "connector.", ()),
+    (r"^visual_tokenizer\.proj_i\.", "feedback_head.", ()),
+    (_OF_UNET, "unet_synchroniser.", _SYNCHRONISER),
+    (r"^image_decoder\.perceiver_resampler\.", "image_decoder.resampler.", _RESAMPLER),
+    (r"^(?:image_decoder|visual_tokenizer)\.neg_prompt_embeds$", "image_decoder.null_context", ()),
+    (r"^context_feat_proj\.", "image_decoder.projection.", ()),
+    (r"^mm_decoder\.layers\.(\d+)\.llama_cross_attn\.", r"language_synchroniser.blocks.\1.", _SYNCHRONISER),
+    (r"^mm_decoder\.(?!embed_tokens\.)", "language_model.model.", ()),
+]
 
 # What has no place in our model, and why.
 _IGNORED = [
-    (r"^visual_tokenizer\.encoder\.(unet|vae)\.", "the frozen diffusion model, which is loaded from its own folder"),
-    (r"^visual_tokenizer\.pos_embed$", "a fixed sine-cosine embedding, which is computed"),
-    (r"^visual_tokenizer\.clip_(mean|std)$", "the normalisation, which the image processor has"),
-    (r"^visual_tokenizer\.neg_prompt_embeds$", "the null context, which `image_decoder.neg_prompt_embeds` holds too"),
+    (
+        r"^visual_tokenizer\.encoder\.(unet|vae)\.",
+        "the diffusion model, which is loaded from its own folder; weights do not tell whether it was trained: if it "
+        "was, this is lost",
+    ),
     (r"^visual_tokenizer\.sniffer\.vision_model\.visual\.head\.", "CLIP's projection, which nothing of DEEM reads"),
     (r"\.rotary_emb\.inv_freq$", "frequencies, which are computed"),
+]
+_SINES = "the fixed 2-D sine-cosine embedding, which is computed"
+_CLIP = "CLIP's normalisation, which the image processor has"
+# What our code computes or has as a constant: the value for a weight, or `None` if it cannot have the weight's shape.
+_COMPUTED = [
+    (r"^visual_tokenizer\.pos_embed$", _SINES, lambda value: _positions(value, class_rows=1)),
+    (rf"{_OF_UNET}.*\.pos_embed$", _SINES, lambda value: _positions(value)),
+    (rf"{_OF_UNET}.*\.ignore_token$", "zero, which the official code never trains", torch.zeros_like),
+    (r"^visual_tokenizer\.clip_mean$", _CLIP, lambda value: torch.tensor(OPENAI_DATASET_MEAN).view(1, 3, 1, 1)),
+    (r"^visual_tokenizer\.clip_std$", _CLIP, lambda value: torch.tensor(OPENAI_DATASET_STD).view(1, 3, 1, 1)),
 ]
 # Made in every official model, and of no use in one that was trained without a diffusion model (the third stage).
 _HEADS_OF_A_DIFFUSION_MODEL = re.compile(r"^(visual_tokenizer\.proj_i|context_feat_proj)\.")
 # One parameter under two names, of which a safetensors file keeps either.
-_NULL = "neg_prompt_embeds"
-_SHARED_NULL = f"visual_tokenizer.{_NULL}"
+_NULLS = ("image_decoder.neg_prompt_embeds", "visual_tokenizer.neg_prompt_embeds")
 # What becomes rows of our own new tokens.
 _VOCABULARY = (
     "mm_decoder.embed_tokens.weight",
@@ -74,7 +112,7 @@ class Conversion:
     A converted checkpoint, and what became of each key of the original.
 
     Args:
-        weights (`dict[str, torch.Tensor]`): State dict of a [`DeemForConditionalGeneration`].
+        weights (`dict[str, torch.Tensor]`): State dict of a [`DeemForConditionalGeneration`], each in its own dtype.
         renamed (`dict[str, str]`): Official name to ours.
         ignored (`dict[str, str]`): Official name to the reason.
     """
@@ -92,33 +130,52 @@ class Conversion:
         return "\n".join(lines + [f"  {count}: {reason}" for reason, count in reasons.items()])
 
 
-def convert_state_dict(official: dict[str, torch.Tensor], image_start_token_id: int) -> Conversion:
+def convert_state_dict(official: dict[str, torch.Tensor], vocabulary: int) -> Conversion:
     """
     Renames the weights of a model that was trained with the authors' code.
 
     Args:
         official (`dict[str, torch.Tensor]`): State dict of their `MMInterleaved`.
-        image_start_token_id (`int`): Id of the image start (`soi`): 32000 with Vicuna.
+        vocabulary (`int`): Tokens of the language model's tokenizer, 32000 with Vicuna. New ones follow.
 
     Raises:
-        ValueError: If a key has no place and no reason to be left out, or a weight that we compute has another value.
+        ValueError: If a key has no place and no reason to be left out, a weight that we compute has another value, a
+            weight is not of finite floating-point numbers, or the vocabulary is another.
     """
-    synchronisers = synchroniser_weights(official)
-    result = Conversion(dict(synchronisers.weights), dict(synchronisers.renamed), dict(synchronisers.ignored))
+    result = convert_names(official)
+    _convert_vocabulary(official, vocabulary, result)
+    wrong = [
+        f"{name} ({value.dtype}, {int((~value.isfinite()).sum())} of {value.numel()} not finite)"
+        for name in result.renamed
+        if not ((value := official[name]).is_floating_point() and value.isfinite().all())
+    ]
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} weights are not of finite floating-point numbers, among them {', '.join(wrong[:5])}. The "
+            f"checkpoint is damaged, quantised, or of a run that diverged; give another."
+        )
+    return result
+
+
+def convert_names(official: dict[str, torch.Tensor]) -> Conversion:
+    """Renames all but embedding and head, see `convert_state_dict`; shapes are left to the model that takes them."""
+    result = Conversion()
     draws = any(name.startswith("image_decoder.") for name in official)
     left_over = []
     for name, value in official.items():
-        if name in _VOCABULARY or name in result.renamed or name in result.ignored:
+        if name in _VOCABULARY:
             continue
-        if name == _SHARED_NULL and draws and f"image_decoder.{_NULL}" not in official:
-            result.weights["image_decoder.null_context"] = value
-            result.renamed[name] = "image_decoder.null_context"
+        if computed := next((row[1:] for row in _COMPUTED if re.search(row[0], name)), None):
+            _check_computed(name, value, *computed)
+            result.ignored[name] = computed[0]
+        elif name == _NULLS[1] and (not draws or _NULLS[0] in official):
+            result.ignored[name] = f"the null context, which `{_NULLS[0]}` holds too"
         elif reason := next((why for pattern, why in _IGNORED if re.search(pattern, name)), None):
             result.ignored[name] = reason
         elif not draws and _HEADS_OF_A_DIFFUSION_MODEL.match(name):
             result.ignored[name] = "a head for a diffusion model, which this model was trained without"
         elif (ours := rename(name)) is not None:
-            result.weights[ours] = value
+            result.weights[ours] = _reshaped(ours, value)
             result.renamed[name] = ours
         else:
             left_over.append(name)
@@ -127,66 +184,99 @@ def convert_state_dict(official: dict[str, torch.Tensor], image_start_token_id: 
             f"{len(left_over)} of {len(official)} weights have no place in a DeemForConditionalGeneration, among them "
             f"{', '.join(left_over[:5])}. Expected the state dict of the authors' MMInterleaved with a ConvNeXt."
         )
-    _check_computed(official)
-    _convert_vocabulary(official, image_start_token_id, result)
+    if all(name in official for name in _NULLS) and not torch.equal(*(official[name] for name in _NULLS)):
+        raise ValueError(
+            f"`{_NULLS[1]}` and `{_NULLS[0]}` differ, though they are one parameter under two names. The checkpoint "
+            f"is damaged or was put together from two."
+        )
     return result
 
 
 def rename(name: str) -> str | None:
-    """Returns our name of an official weight that is taken as it is; `None` for any other."""
-    if match := _ADAPTER.match(name):  # the official names count from the stride: c2 has 2**2, c5 has 2**5
-        return f"vision_tower.encoder.adapters.{int(match[1]) - 2}.{name[match.end() :]}"
-    for pattern, ours in _RENAMED:
+    """Returns our name of an official weight; `None` for what has no place, and for embedding and head."""
+    for pattern, ours, parts in _RENAMED:
         if match := re.match(pattern, name):
-            name = ours + name[match.end() :]
-            if ".resampler." in name:
-                for old, new in _RESAMPLER:
-                    name = re.sub(old, new, name)
-            return name
+            renamed = match.expand(ours) + name[match.end() :]
+            for old, new in parts:
+                renamed = re.sub(old, new, renamed)
+            return renamed
     return None
 
 
-def _check_computed(official):
-    """Raises if a checkpoint has other values for what our code computes, or two values for one weight."""
-    positions = official.get("visual_tokenizer.pos_embed")
-    if positions is not None:
-        side = round((len(positions) - 1) ** 0.5)
-        computed = sincos_position_embedding(positions.shape[1], side, side)
-        if not torch.allclose(positions[1:].float(), computed, atol=1e-4) or positions[0].any():
-            raise ValueError(
-                "`visual_tokenizer.pos_embed` is not the fixed 2-D sine-cosine embedding with a zero class row. Was "
-                "it trained? This project computes the embedding and has no place for another."
-            )
-    twins = [official.get(f"{part}.neg_prompt_embeds") for part in ("visual_tokenizer", "image_decoder")]
-    if None not in twins and not torch.equal(*twins):
+def _reshaped(ours, value):
+    """Brings a weight of the synchronisers into our shape; what has an unknown shape stays, and will not fit."""
+    if ".scores." in ours and value.shape[:1].numel() % (OFFICIAL_POINTS + 1) == 0:
+        # The last of each map's scores is overwritten by a constant before it is used, so it was never trained.
+        return value.unflatten(0, (-1, OFFICIAL_POINTS + 1))[:, :-1].flatten(0, 1)
+    if ours.endswith(".null_value"):
+        return value.flatten()
+    if ours.startswith("unet_synchroniser.") and ours.endswith(".zero.weight") and value.ndim == 4:
+        return value[:, :, 0, 0]  # a 1 x 1 convolution
+    return value
+
+
+def _check_computed(name, value, meaning, compute):
+    """Raises if a checkpoint has other values for what our code computes than rounding to its dtype explains."""
+    given, rounding = value.float(), torch.finfo(value.dtype).eps / 2 if value.is_floating_point() else 0.0
+    expected = compute(given)
+    if (
+        expected is None
+        or given.shape != expected.shape
+        or not torch.allclose(given, expected, rtol=0.0, atol=max(1e-4, rounding))
+    ):
         raise ValueError(
-            "`visual_tokenizer.neg_prompt_embeds` and `image_decoder.neg_prompt_embeds` differ, though they are one "
-            "parameter under two names. The checkpoint is damaged or was put together from two."
+            f"`{name}`, {tuple(value.shape)} in {value.dtype}, is not {meaning}. Was it trained, or changed? This "
+            f"project has no place for another."
         )
 
 
-def _convert_vocabulary(official, image_start_token_id, result):
+def _positions(value, class_rows=0):
+    side = round(max(value.shape[0] - class_rows, 0) ** 0.5) if value.ndim == 2 else 0
+    if not side:
+        return None
+    positions = sincos_position_embedding(value.shape[1], side, side, grid=side)
+    return torch.cat([positions.new_zeros(class_rows, positions.shape[1]), positions])
+
+
+def _convert_vocabulary(official, vocabulary, result):
     """
     Splits embedding and head into the language model's own rows and those of the new tokens.
 
     The official head has rows of zeros with a bias of -100 for new tokens and adds a second, trained head to them; the
-    image start has a trained vector that is added to its frozen embedding. Ours are the sums.
+    image start, the first of them, has a trained vector that is added to its frozen embedding. Ours are the sums.
     """
-    missing = [name for name in _VOCABULARY if name not in official]
-    if missing:
+    if missing := [name for name in _VOCABULARY if name not in official]:
         raise ValueError(f"The checkpoint lacks {', '.join(missing)}; expected the whole model, not a part of it.")
-    embeddings, start, head, bias, new_head, new_bias = (official[name] for name in _VOCABULARY)
-    known = len(embeddings) - len(new_head)
-    if bias[:known].any():
+    given = {name: official[name] for name in _VOCABULARY}
+    embeddings, start, head, bias, new_head, new_bias = given.values()
+    rows, width = embeddings.shape if embeddings.ndim == 2 else (0, 0)
+    new = new_bias.numel()
+    shapes = [(rows, width), (1, width), (rows, width), (rows,), (new, width), (new,)]
+    for (name, value), shape in zip(given.items(), shapes, strict=True):
+        if value.shape != shape:
+            raise ValueError(
+                f"`{name}` is {tuple(value.shape)}; expected {shape} beside `{_VOCABULARY[0]}` of "
+                f"{tuple(embeddings.shape)} with {new} new tokens. The checkpoint is damaged, or of other code."
+            )
+    if rows - new != vocabulary:
+        raise ValueError(
+            f"The checkpoint has {rows - new} tokens of a language model and {new} new ones, but the language model's "
+            f"tokenizer has {vocabulary}. Give the language model that it was trained with, with its own tokenizer."
+        )
+    if bias[:vocabulary].any():
         raise ValueError("`text_decoder.head.bias` is not zero for the language model's own tokens, which have none.")
-    new_embeddings = embeddings[known:].clone()
-    new_embeddings[image_start_token_id - known] += start[0]
+
+    def added(first, second):
+        return (first.float() + second.float()).to(first.dtype)
+
+    new_embeddings = embeddings[vocabulary:].clone()
+    new_embeddings[:1] = added(new_embeddings[:1], start)
     result.weights |= {
-        "language_model.model.embed_tokens.weight": embeddings[:known],
-        "language_model.lm_head.weight": head[:known],
+        "language_model.model.embed_tokens.weight": embeddings[:vocabulary],
+        "language_model.lm_head.weight": head[:vocabulary],
         "new_embeddings.weight": new_embeddings,
-        "new_head.weight": head[known:] + new_head,
-        "new_head.bias": bias[known:] + new_bias,
+        "new_head.weight": added(head[vocabulary:], new_head),
+        "new_head.bias": added(bias[vocabulary:], new_bias),
     }
     result.renamed |= {
         "mm_decoder.embed_tokens.weight": "language_model.model.embed_tokens.weight and new_embeddings.weight",

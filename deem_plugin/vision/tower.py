@@ -75,6 +75,7 @@ class DeemVisionTower(PreTrainedModel):
                 num_heads=config.resampler_num_heads,
                 intermediate_dim=config.resampler_intermediate_size,
                 cross_attention_frequency=config.cross_attention_frequency,
+                qk_norm=config.resampler_qk_norm,
                 dropout=config.resampler_dropout,
             )
         self.region_tokens = (
