@@ -13,7 +13,6 @@ METHOD_KEYS = (
     "objective.draws_per_image",
     "objective.timestep_sampling",
     "objective.loss_weighting",
-    "objective.official_defects",
     "anchor_weight",
 )
 # Factor on the feedback of every method, the demo's own.

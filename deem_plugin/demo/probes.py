@@ -128,7 +128,7 @@ def reconstruct(diffusion_model: DiffusionModel, context: torch.Tensor) -> torch
         `torch.Tensor`: Pictures `(batch, 3, 16, 16)` in [0, 1].
     """
     denoiser = diffusion_model.denoiser
-    last = denoiser.num_train_timesteps - 1
+    last = denoiser.process.num_train_timesteps - 1
     alpha = denoiser.scheduler.alphas_cumprod[last]
     generator = torch.Generator().manual_seed(2)
     shape = (len(context), denoiser.channels, denoiser.sample_size, denoiser.sample_size)

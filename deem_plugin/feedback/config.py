@@ -132,9 +132,6 @@ class ObjectiveConfig:
             Noises and timesteps drawn for each picture, whose errors are averaged.
         num_negatives (`int`, *optional*):
             Of `contrastive`: other pictures that each one is held against; by default all of the micro-batch.
-        official_defects (`bool`, *optional*, defaults to `False`):
-            Of `contrastive`: reproduces what the code of its paper does wrong (see
-            `deem_plugin.feedback.contrastive` and `deem_plugin.feedback.second_view`).
     """
 
     kind: str = field(default="mse", metadata={"help": f"One of {', '.join(OBJECTIVES)}."})
@@ -142,7 +139,6 @@ class ObjectiveConfig:
     loss_weighting: str = field(default="uniform", metadata={"help": f"One of {', '.join(LOSS_WEIGHTINGS)}."})
     draws_per_image: int = field(default=1, metadata={"help": "Noises and timesteps drawn for each picture."})
     num_negatives: int | None = field(default=None, metadata={"help": "Other pictures that each is held against."})
-    official_defects: bool = field(default=False, metadata={"help": "Reproduce the defects of the published code."})
 
     def __post_init__(self):
         _check_choice("objective.kind", self.kind, OBJECTIVES)
@@ -150,8 +146,7 @@ class ObjectiveConfig:
         _check_choice("loss_weighting", self.loss_weighting, LOSS_WEIGHTINGS)
         for name in ("draws_per_image", "num_negatives"):
             _check_at_least_1(name, getattr(self, name))
-        for name in ("num_negatives", "official_defects"):
-            _check_owner(name, getattr(self, name), "objective.kind", self.kind, "contrastive")
+        _check_owner("num_negatives", self.num_negatives, "objective.kind", self.kind, "contrastive")
         if self.kind == "contrastive" and (self.draws_per_image > 1 or self.loss_weighting != "uniform"):
             raise ValueError(
                 f"`objective.kind: contrastive` draws once an image and weighs all timesteps alike, got "

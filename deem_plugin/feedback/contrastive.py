@@ -1,13 +1,15 @@
 """Contrastive feedback: the picture's own condition must explain it better than other pictures' conditions do."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 
-from .denoisers import check_context_dim
+from .diffusion_feedback import Objective
 from .timesteps import uniform
 
 
-class ContrastiveFeedback:
+class ContrastiveFeedback(Objective):
     """
     The contrastive diffusion loss of DCR (https://arxiv.org/abs/2603.04803, Sec. 3).
 
@@ -16,39 +18,18 @@ class ContrastiveFeedback:
     and the true target, not the negatives: conditions that say the same of every picture, which a plain denoising
     error forgives, are punished.
 
-    With `official_defects` the target is the velocity whatever the diffusion model predicts, as in the published code.
-
     Args:
-        denoiser (`Denoiser`): The frozen network.
-        sample_timesteps (`Callable`, *optional*): As in [`DiffusionFeedback`].
+        denoiser, sample_timesteps: As in [`Objective`].
         num_negatives (`int`, *optional*):
             Other pictures of the micro-batch for each one, so that the denoiser runs on `num_negatives + 2` times the
             batch; all of them by default, as in the published code.
         temperature (`float`, *optional*, defaults to `0.1`): Divides the cosines.
-        official_defects (`bool`, *optional*, defaults to `False`): See above.
     """
 
-    # The training loop then also makes the condition of an augmented view.
-    second_view = True
-
-    def __init__(
-        self, denoiser, sample_timesteps=uniform, num_negatives=None, temperature=0.1, official_defects=False
-    ):
-        self.denoiser = denoiser
-        self.sample_timesteps = sample_timesteps
+    def __init__(self, denoiser, sample_timesteps=uniform, num_negatives=None, temperature=0.1):
+        super().__init__(denoiser, sample_timesteps)
         self.num_negatives = num_negatives
         self.temperature = temperature
-        self.official_defects = official_defects
-
-    @property
-    def context_dim(self) -> int:
-        """Width of the context tokens that it scores."""
-        return self.denoiser.context_dim
-
-    @property
-    def vector_dim(self) -> int:
-        """Width of the vector that modulates the denoiser; 0 if it takes none."""
-        return self.denoiser.vector_dim
 
     def __call__(
         self, latents, context, *, second_view, vector=None, mask=None, timesteps=None, noise=None, generator=None
@@ -64,34 +45,26 @@ class ContrastiveFeedback:
         Raises:
             ValueError: If the micro-batch holds no other picture.
         """
-        check_context_dim(context.shape[-1], self.denoiser)
         batch = len(latents)
         if batch < 2:
             raise ValueError(
                 "`objective: contrastive` compares the pictures of a micro-batch, and this one holds a single one. "
                 "Set `training.per_device_train_batch_size` to 2 or more and `training.dataloader_drop_last: true`."
             )
-        if noise is None:
-            noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
-        if timesteps is None:
-            timesteps = self.sample_timesteps(
-                batch, self.denoiser.num_train_timesteps, generator=generator, device=latents.device
-            )
-        noisy_latents = self.denoiser.noise(latents, noise, timesteps)
+        noise, timesteps = self.draw(latents, context, noise, timesteps, generator)
+        noisy_latents = self.denoiser.process.noise(latents, noise, timesteps)
         own, others = torch.arange(batch), self._others(batch)
         rows = torch.cat([own, own, own.repeat_interleave(others.shape[1])]).to(latents.device)
         conditions = torch.cat([own, own + batch, others.flatten()]).to(latents.device)
         contexts = torch.cat([context, second_view[0]])[conditions]
         vectors = None if vector is None else torch.cat([vector, second_view[1]])[conditions]
         predictions = self.denoiser(noisy_latents[rows], timesteps[rows], contexts, vectors).float()
+        target = self.target(latents, noise, timesteps).float()
         if mask is not None:  # what lies in a letterbox resembles nothing
-            predictions = predictions * mask[rows]
-        predictions = predictions.flatten(1)
-        anchor, positive = predictions[:batch], predictions[batch : 2 * batch]
-        negatives = predictions[2 * batch :].unflatten(0, others.shape)
-        target = self._target(latents, noise, timesteps).float()
-        target = (target if mask is None else target * mask).flatten(1)
-        candidates = torch.cat([positive[:, None], target[:, None], negatives], dim=1)
+            predictions, target = predictions * mask[rows], target * mask
+        anchor, positive, negatives = predictions.flatten(1).split([batch, batch, others.numel()])
+        negatives = negatives.unflatten(0, others.shape)
+        candidates = torch.cat([positive[:, None], target.flatten(1)[:, None], negatives], dim=1)
         similarity = F.cosine_similarity(anchor[:, None], candidates, dim=-1) / self.temperature
         return -similarity.log_softmax(dim=1)[:, :2].mean(dim=1)
 
@@ -100,7 +73,47 @@ class ContrastiveFeedback:
         count = batch - 1 if self.num_negatives is None else min(self.num_negatives, batch - 1)
         return (torch.arange(batch)[:, None] + 1 + torch.arange(count)) % batch
 
-    def _target(self, latents, noise, timesteps):
-        if self.official_defects:
-            return self.denoiser.scheduler.get_velocity(latents, noise, timesteps)
-        return self.denoiser.target(latents, noise, timesteps)
+    def target(self, latents, noise, timesteps):
+        """Returns what the anchor should resemble: what the denoiser should predict, shape of `latents`."""
+        return self.denoiser.process.target(latents, noise, timesteps)
+
+    def second_views(self, views, eyes, generator):
+        """
+        Shows an augmented version of each view's picture to the tower: what `second_view` is made of.
+
+        Args:
+            views (`list[View]`): Of a call.
+            eyes (`Eyes`): Show pictures to the tower.
+            generator (`torch.Generator`): Seeds the augmentation.
+
+        Returns:
+            `list[View]`: One for each, in the same order.
+        """
+        again = eyes.look([self.augment(view.picture, eyes, generator) for view in views])
+        return [replace(new, image=view.image, weight=view.weight) for new, view in zip(again, views, strict=True)]
+
+    def augment(self, picture, eyes, generator):
+        """Augments a picture `(3, height, width)` in [0, 1] by [`augmentation`]."""
+        return seeded(augmentation(picture.shape[-2:]), picture.clamp(0, 1), generator)
+
+
+def augmentation(size):
+    """
+    Returns a mild augmentation of pictures of `size` (height, width): colours by a tenth, and a crop of 90 to 100 % of
+    the area (DCR).
+
+    There are no flips: they would teach the tower that left and right, or a text and its mirror image, are the same.
+    """
+    from torchvision.transforms import v2
+
+    colours = v2.ColorJitter(brightness=0.1, contrast=0.1, saturation=0.1, hue=0.05)
+    return v2.Compose([colours, v2.RandomResizedCrop(size, scale=(0.9, 1.0), ratio=(0.9, 1.1), antialias=True)])
+
+
+def seeded(transform, picture, generator):
+    """Returns a random transform of a picture, drawn from `generator`; torch's global ones stay as they were."""
+    seed = torch.randint(2**31, (), generator=generator, device=generator.device).item()
+    with torch.random.fork_rng(devices=[]):
+        # The CPU's generator alone: `torch.manual_seed` would seed every GPU, too.
+        torch.random.default_generator.manual_seed(seed)
+        return transform(picture)

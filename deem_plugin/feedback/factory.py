@@ -153,7 +153,7 @@ def make_objective(config: ObjectiveConfig, denoiser):
     """Returns the objective that its settings name, on a denoiser."""
     sampler = TIMESTEP_SAMPLERS[config.timestep_sampling]
     if config.kind == "contrastive":
-        return ContrastiveFeedback(denoiser, sampler, config.num_negatives, official_defects=config.official_defects)
+        return ContrastiveFeedback(denoiser, sampler, config.num_negatives)
     return DiffusionFeedback(denoiser, sampler, config.draws_per_image, LOSS_WEIGHTINGS[config.loss_weighting])
 
 

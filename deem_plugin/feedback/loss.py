@@ -12,7 +12,6 @@ from .denoisers import Denoiser
 from .early_gradient import early_gradient
 from .finite import FiniteGate
 from .pictures import fit, latent_mask
-from .second_view import augmented_views
 
 
 @dataclass
@@ -130,8 +129,8 @@ class FeedbackLoss:
         latents, mask = self.encode(views, generator, latents)
         conditions = condition_of(views, self.condition, conditioner, generator)
         extra = drawn if mask is None else {**drawn, "mask": mask}
-        if getattr(self.objective, "second_view", False):
-            again = augmented_views(views, self.eyes, self.objective, generator)
+        if hasattr(self.objective, "second_views"):
+            again = self.objective.second_views(views, self.eyes, generator)
             conditions += condition_of(again, self.condition, conditioner, generator)
 
         def errors_of(context, vector, *second_view):

@@ -1,7 +1,5 @@
 """Forward processes: how noise is added, what the network then predicts, and how it is told the time."""
 
-from .objectives import denoising_target
-
 
 class DiffusionProcess:
     """
@@ -13,14 +11,28 @@ class DiffusionProcess:
 
     def __init__(self, scheduler):
         self.scheduler = scheduler
+        self.num_train_timesteps = scheduler.config.num_train_timesteps
 
     def noise(self, latents, noise, timesteps):
         """Returns the noisy latents at integer `timesteps`, `(batch, channels, height, width)`."""
         return self.scheduler.add_noise(latents, noise, timesteps)
 
     def target(self, latents, noise, timesteps):
-        """Returns noise, velocity or picture, by the scheduler's prediction type."""
-        return denoising_target(self.scheduler, latents, noise, timesteps)
+        """
+        Returns what the network should predict by the scheduler's prediction type: the noise, the velocity
+        sqrt(a) noise - sqrt(1 - a) x0 (https://arxiv.org/abs/2202.00512, App. D), or x0; shape of `latents`.
+        """
+        prediction_type = self.scheduler.config.prediction_type
+        if prediction_type == "epsilon":
+            return noise
+        if prediction_type == "v_prediction":
+            return self.scheduler.get_velocity(latents, noise, timesteps)
+        if prediction_type == "sample":
+            return latents
+        raise ValueError(
+            f"The diffusion model's scheduler has prediction_type {prediction_type!r}; expected 'epsilon', "
+            f"'v_prediction' or 'sample'. Correct `scheduler_config.json` or choose another diffusion model."
+        )
 
     def times(self, timesteps):
         """Returns the times that the network is told: the integer timesteps themselves."""
@@ -48,6 +60,7 @@ class FlowProcess:
 
     def __init__(self, scheduler):
         self.scheduler = scheduler
+        self.num_train_timesteps = scheduler.config.num_train_timesteps
         self.sigmas = scheduler.sigmas.flip(0).clone()
 
     def sigma(self, timesteps):
@@ -65,7 +78,7 @@ class FlowProcess:
 
     def times(self, timesteps):
         """Returns the times that the network is told: sigma * T, float, shape `(batch,)`."""
-        return self.sigma(timesteps) * self.scheduler.config.num_train_timesteps
+        return self.sigma(timesteps) * self.num_train_timesteps
 
     def sampler(self):
         """Returns the diffusers scheduler that draws pictures by this process: Euler."""

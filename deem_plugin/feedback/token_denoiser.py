@@ -112,17 +112,7 @@ class TokenBlocks:
         self.network = network
         self.context_dim = context_dim
         self.cells = cells
-        self.scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
-        self.process = forward_process(self.scheduler)
-        self.num_train_timesteps = self.scheduler.config.num_train_timesteps
-
-    def noise(self, latents, noise, timesteps):
-        """Adds noise to clean latents `(batch, channels, height, width)`."""
-        return self.process.noise(latents, noise, timesteps)
-
-    def target(self, latents, noise, timesteps):
-        """Returns the noise."""
-        return self.process.target(latents, noise, timesteps)
+        self.process = forward_process(DDPMScheduler(beta_schedule="squaredcos_cap_v2"))
 
     def __call__(self, noisy_latents, timesteps, context, vector=None):
         """Predicts the noise in latents `(batch, channels, rows * cells, columns * cells)`."""

@@ -8,9 +8,9 @@ import torch
 from ..feedback.config import ConditionConfig
 from ..feedback.diffusion_feedback import DiffusionFeedback
 from ..feedback.loss import FeedbackLoss
-from ..feedback.objectives import unnormalize
 from ..feedback.timesteps import TIMESTEP_SAMPLERS
 from ..vision.grids import positioned_maps, region_to_patches
+from ..vision.normalization import unnormalize
 from ..vision.views import View
 from .interleaving import count_documents, has_picture, image_places, previous_images, reversed_contexts, row_starts
 from .losses import Draws, mean_of_valid
@@ -60,7 +60,8 @@ def restorable_pictures(config, pixel_values, target_pixel_values=None):
         target_pixel_values (`torch.Tensor`, *optional*): The same pictures in [-1, 1], at the diffusion model's size.
     """
     if target_pixel_values is None:
-        return unnormalize(pixel_values, config.vision_config.image_mean, config.vision_config.image_std)
+        vision = config.vision_config
+        return unnormalize(pixel_values, vision.image_mean, vision.image_std).clamp(0, 1)
     return target_pixel_values.float().clamp(-1, 1) / 2 + 0.5
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .layouts import Grid, Layout, call_arguments, layout_of
-from .normalization import find_image_processor, normalization
+from .normalization import find_image_processor, normalization, normalize, unnormalize
 from .outputs import field_of, has_values, replaced
 from .probe import LOCAL_COUNTS, cast, difference_to_shown, see, show_picture
 from .reading import Reading, parameters_of, pooled_width, reading_of
@@ -176,11 +176,11 @@ class Eyes:
 
     def normalize(self, picture: torch.Tensor) -> torch.Tensor:
         """Pictures `(..., 3, height, width)` in [0, 1] to what the tower is shown, float32."""
-        return (picture.float() - _statistic(self.mean, picture)) / _statistic(self.std, picture)
+        return normalize(picture, self.mean, self.std)
 
     def unnormalize(self, picture: torch.Tensor) -> torch.Tensor:
         """Undoes [`normalize`]. Not clamped."""
-        return picture.float() * _statistic(self.std, picture) + _statistic(self.mean, picture)
+        return unnormalize(picture, self.mean, self.std)
 
     def _split(self, inputs, output):
         tokens = self.reading.select(output)
@@ -194,11 +194,6 @@ class Eyes:
                 for index, view in enumerate(views)
             ]
         return views
-
-
-def _statistic(values, like):
-    """Returns mean or std as a tensor that fits a picture."""
-    return torch.as_tensor(values, device=like.device, dtype=torch.float32).view(-1, 1, 1)
 
 
 def _layout_of_shown(eyes, call, candidates):

@@ -54,6 +54,20 @@ def normalization(image_processor, processor, mean=None, std=None):
     return mean, std
 
 
+def normalize(pictures, mean, std):
+    """Pictures `(..., 3, height, width)` in [0, 1] to what a tower is shown, float32; `mean` and `std` by channel."""
+    return (pictures.float() - _by_channel(mean, pictures)) / _by_channel(std, pictures)
+
+
+def unnormalize(pictures, mean, std):
+    """Undoes [`normalize`]. Not clamped: values outside [0, 1] tell that the statistics are wrong."""
+    return pictures.float() * _by_channel(std, pictures) + _by_channel(mean, pictures)
+
+
+def _by_channel(values, like):
+    return torch.as_tensor(values, device=like.device, dtype=torch.float32).view(-1, 1, 1)
+
+
 def process_image(image_processor, image) -> dict:
     """Returns what an image processor makes of one image."""
     try:

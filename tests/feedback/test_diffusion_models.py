@@ -50,7 +50,10 @@ def test_noise_and_target_are_those_of_the_prediction_type(diffusion_model, name
     denoiser = diffusion_model.denoiser
     noise, timesteps = torch.randn_like(latents), torch.tensor([9, 799])
 
-    noisy, target = denoiser.noise(latents, noise, timesteps), denoiser.target(latents, noise, timesteps)
+    noisy, target = (
+        denoiser.process.noise(latents, noise, timesteps),
+        denoiser.process.target(latents, noise, timesteps),
+    )
 
     if name in FLOWS:
         u = (timesteps + 1) / 1000
@@ -67,7 +70,7 @@ def test_noise_and_target_are_those_of_the_prediction_type(diffusion_model, name
 def test_a_perfect_prediction_costs_nothing(diffusion_model, latents, monkeypatch):
     denoiser = diffusion_model.denoiser
     noise, timesteps = torch.randn_like(latents), torch.tensor([9, 799])
-    perfect = denoiser.target(latents, noise, timesteps)
+    perfect = denoiser.process.target(latents, noise, timesteps)
     monkeypatch.setattr(denoiser, "_predict", lambda noisy, times, context, *vector: perfect)
 
     loss = DiffusionFeedback(denoiser)(latents, torch.zeros(2, 5, CONTEXT_DIM), timesteps=timesteps, noise=noise)

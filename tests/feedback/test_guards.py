@@ -10,7 +10,7 @@ from transformers import LlavaForConditionalGeneration, Trainer, TrainerCallback
 from transformers.modeling_outputs import BaseModelOutput
 
 from deem_plugin.feedback import DiffusionFeedbackCallback, FeedbackConfig
-from deem_plugin.feedback.second_view import augment
+from deem_plugin.feedback.contrastive import ContrastiveFeedback
 from deem_plugin.training.trainer import EncoderTrainer
 from deem_plugin.vision.grids import sincos_position_embedding
 
@@ -411,7 +411,8 @@ def test_no_global_generator_is_touched(cuda_seeds, settings):
 def test_an_augmentation_touches_no_global_generator(cuda_seeds):
     before = torch.get_rng_state()
 
-    augment(torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.Generator().manual_seed(0))
+    picture = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0))
+    ContrastiveFeedback(None).augment(picture, None, torch.Generator().manual_seed(0))
 
     assert torch.equal(torch.get_rng_state(), before) and not cuda_seeds
 

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from deem_plugin.feedback import DiffusionFeedbackCallback, DiffusionModel, load_diffusion_model
 from deem_plugin.feedback.latent_cache import LatentCache, LatentWriter, fingerprint, picture_keys
-from deem_plugin.feedback.objectives import unnormalize
+from deem_plugin.vision.normalization import unnormalize
 
 from ..tiny import tiny_llava, tiny_sd_folder, tiny_vae
 from .helpers import collate, feedback_config, pixel_diffusion_model, samples, train

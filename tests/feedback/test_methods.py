@@ -7,10 +7,10 @@ from deem_plugin.feedback import DiffusionFeedback, DiffusionFeedbackCallback
 from deem_plugin.feedback.anchor import Anchor
 from deem_plugin.feedback.checkpoint import load_conditioner
 from deem_plugin.feedback.hook import TowerSource
-from deem_plugin.feedback.objectives import normalize, unnormalize
 from deem_plugin.feedback.prompts import prompt_states
 from deem_plugin.feedback.state import StepState
 from deem_plugin.vision.eyes import Eyes
+from deem_plugin.vision.normalization import normalize, unnormalize
 
 from ..tiny import tiny_llava, tiny_sd_folder, tiny_text_encoder
 from .helpers import CONTEXT_DIM, collate, feedback_config, pixel_diffusion_model, relative_difference, samples, train
@@ -40,7 +40,7 @@ def callback_for(**settings):
         {"objective": {"draws_per_image": 3}},
         {"objective": {"loss_weighting": "min_snr"}},
         {"objective": {"kind": "contrastive"}},
-        {"objective": {"kind": "contrastive", "num_negatives": 1, "official_defects": True}},
+        {"objective": {"kind": "contrastive", "num_negatives": 1}},
     ],
     ids=lambda settings: "-".join(str(value) for part in settings.values() for value in part.values()),
 )
@@ -152,7 +152,6 @@ def test_a_prompt_is_asked_of_the_diffusion_models_own_encoder_once(tmp_path):
             "`num_patches` belongs to `condition.kind: cls\\+patches`, and `condition.kind` is 'queries'",
         ),
         ({"objective": {"num_negatives": 4}}, "`num_negatives` belongs to `objective.kind: contrastive`"),
-        ({"objective": {"official_defects": True}}, "`official_defects` belongs to `objective.kind: contrastive`"),
         ({"objective": {"kind": "contrastive", "draws_per_image": 2}}, "draws once an image"),
         ({"objective": {"draws_per_image": 0}}, "`draws_per_image` must be at least 1, got 0"),
         ({"anchor_weight": -1.0}, "`anchor_weight` must be a finite number, zero or positive, got -1.0"),

@@ -2,7 +2,9 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from deem_plugin.feedback.objectives import denoising_target, masked_mean, unnormalize
+from deem_plugin.feedback.diffusion_feedback import masked_mean
+from deem_plugin.feedback.processes import DiffusionProcess
+from deem_plugin.vision.normalization import unnormalize
 
 
 @pytest.fixture
@@ -18,7 +20,7 @@ def test_the_target_and_the_noisy_latents_give_back_the_clean_ones(latents, pred
     alpha = scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
     noisy = scheduler.add_noise(latents, noise, timesteps)
 
-    target = denoising_target(scheduler, latents, noise, timesteps)
+    target = DiffusionProcess(scheduler).target(latents, noise, timesteps)
 
     recovered = {
         "epsilon": (noisy - (1 - alpha).sqrt() * target) / alpha.sqrt(),
@@ -33,7 +35,7 @@ def test_an_unknown_prediction_type_is_named(latents):
     scheduler.register_to_config(prediction_type="flow")
 
     with pytest.raises(ValueError, match="prediction_type 'flow'.*'epsilon'"):
-        denoising_target(scheduler, latents, latents, torch.tensor([0, 1]))
+        DiffusionProcess(scheduler).target(latents, latents, torch.tensor([0, 1]))
 
 
 def test_a_masked_mean_is_the_mean_over_the_masked_cells_alone(latents):

@@ -68,7 +68,7 @@ def test_latents_and_noisy_latents_are_the_official_ones(diffusion_model, case):
     torch.testing.assert_close(latents, case["latents"], **VALUES)
     timesteps = shrink_timesteps(case["draw.timesteps"], 1000)
     assert torch.equal(timesteps, case["timesteps_mapped"].long())
-    noisy = diffusion_model.denoiser.noise(latents, case["draw.noise"], timesteps)
+    noisy = diffusion_model.denoiser.process.noise(latents, case["draw.noise"], timesteps)
     torch.testing.assert_close(noisy, case["noisy_latents"], **VALUES)
     # The official code normalises the caller's picture in place; a second reader then sees [-3, 1].
     assert torch.equal(picture, case["input.image_dec"])
@@ -104,7 +104,7 @@ def test_loss_and_gradients_are_the_official_ones(diffusion_model, tower, condit
 
 def test_the_region_loss_is_the_official_masked_mean(diffusion_model, conditioner, case, shared_dir, settings):
     """Case F2 partial: with MMFS the prediction differs, so its own squared error is averaged here."""
-    from deem_plugin.feedback.objectives import masked_mean
+    from deem_plugin.feedback.diffusion_feedback import masked_mean
 
     partial = load_file(shared_dir / "parity/f2_partial_mmfs_random.safetensors")
     mask = (interpolate(partial["input.image_mask"].float(), size=(16, 16), mode="bilinear") > 0).float()

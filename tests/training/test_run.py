@@ -21,14 +21,10 @@ STAND_INS = {
 # Recipes that train an encoder alone; the later stage of two has no earlier one to start from here.
 ENCODERS = (
     "deem",
-    "deem-faithful",
     "diva",
-    "diva-faithful",
     "dcr-align",
     "dcr",
-    "dcr-faithful",
     "genhancer",
-    "genhancer-faithful",
     "encoder-sd3",
 )
 WITHOUT_FEEDBACK = ("llava-1.5-7b-align", "llava-1.5-7b-baseline")
@@ -38,8 +34,8 @@ WITHOUT_FEEDBACK = ("llava-1.5-7b-align", "llava-1.5-7b-baseline")
 START = {"deem": "clip", "dcr": "clip"}
 
 
-def recipe_for(name, parts, out, **settings):
-    """Loads a shipped recipe with tiny parts in place of the big ones."""
+def recipe_for(name, parts, out, path=None, **settings):
+    """Loads a shipped recipe, or one like it at `path`, with tiny parts in place of the big ones."""
     stand_ins = {}
     start = {"model__encoder": "clip", "data__path": "images"} if name in ENCODERS else {"model__model": "llava"}
     for key, value in STAND_INS.get(name, start).items():
@@ -55,7 +51,7 @@ def recipe_for(name, parts, out, **settings):
         stand_ins |= {"model__lora_r": 2, "model__lora_alpha": 4}
     section = "ross" if name.startswith("ross") else None if name in WITHOUT_FEEDBACK else "feedback"
     overrides = tiny_overrides(parts, out, section, **{**stand_ins, **settings})
-    return load_recipe(name, overrides)
+    return load_recipe(path or name, overrides)
 
 
 def losses(out, key="loss"):

@@ -49,19 +49,6 @@ class Denoiser(ABC):
         """Channels of the latents."""
         return self.model.config.in_channels
 
-    @property
-    def num_train_timesteps(self) -> int:
-        """Length of the noise schedule, in steps."""
-        return self.scheduler.config.num_train_timesteps
-
-    def noise(self, latents, noise, timesteps):
-        """Adds noise to clean latents at integer timesteps; all latents `(batch, channels, height, width)`."""
-        return self.process.noise(latents, noise, timesteps)
-
-    def target(self, latents, noise, timesteps):
-        """Returns what the network should predict, by its prediction type."""
-        return self.process.target(latents, noise, timesteps)
-
     def to(self, device):
         """Moves the network to `device` and returns the denoiser."""
         self.model.to(device)
@@ -120,7 +107,7 @@ class FlowDenoiser(Denoiser):
 
     def _sigma(self, times):
         """Returns the share of noise, in (0, 1], of times in (0, T]."""
-        return times / self.num_train_timesteps
+        return times / self.process.num_train_timesteps
 
 
 def check_context_dim(context_dim, denoiser):

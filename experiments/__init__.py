@@ -1,0 +1,1 @@
+"""Experiments outside the wheel; run from the checkout."""
