@@ -271,8 +271,8 @@ def refusal(recipe: Recipe, strategy: str) -> str | None:
     """Returns why a run would refuse a strategy; None if it would not."""
     if strategy == "zero3" and recipe.feedback is not None:
         return "the feedback refuses ZeRO-3"
-    if strategy == "fsdp2" and recipe.model.lora_r:
-        return "LoRA cannot be merged under FSDP"
+    if strategy == "fsdp2" and recipe.model.encoder:
+        return "an encoder alone is not sharded"
     return None
 
 

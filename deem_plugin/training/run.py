@@ -79,10 +79,10 @@ def train(recipe: Recipe, make_feedback: Callable | None = None) -> Path:
 def _check(recipe: Recipe):
     """Raises on settings that would fail only after hours."""
     args = recipe.training
-    if recipe.model.lora_r and args.fsdp:
+    if recipe.model.encoder and args.fsdp:
         raise ValueError(
-            "LoRA with FSDP cannot be merged into the model at the end. Leave `training.fsdp` out (LoRA needs little "
-            "memory, so DDP fits), or set `model.lora_r: 0`."
+            "`training.fsdp` is for VLMs: an encoder alone fits on each GPU. Leave it out (`training.fsdp=null`), and "
+            "several processes train by DDP."
         )
     if recipe.data.kind != "conversations" and recipe.deem is None:
         raise ValueError(
@@ -217,10 +217,17 @@ def _prepare_vlm(recipe: Recipe, make_feedback):
         """Saves model, processor and conditioner; with LoRA the merged model and the adapter."""
         if not recipe.model.lora_r:
             trainer.save_model(folder)
-        elif args.should_save:
-            model.save_pretrained(os.path.join(folder, "adapter"))
-            model.merge_and_unload().save_pretrained(folder)
-            processor.save_pretrained(folder)
+        else:
+            whole = model
+            if trainer.is_fsdp_enabled:  # shards cannot be merged: put together into a model of their own
+                weights = trainer.accelerator.get_state_dict(trainer.model)
+                if args.should_save:
+                    whole, _ = make_model(recipe.model, recipe.deem)
+                    whole.load_state_dict(weights)
+            if args.should_save:
+                whole.save_pretrained(os.path.join(folder, "adapter"))
+                whole.merge_and_unload().save_pretrained(folder)
+                processor.save_pretrained(folder)
         _move_conditioner(args, folder)
 
     return trainer, save

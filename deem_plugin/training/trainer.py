@@ -8,11 +8,13 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from deem_plugin.data.collator import ConversationCollator
 from deem_plugin.data.shard_stream import ShardStream
 from deem_plugin.feedback.callback import DiffusionFeedbackCallback
 from deem_plugin.feedback.finite import FiniteTally
 from deem_plugin.feedback.state import Sums
 from deem_plugin.training.parts import find, matches, resolve
+from deem_plugin.training.sharding import PictureInEachBatch, name_sharded_layers
 
 # What the interleaved model returns beside its loss, as shares of an optimizer step's mean; logged by these names.
 NAMED_LOSSES = ("lm_loss", "image_loss")
@@ -29,8 +31,11 @@ class RecipeTrainer(Trainer):
             `args.learning_rate`; of two patterns that name the same, the later wins.
     """
 
-    def __init__(self, *args, learning_rates: dict[str, float] | None = None, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model, args, *, learning_rates: dict[str, float] | None = None, **kwargs):
+        name_sharded_layers(model, args)
+        super().__init__(model, args, **kwargs)
+        if self.is_fsdp_enabled and isinstance(self.data_collator, ConversationCollator):
+            self.data_collator = PictureInEachBatch(self.data_collator)
         self.learning_rates = {resolve(self.model, pattern): rate for pattern, rate in (learning_rates or {}).items()}
         self._sums, self._tally = Sums(), FiniteTally()
         self._summed_since = 0

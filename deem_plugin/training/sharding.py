@@ -1,0 +1,46 @@
+"""What FSDP asks of a run: layers that it can find, and the same collectives on every rank."""
+
+from PIL import Image
+
+from deem_plugin.data.collator import IGNORE_INDEX, ConversationCollator
+
+# Enough for the smallest picture that a processor takes.
+_SIDE = 64
+
+
+def name_sharded_layers(model, args):
+    """
+    Tells FSDP the classes of layers to shard one by one: those of `_no_split_modules` that the model has.
+
+    By itself accelerate takes the whole list and fails on what is not there; transformers' holds the layers of all
+    models in a tower's module, such as CLIP's text embeddings in a LLaVA (seen with transformers 5.24).
+    """
+    options = args.fsdp_plugin_args
+    if options and "transformer_cls_names_to_wrap" not in options:
+        present = {type(module).__name__ for module in model.modules()}
+        names = sorted(present & set(getattr(model, "_no_split_modules", None) or ()))
+        options["transformer_cls_names_to_wrap"] = ",".join(names)
+
+
+class PictureInEachBatch:
+    """
+    Adds a conversation about a blank picture to batches of text alone; nothing is learned of it.
+
+    A rank whose batch has no picture does not call the tower, and waits for ever for the ranks that do: each of the
+    tower's layers is gathered by all of them. The callback gives a blank picture no feedback and counts it.
+
+    Args:
+        collate (`ConversationCollator`): Makes the batches.
+    """
+
+    def __init__(self, collate: ConversationCollator):
+        self.collate = collate
+
+    def __call__(self, examples):
+        if any(example.get("images") for example in examples):
+            return self.collate(examples)
+        messages = [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "."}]
+        blank = {"messages": messages, "images": [Image.new("RGB", (_SIDE, _SIDE), "white")]}
+        batch = self.collate([*examples, blank])
+        batch["labels"][0] = IGNORE_INDEX  # the collator puts an example with pictures first
+        return batch
