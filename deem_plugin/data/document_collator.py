@@ -5,9 +5,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
+from deem_plugin.data.chat import as_text
 from deem_plugin.data.collator import IGNORE_INDEX
 from deem_plugin.data.images import load_image
+from deem_plugin.data.tokens import Span, per_token, tokenize
 
 logger = logging.getLogger(__name__)
 
@@ -16,9 +19,10 @@ class DocumentCollator:
     """
     Packs the documents of a batch into as few rows as their order allows.
 
-    A document is `bos` (where the language model has one), its parts, and `eos`; a picture is its start and its
-    slots. Nothing is learned of a document's first token, of image slots, and of parts before `learn_from`. A document
-    longer than a row loses its last parts, which is counted in `cut_parts` and said once.
+    A document is tokenised whole, as the processor does in use, with the end-of-sequence token behind it. Nothing is
+    learned of image slots, of parts before `learn_from`, of a document's first token, and of an image start with which
+    it begins: nothing could tell of these two. A document longer than a row loses its end, and a picture that would be
+    cut with it.
 
     Args:
         processor (`DeemProcessor`): Of the model.
@@ -27,9 +31,8 @@ class DocumentCollator:
 
     def __init__(self, processor, max_length: int | None = None):
         self.processor = processor
-        self.tokenizer = processor.tokenizer
         self.max_length = max_length
-        self.cut_parts = 0
+        self._said_cut = False
         if max_length is not None and max_length < processor.num_image_tokens + 3:
             raise ValueError(
                 f"`data.max_length` = {max_length} holds no picture, which takes {processor.num_image_tokens + 1} "
@@ -48,82 +51,77 @@ class DocumentCollator:
         Raises:
             ValueError: If a picture or mask is unreadable, or a region lies outside of its picture.
         """
-        documents = [self._tokenize(example) for example in examples]
-        batch = self._rows([document[:2] for document in documents])
-        parts = [part for document in documents for part in document[2]]
-        if parts:
-            images, regions = self.processor.show_regions(
-                [load_image(part["image"]) for part in parts], [_region(part) for part in parts]
-            )
-            batch |= dict(self.processor.image_processor(images, return_tensors="pt"))
-            if any(region is not None for region in regions):
-                batch["region_masks"] = self.processor.region_masks(images, regions)
-        return batch
+        pictures = [[part for part in example["parts"] if part["image"] is not None] for example in examples]
+        texts, spans = zip(*map(self._write, examples), strict=True)
+        inputs, tokens = tokenize(
+            self.processor,
+            texts,
+            [[load_image(part["image"]) for part in own] for own in pictures],
+            spans,
+            regions=[[_region(part) for part in own] for own in pictures],
+        )
+        documents, kept = [], []
+        ids, lengths = inputs.pop("input_ids"), inputs.pop("attention_mask").sum(1).tolist()
+        for row, length, (learned, *shown) in zip(ids, lengths, tokens, strict=True):
+            end = self._end(length, shown)
+            labels = torch.full_like(row, IGNORE_INDEX)
+            labels[learned] = row[learned]
+            labels[[slot for _, *slots in shown for slot in slots]] = IGNORE_INDEX
+            labels[0] = IGNORE_INDEX
+            documents.append((row[:end], labels[:end]))
+            kept += [positions[-1] < end for positions in shown]
+        names = set(inputs) - set(per_token(inputs)) if any(kept) else ()
+        return self._rows(documents) | {name: inputs[name][torch.tensor(kept)] for name in names}
 
-    def _tokenize(self, example) -> tuple[list[int], list[int], list[dict]]:
-        """Returns ids and labels of a document, and its pictures."""
-        start, slot = self.processor.image_start_token_id, self.processor.image_token_id
-        begin = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        end = [self.tokenizer.eos_token_id]
-        room = None if self.max_length is None else self.max_length - len(begin) - len(end)
-        ids, labels, pictures = list(begin), [IGNORE_INDEX] * len(begin), []
+    def _write(self, example: dict[str, Any]) -> tuple[str, list[Span]]:
+        """Returns the text of a document; the span that is learned, and those of its pictures' marks."""
+        mark, text, begin, marks = self.processor.image_token, "", 0, []
         for number, part in enumerate(example["parts"]):
-            if part["image"] is not None:
-                tokens = [start] + [slot] * self.processor.num_image_tokens
-                targets = [start] + [IGNORE_INDEX] * self.processor.num_image_tokens
+            if number == example["learn_from"]:
+                begin = len(text.rstrip(" "))  # a space before what is learned is joined with it, as in `render_chat`
+            if part["image"] is None:
+                text += as_text(self.processor, part["text"])
             else:
-                tokens = targets = self.tokenizer(part["text"], add_special_tokens=False)["input_ids"]
-            if room is not None and len(ids) - len(begin) + len(tokens) > room:
-                self._note_cut(len(example["parts"]) - number)
-                break
-            # Nothing could tell that a document begins with this very token.
-            learned = number >= example["learn_from"]
-            ids += tokens
-            labels += targets if learned else [IGNORE_INDEX] * len(tokens)
-            pictures += [part] if part["image"] is not None else []
-        else:
-            ids, labels = ids + end, labels + end
-        if pictures and ids[len(begin)] == start:
-            labels[len(begin)] = IGNORE_INDEX
-        labels[0] = IGNORE_INDEX
-        return ids, labels, pictures
+                marks.append((len(text), len(text) + len(mark)))
+                text += mark
+        if marks and marks[0][0] == 0:
+            begin = max(begin, len(mark))
+        text += self.processor.tokenizer.eos_token
+        return text, [(begin, len(text)), *marks]
 
-    def _note_cut(self, count: int) -> None:
-        if not self.cut_parts:
+    def _end(self, length: int, shown: list[list[int]]) -> int:
+        """Returns how many tokens of a document are kept under `max_length`."""
+        if self.max_length is None or length <= self.max_length:
+            return length
+        if not self._said_cut:
+            self._said_cut = True
             logger.warning(
-                "A document has more than `data.max_length` = %d tokens: its last %d part(s) are left out, and so are "
-                "those of later ones; `DocumentCollator.cut_parts` counts them.",
+                "A document has %d tokens, more than `data.max_length` = %d: its end is cut off, and so are those of "
+                "later ones.",
+                length,
                 self.max_length,
-                count,
             )
-        self.cut_parts += count
+        cut = (own[0] for own in shown if own[0] < self.max_length <= own[-1])
+        return next(cut, self.max_length)
 
-    def _rows(self, documents: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
+    def _rows(self, documents: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Packs documents one after the other, a new row where one does not fit any more, and pads the rows."""
         longest = self.max_length or max(len(ids) for ids, _ in documents)
-        rows: list[list[tuple[list[int], list[int]]]] = [[]]
+        rows: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[]]
         for document in documents:
             if rows[-1] and sum(len(ids) for ids, _ in rows[-1]) + len(document[0]) > longest:
                 rows.append([])
             rows[-1].append(document)
-        width = max(sum(len(ids) for ids, _ in row) for row in rows)
-        fill = {
-            "input_ids": self.tokenizer.pad_token_id or 0,
-            "attention_mask": 0,
-            "labels": IGNORE_INDEX,
-            "document_ids": -1,
+        columns = {
+            "input_ids": ([[ids for ids, _ in row] for row in rows], self.processor.tokenizer.pad_token_id),
+            "labels": ([[labels for _, labels in row] for row in rows], IGNORE_INDEX),
+            "attention_mask": ([[torch.ones_like(ids) for ids, _ in row] for row in rows], 0),
+            "document_ids": ([[torch.full_like(ids, n) for n, (ids, _) in enumerate(row)] for row in rows], -1),
         }
-        batch = {name: torch.full((len(rows), width), value) for name, value in fill.items()}
-        for index, row in enumerate(rows):
-            place = 0
-            for number, (ids, labels) in enumerate(row):
-                here = slice(place, place + len(ids))
-                batch["input_ids"][index, here] = torch.tensor(ids)
-                batch["labels"][index, here] = torch.tensor(labels)
-                batch["attention_mask"][index, here] = 1
-                batch["document_ids"][index, here] = number
-                place += len(ids)
-        return batch
+        return {
+            name: pad_sequence([torch.cat(row) for row in values], batch_first=True, padding_value=fill)
+            for name, (values, fill) in columns.items()
+        }
 
 
 def _region(part):

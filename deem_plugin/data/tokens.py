@@ -1,13 +1,14 @@
 """Turns texts with images into tokens, in one way for training, for prompts and for scoring."""
 
 import bisect
-import inspect
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import BatchFeature
+
+from deem_plugin.data.chat import takes_suffix
 
 Span = tuple[int, int]  # first character and the one after the last
 
@@ -60,7 +61,7 @@ def tokenize(
     if tokenizer.bos_token and texts[0].startswith(tokenizer.bos_token):
         text_kwargs["add_special_tokens"] = False
     prompts, more = list(texts), {}
-    if any(spans) and "suffix" in inspect.signature(type(processor).__call__).parameters:
+    if any(spans) and takes_suffix(processor):
         prompts, more["suffix"] = _split_suffixes(processor, texts, spans)
     if regions is not None and any(region is not None for own in regions for region in own):
         more["regions"] = list(regions)
@@ -148,7 +149,7 @@ def _split_suffixes(processor, texts, spans) -> tuple[list[str], list[str]]:
         if len(starts) != 1 or any(behind < end < len(text) for _, end in own):
             raise ValueError(
                 f"{type(processor).__name__} takes a prompt and one answer at its end, but of {text[-80:]!r} other "
-                f"parts are asked for. Its models know no conversations of several turns: leave these out."
+                f"parts are asked for."
             )
         prompts.append(text[: starts[0]])
         suffixes.append(text[starts[0] :].removesuffix(eos))

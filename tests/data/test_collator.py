@@ -119,7 +119,11 @@ def test_a_batch_holds_what_its_examples_hold_one_at_a_time(make):
 
     for index, one in enumerate(single):
         length = one["input_ids"].shape[1]
-        for name, fill in (("input_ids", collator.tokenizer.pad_token_id), ("attention_mask", 0), ("labels", -100)):
+        for name, fill in (
+            ("input_ids", collator.processor.tokenizer.pad_token_id),
+            ("attention_mask", 0),
+            ("labels", -100),
+        ):
             assert torch.equal(batch[name][index, :length], one[name][0])
             assert (batch[name][index, length:] == fill).all()
     pixels = [one["pixel_values"] for one in single if "pixel_values" in one]
@@ -184,6 +188,20 @@ def test_a_template_that_rewrites_history_is_an_error():
         ConversationCollator(processor)([conversation("Hi", "Hello", "And?", "yes")])
 
 
+@pytest.mark.parametrize("end", ["<|im_end|>\n", "\n"])
+def test_a_template_that_rewrites_an_answer_is_an_error_that_names_it(end):
+    """As those of models that think, which leave the thoughts of earlier answers out."""
+    processor = tiny_processor()
+    rewritten = CHAT_TEMPLATE.replace("{{ part['text'] }}", "{{ part['text'].split('</think>')[-1] }}")
+    processor.chat_template = rewritten.replace("<|im_end|>\n", end)
+    collator, answer = ConversationCollator(processor), "<think>no</think>It is a cat."
+
+    with pytest.raises(ValueError, match=r"LlavaProcessor \('.*bos_token.*does not write the answer '<think>no"):
+        collator([conversation("Hi", answer, "And?", "yes")])
+    kept = collator([conversation("Hi", "It is a cat.", "And?", "yes")])
+    assert decode_labels(processor, kept["labels"][0]) == "It is a cat.<|im_end|>yes<|im_end|>"
+
+
 def test_too_long_conversations_lose_their_end():
     collator, short = ConversationCollator(tiny_processor()), ConversationCollator(tiny_processor(), max_length=100)
     whole = collator([examples()[0]])
@@ -196,15 +214,26 @@ def test_too_long_conversations_lose_their_end():
         assert torch.equal(batch[name][0], whole[name][0, :100])
 
 
-def test_cutting_an_image_is_an_error_that_says_how_much_is_needed():
+def test_an_image_is_never_cut_but_left_out_with_all_from_its_question_on():
     processor = tiny_processor()
-    needed = ConversationCollator(processor)([examples()[0]])["input_ids"][0].tolist()
-    image = processor.image_token_id
-    last = len(needed) - needed[::-1].index(image)
+    whole = ConversationCollator(processor)([examples()[0]])
+    last = int((whole["input_ids"][0] == processor.image_token_id).nonzero()[-1]) + 1
 
-    ConversationCollator(processor, max_length=last)(examples())
-    with pytest.raises(ValueError, match=rf"`data.max_length` = {last - 1} .* take {last} tokens"):
-        ConversationCollator(processor, max_length=last - 1)(examples())
+    kept = ConversationCollator(processor, max_length=last)(examples())
+    cut = ConversationCollator(processor, max_length=last - 1)(examples())
+
+    assert torch.equal(kept["input_ids"][0], whole["input_ids"][0, :last]) and len(kept["pixel_values"]) == 3
+    assert decode_labels(processor, cut["labels"][0]) == "A réd 🙂.<|im_end|>"
+    assert torch.equal(cut["pixel_values"], kept["pixel_values"][[0, 2]])
+
+
+def test_no_room_for_the_image_of_a_first_question_is_an_error_that_says_how_much_is_needed():
+    processor = tiny_processor()
+    ids = ConversationCollator(processor)([examples()[0]])["input_ids"][0].tolist()
+    needed = ids.index(processor.image_token_id) + 16
+
+    with pytest.raises(ValueError, match=rf"`data.max_length` = 20 .* its first 1 image.* take {needed} tokens"):
+        ConversationCollator(processor, max_length=20)(examples())
 
 
 def test_a_batch_without_any_answer_left_is_an_error():
@@ -319,12 +348,13 @@ def test_a_processor_that_adds_to_the_text_unasked_is_an_error():
         ConversationCollator(processor)(pictured())
 
 
-def test_paligemma_which_adds_to_every_text_is_an_error_whatever_their_lengths():
+def test_paligemma_which_takes_one_answer_refuses_conversations():
     image_processor = tiny_image_processor()
     image_processor.image_seq_length = 16
     tokenizer = tiny_tokenizer()
     tokenizer.image_token, tokenizer.image_token_id = "<image>", tokenizer.convert_tokens_to_ids("<image>")
-    processor = PaliGemmaProcessor(image_processor, tokenizer, CHAT_TEMPLATE)
+    tokenizer.chat_template = None
+    processor = PaliGemmaProcessor(image_processor, tokenizer)
 
-    with pytest.raises(ValueError, match="adds to the text .*PaliGemma's adds to every text"):
+    with pytest.raises(ValueError, match="PaliGemmaProcessor answer one prompt and know no conversation"):
         ConversationCollator(processor)(pictured())

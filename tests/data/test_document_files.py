@@ -82,16 +82,36 @@ def test_tokens_are_those_of_the_processor_in_use(folder, processor, tmp_path):
     assert torch.equal(batch["pixel_values"], asked["pixel_values"])
 
 
-def test_a_document_that_is_too_long_loses_whole_parts_which_are_counted(folder, processor, tmp_path, caplog):
+def test_a_document_that_is_too_long_is_cut_at_the_token_and_before_a_picture(folder, processor, tmp_path, caplog):
     dataset = load_documents(folder / "documents.jsonl", cache_dir=tmp_path / "cache")
-    collator = DocumentCollator(processor, max_length=12)
+    whole = [DocumentCollator(processor)([dataset[index]]) for index in (0, 2)]
 
-    batch = collator([dataset[0], dataset[2]])
+    batch = DocumentCollator(processor, max_length=13)([dataset[0], dataset[2]])
+    short = DocumentCollator(processor, max_length=10)([dataset[0], dataset[2]])
 
-    slots = (batch["input_ids"] == processor.image_token_id).sum(1).tolist()
-    assert batch["input_ids"].shape[1] <= 12 and slots == [QUERIES, 2 * QUERIES]
-    assert len(batch["pixel_values"]) == 3 and collator.cut_parts == 1 + 1
-    assert "its last 1 part(s) are left out" in caplog.text
+    for name in ("input_ids", "labels"):
+        assert torch.equal(batch[name][0], whole[0][name][0, :13])  # two of three letters behind the picture
+        assert torch.equal(batch[name][1], whole[1][name][0])
+        assert torch.equal(short[name][0, :6], whole[0][name][0, :6])  # five letters and no picture
+        assert torch.equal(short[name][1, :6], whole[1][name][0, :6])  # the first picture of two
+    assert short["attention_mask"].sum(1).tolist() == [6, 6]
+    assert torch.equal(batch["pixel_values"][1:], whole[1]["pixel_values"])
+    assert torch.equal(short["pixel_values"], whole[1]["pixel_values"][:1])
+    assert torch.equal(short["region_masks"], whole[1]["region_masks"][:1])
+    assert "A document has 15 tokens, more than `data.max_length` = 10: its end is cut off" in caplog.text
+
+
+def test_a_long_text_is_learned_up_to_the_cut_and_a_picture_behind_it_is_left_out(folder, processor, tmp_path):
+    write_documents(folder / "long.jsonl", [{"parts": ["long " * 20, {"image": "0.png"}, "x"]}])
+    dataset = load_documents(folder / "long.jsonl", cache_dir=tmp_path / "cache")
+
+    batch = DocumentCollator(processor, max_length=30)([dataset[0]])
+
+    assert "pixel_values" not in batch and batch["labels"][0].tolist()[1:] == batch["input_ids"][0].tolist()[1:]
+    assert processor.tokenizer.decode(batch["input_ids"][0, 1:]) == ("long " * 20)[:29]
+
+
+def test_a_row_too_short_for_a_picture_is_refused(processor):
     with pytest.raises(ValueError, match="holds no picture, which takes 5 tokens"):
         DocumentCollator(processor, max_length=6)
 
