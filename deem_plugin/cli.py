@@ -8,6 +8,7 @@ from pathlib import Path
 # Package that a command imports -> the extra of deem-plugin that installs it, in a version that the command needs.
 EXTRAS = {
     "datasets": "train",
+    "ijson": "train",
     "open_clip": "train",
     "timm": "train",
     "transformers": "train",
@@ -36,6 +37,16 @@ def _cache_latents(arguments) -> int:
 
     print(main(arguments.recipe, arguments.overrides, batch_size=arguments.batch_size))
     return 0
+
+
+def _check_data(arguments) -> int:
+    from .training.data import check_data
+
+    broken = 0
+    for line, is_problem in check_data(arguments.recipe, arguments.overrides):
+        print(line)
+        broken += is_problem
+    return 1 if broken else 0
 
 
 def _plan(arguments) -> int:
@@ -290,8 +301,12 @@ def _add_evaluation(commands) -> None:
 
 
 def _add_data(commands) -> None:
-    data = commands.add_parser("data", help="bring benchmark data to where lmms-eval finds it offline")
+    data = commands.add_parser("data", help="check a recipe's data, or bring benchmarks to where lmms-eval finds them")
     sources = data.add_subparsers(dest="source", required=True, metavar="ACTION")
+    check = sources.add_parser("check", help="list all records that cannot be used and all pictures that are missing")
+    check.add_argument("recipe", help="as `deem train` takes it")
+    check.add_argument("overrides", nargs="*", metavar="section.key=value")
+    check.set_defaults(run=_check_data)
     importer = sources.add_parser("import", help="import a benchmark from local files")
     benchmarks = importer.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     pope = benchmarks.add_parser("pope", help="POPE, for the stock tasks pope, pope_adv, pope_pop, pope_random")

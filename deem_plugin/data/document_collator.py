@@ -3,13 +3,13 @@
 import logging
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from deem_plugin.data.chat import as_text
 from deem_plugin.data.collator import IGNORE_INDEX
 from deem_plugin.data.images import load_image
+from deem_plugin.data.parts import region_of
 from deem_plugin.data.tokens import Span, per_token, tokenize
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class DocumentCollator:
             texts,
             [[load_image(part["image"]) for part in own] for own in pictures],
             spans,
-            regions=[[_region(part) for part in own] for own in pictures],
+            regions=[[region_of(part) for part in own] for own in pictures],
         )
         documents, kept = [], []
         ids, lengths = inputs.pop("input_ids"), inputs.pop("attention_mask").sum(1).tolist()
@@ -122,10 +122,3 @@ class DocumentCollator:
             name: pad_sequence([torch.cat(row) for row in values], batch_first=True, padding_value=fill)
             for name, (values, fill) in columns.items()
         }
-
-
-def _region(part):
-    """Returns the region of a picture part as `region_mask` takes it; `None` for the whole picture."""
-    if part["mask"] is not None:
-        return np.asarray(load_image(part["mask"])).any(-1)
-    return part["box"] if part["box"] is not None else part["points"]

@@ -1,25 +1,19 @@
-"""Files of documents in which texts, pictures and regions stand in any order, as one memory-mapped table."""
+"""Files of documents in which texts, pictures and regions stand in any order."""
 
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from deem_plugin.data.conversations import build_dataset, iter_json_lines
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-# How a picture part may say which region of it is meant; without one of them the whole picture is.
-REGION_KEYS = ("box", "points", "mask")
+from deem_plugin.data.images import load_image, load_mask
+from deem_plugin.data.parts import REGION_KEYS, make_part, part_columns, region_of
+from deem_plugin.data.tables import BrokenSample, Listing, iter_json_lines, rows_of, stamp_of
 
 
-def load_documents(
-    path: str | os.PathLike, image_dir: str | os.PathLike | None = None, cache_dir: str | os.PathLike | None = None
-) -> "Dataset":
+def list_documents(path: str | os.PathLike, image_dir: str | os.PathLike | None = None) -> Listing:
     """
-    Loads interleaved documents from a `.jsonl` file.
+    Lists the interleaved documents of a `.jsonl` file.
 
     Each line is an object with `parts`: a list of texts and of pictures `{"image": PATH}`. A picture part may name a
     region in the pixels of the picture: `"box": [left, top, right, bottom]`, `"points": [[x, y], ...]`, or
@@ -29,16 +23,14 @@ def load_documents(
     Args:
         path (`str` or `PathLike`): The file.
         image_dir (`str` or `PathLike`, *optional*): Folder that paths are relative to; that of the file by default.
-        cache_dir (`str` or `PathLike`, *optional*): Where the Arrow table is kept; the `datasets` cache by default.
 
     Returns:
-        `datasets.Dataset`: Columns `parts` (each a struct of `text`, `image`, `box`, `points` and `mask`, of which
-        those that do not apply are `None`) and `learn_from`.
+        `Listing`: With `parts`, as [`~deem_plugin.data.parts.part_columns`] has them, and `learn_from`.
 
     Raises:
-        ValueError: If the file or a line is not as described; names the line, the value and the expectation.
+        ValueError: If there is no such file or folder.
     """
-    from datasets import Features, List, Value
+    from datasets import List, Value
 
     local = Path(path).absolute()
     if local.suffix != ".jsonl" or not local.is_file():
@@ -48,56 +40,63 @@ def load_documents(
         raise ValueError(
             f"The image folder {image_dir} does not exist. Set `data.image_dir` to where the pictures are."
         )
-    part = {
-        "text": Value("string"),
-        "image": Value("string"),
-        "box": List(Value("float32")),
-        "points": List(List(Value("float32"))),
-        "mask": Value("string"),
-    }
-    features = Features({"parts": List(part), "learn_from": Value("int32")})
-    status = local.stat()
-    stamp = f"{local}|{folder}|{status.st_size}|{status.st_mtime_ns}"
-    return build_dataset(_iter_documents, {"path": str(local), "image_dir": str(folder)}, features, cache_dir, stamp)
+    columns = {"parts": List(part_columns()), "learn_from": Value("int32")}
+    arguments = {"path": str(local), "image_dir": str(folder)}
+    return Listing(str(path), _rows, arguments, columns, f"{folder}|{stamp_of(local)}", open_document)
+
+
+def open_document(row: dict[str, Any], rng=None) -> dict[str, Any]:
+    """Opens the pictures of a listed document; masks that are pictures become boolean arrays `(height, width)`."""
+    parts = []
+    for part in row["parts"]:
+        opened = {}
+        if part["image"] is not None:
+            opened["image"] = load_image(part["image"], turned=region_of(part) is None)
+        if part["mask"] is not None:
+            opened["mask"] = load_mask(part["mask"]["path"])
+        parts.append(part | opened)
+    return row | {"parts": parts}
 
 
 def write_documents(path: str | os.PathLike, documents: list[dict[str, Any]]) -> Path:
-    """Writes documents as `load_documents` reads them, one on each line."""
+    """Writes documents as `list_documents` reads them, one on each line."""
     path = Path(path)
     path.write_text("".join(json.dumps(document) + "\n" for document in documents), encoding="utf-8")
     return path
 
 
-def _iter_documents(path: str, image_dir: str) -> Iterator[dict[str, Any]]:
-    for number, record in enumerate(iter_json_lines(path)):
-        where = f"document {number} of {path}"
-        parts = record.get("parts") if isinstance(record, dict) else None
-        if not isinstance(parts, list) or not parts:
-            raise ValueError(f"{where} is {record!r}; expected an object with a list `parts` that is not empty.")
-        learn_from = record.get("learn_from", 0)
-        if not isinstance(learn_from, int) or not 0 <= learn_from < len(parts):
-            raise ValueError(
-                f"{where} has learn_from={learn_from!r}; expected the number of a part, 0 to {len(parts) - 1}."
-            )
-        yield {"parts": [_part(part, image_dir, where) for part in parts], "learn_from": learn_from}
+def _rows(path: str, image_dir: str) -> Iterator[dict[str, Any] | BrokenSample]:
+    return rows_of(iter_json_lines(path), "document", path, lambda record, _: _row(record, image_dir))
 
 
-def _part(part: Any, image_dir: str, where: str) -> dict[str, Any]:
-    """Returns a part in the columns of `load_documents`."""
-    empty = dict.fromkeys(("text", "image", *REGION_KEYS))
+def _row(record: Any, image_dir: str) -> dict[str, Any]:
+    given = record.get("parts") if isinstance(record, dict) else None
+    if not isinstance(given, list) or not given:
+        raise ValueError(f"it is {record!r}; expected an object with a list `parts` that is not empty")
+    learn_from = record.get("learn_from", 0)
+    if not isinstance(learn_from, int) or not 0 <= learn_from < len(given):
+        raise ValueError(f"it has learn_from={learn_from!r}; expected the number of a part, 0 to {len(given) - 1}")
+    parts = [_part(part, image_dir) for part in given]
+    files = [part["image"] for part in parts if part["image"]] + [
+        part["mask"]["path"] for part in parts if part["mask"]
+    ]
+    return {"parts": parts, "learn_from": learn_from, "files": files}
+
+
+def _part(part: Any, image_dir: str) -> dict[str, Any]:
+    """Returns a part in the columns of a table."""
     if isinstance(part, str):
         if not part:
-            raise ValueError(f"{where} has an empty text. Leave it out.")
-        return empty | {"text": part}
+            raise ValueError("it has an empty text. Leave it out")
+        return make_part(text=part)
     if not isinstance(part, dict) or "image" not in part or (unknown := set(part) - {"image", *REGION_KEYS}):
         what = f"the unknown keys {sorted(unknown)}" if isinstance(part, dict) and "image" in part else "no `image`"
-        raise ValueError(
-            f"{where} has the part {part!r} with {what}; expected a text or `image` with one of {REGION_KEYS}."
-        )
+        raise ValueError(f"it has the part {part!r} with {what}; expected a text or `image` with one of {REGION_KEYS}")
     regions = [key for key in REGION_KEYS if part.get(key) is not None]
     if len(regions) > 1:
-        raise ValueError(f"{where} has a picture with {' and '.join(regions)}; give one of them.")
+        raise ValueError(f"it has a picture with {' and '.join(regions)}; give one of them")
     if regions == ["box"] and len(part["box"]) != 4:
-        raise ValueError(f"{where} has the box {part['box']}; expected [left, top, right, bottom] in pixels.")
+        raise ValueError(f"it has the box {part['box']}; expected [left, top, right, bottom] in pixels")
     paths = {key: os.path.join(image_dir, part[key]) for key in ("image", "mask") if part.get(key) is not None}
-    return empty | part | paths
+    mask = {"path": paths["mask"], "size": None, "counts": None} if "mask" in paths else None
+    return make_part(image=paths["image"], box=part.get("box"), points=part.get("points"), mask=mask)

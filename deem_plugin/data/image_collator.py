@@ -12,7 +12,8 @@ class ImageCollator:
     """
     Makes a batch of images alone, for the training of an encoder without text.
 
-    A random crop is drawn from torch's global generator, and before the processor, so that both views show the same.
+    A random crop is drawn by the example's `seed`, so that a resumed run draws it again, and before the processor, so
+    that both views show the same.
 
     Args:
         image_processor (`BaseImageProcessor`): Image processor of the encoder.
@@ -38,14 +39,21 @@ class ImageCollator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """
-        Collates examples with `image` (path, bytes or picture) to `pixel_values` `(batch, 3, height, width)` and, with
-        a `target_size`, `target_pixel_values` `(batch, 3, target_size, target_size)` in [-1, 1].
+        Collates examples with `image` (a picture, or what `load_image` takes) and, for crops, `seed` to `pixel_values`
+        `(batch, 3, height, width)` and, with a `target_size`, `target_pixel_values` `(batch, 3, target_size,
+        target_size)` in [-1, 1].
         """
         images = [load_image(example["image"]) for example in examples]
         if self.crop is None:
             return dict(self.image_processor(images, return_tensors="pt"))
-        crops = [self.crop(image) for image in images]
+        crops = [self._crop(image, example["seed"]) for image, example in zip(images, examples, strict=True)]
         batch = dict(self.image_processor(crops, return_tensors="pt"))
         if self.target_size is not None:
             batch["target_pixel_values"] = torch.stack(crops).float() / 127.5 - 1
         return batch
+
+    def _crop(self, image, seed: int) -> torch.Tensor:
+        # torchvision draws from the global generator of the CPU.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return self.crop(image)

@@ -1,101 +1,151 @@
-"""Opens pictures without hiding damage, and lists the pictures of a folder as a data set."""
+"""Opens pictures without hiding damage."""
 
-import hashlib
 import io
 import os
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import threading
+from typing import Any
 
-from PIL import ExifTags, Image, ImageFile, ImageOps
+import numpy as np
+from PIL import ExifTags, Image, ImageFile
 
-if TYPE_CHECKING:
-    from datasets import Dataset
+from deem_plugin.data.tables import BrokenSample
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+# How to turn a picture upright, by the orientation that its EXIF data name.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
-def load_image(source: str | os.PathLike | bytes | dict[str, Any] | Image.Image) -> Image.Image:
+def load_image(
+    source: str | os.PathLike | bytes | dict[str, Any] | Image.Image, *, turned: bool = True
+) -> Image.Image:
     """
     Opens a picture completely and returns it upright in RGB.
 
+    Grey values of more than 8 bits are brought to 8, and what is transparent is laid on white.
+
     Args:
         source (`str`, `PathLike`, `bytes`, `dict` or `PIL.Image.Image`):
-            A file, its bytes, an undecoded `datasets.Image` value (`{"path": ..., "bytes": ...}`), or a picture.
+            A file, its bytes, an undecoded `datasets.Image` value (`{"path": ..., "bytes": ...}`), a member of a tar
+            file (`{"path": ..., "offset": ..., "size": ...}`), or a picture.
+        turned (`bool`, *optional*, defaults to `True`):
+            Whether a picture may be one that EXIF data turn. Where regions are given in the pixels as stored, it must
+            not.
 
     Raises:
-        ValueError: If the file is missing, is no picture, or breaks off before its end.
+        BrokenSample: If the file is missing, is no picture, breaks off before its end, or is turned and must not be.
     """
-    name, stream = _open_source(source)
-    # Another library may have switched this on for the whole process; then PIL fills the missing part with grey.
-    tolerant, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    image = _open_upright(source, turned)
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _to_8_bits(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def load_mask(source: str | os.PathLike) -> np.ndarray:
+    """Opens a picture as a boolean mask `(height, width)`, true where it is not black; errors as of [`load_image`]."""
+    image = _open_upright(source, turned=False)
+    values = np.asarray(image if image.mode[0] in "1LIF" and len(image.mode) != 2 else image.convert("RGB")) != 0
+    return values if values.ndim == 2 else values.any(-1)
+
+
+def _open_upright(source, turned: bool) -> Image.Image:
+    name, opened = _open_source(source)
     try:
-        image = stream if isinstance(stream, Image.Image) else Image.open(stream)
-        image.load()
-        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-            image = ImageOps.exif_transpose(image)
-        return image if image.mode == "RGB" else image.convert("RGB")
+        with _no_truncation:
+            image = opened() if callable(opened) else opened
+            image.load()
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        if orientation in _UPRIGHT:
+            if not turned:
+                raise BrokenSample(
+                    "with a turned picture",
+                    f"The image {name} is turned by its EXIF data (orientation {orientation}), so its regions would "
+                    f"lie elsewhere. Store it upright, or take its record out of the data.",
+                )
+            image = image.transpose(_UPRIGHT[orientation])
+        return image
+    except BrokenSample:
+        raise
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise ValueError(
+        raise BrokenSample(
+            "missing image",
             f"The image {name} does not exist. Check `data.image_dir` (image paths in the data are relative to it) "
-            f"and that the download is complete."
+            f"and that the download is complete.",
         ) from error
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(
+    except Exception as error:  # damaged files make Pillow raise nearly anything
+        raise BrokenSample(
+            "unreadable image",
             f"The image {name} cannot be read ({error}): it is damaged, truncated or no picture. "
-            f"Fetch it again, or take its record out of the data."
+            f"Fetch it again, or take its record out of the data.",
         ) from error
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = tolerant
 
 
 def _open_source(source) -> tuple[str, Any]:
-    """Returns how to name `source` in an error, and what PIL can open."""
-    if isinstance(source, dict):
-        name = source.get("path") or "stored in the data set"
-        return name, io.BytesIO(source["bytes"]) if source.get("bytes") is not None else source["path"]
-    if isinstance(source, bytes):
-        return "given as bytes", io.BytesIO(source)
+    """Returns how to name `source` in an error, and a picture or a function that opens it."""
     if isinstance(source, Image.Image):
         return getattr(source, "filename", "") or "given as a PIL image", source
-    return str(source), source
+    if isinstance(source, bytes):
+        return "given as bytes", lambda: Image.open(io.BytesIO(source))
+    if not isinstance(source, dict):
+        return str(source), lambda: Image.open(source)
+    name = source.get("path") or "stored in the data set"
+    if source.get("bytes") is not None:
+        return name, lambda: Image.open(io.BytesIO(source["bytes"]))
+    if source.get("offset") is not None:
+        return f"at byte {source['offset']} of {name}", lambda: Image.open(io.BytesIO(_read_member(**source)))
+    return name, lambda: Image.open(name)
 
 
-def _list_images(folder: str) -> Iterator[dict[str, str]]:
-    """Yields the path of every picture below `folder`, in a fixed order."""
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders.sort()
-        for file in sorted(files):
-            if file.lower().endswith(IMAGE_SUFFIXES):
-                yield {"image": os.path.join(parent, file)}
+def _read_member(path: str, offset: int, size: int, **_) -> bytes:
+    from fsspec.core import url_to_fs
+
+    filesystem, path = url_to_fs(path)
+    return filesystem.cat_file(path, start=offset, end=offset + size)
 
 
-def load_image_folder(folder: str | os.PathLike, cache_dir: str | os.PathLike | None = None) -> "Dataset":
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Brings grey values to 0 to 255; `convert` would cut off all that is above."""
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+    low, high = values.min(), values.max()
+    if image.mode.startswith("I;16") or (255 < high <= 65535 and low >= 0):
+        values = values / 257
+    elif image.mode == "F" and low >= 0 and high <= 1:
+        values = values * 255
+    elif low < 0 or high > 255:
+        values = (values - low) * (255 / (high - low))
+    return Image.fromarray(values.round().astype(np.uint8))
+
+
+class _NoTruncation:
     """
-    Lists the pictures below a folder as a memory-mapped data set with one column `image` of paths.
-
-    Args:
-        folder (`str` or `PathLike`): Folder that is searched with all its subfolders.
-        cache_dir (`str` or `PathLike`, *optional*): Where the Arrow table is kept; the `datasets` cache by default.
-
-    Raises:
-        ValueError: If the folder does not exist or holds no picture.
+    While a thread is in it, Pillow refuses truncated pictures, whatever another library has set for the process: it
+    would fill the missing part with grey. Behind the last thread the setting is as it was.
     """
-    from datasets import Features, Value
 
-    from deem_plugin.data.conversations import build_dataset
+    def __init__(self):
+        self._lock, self._inside, self._before = threading.Lock(), 0, False
 
-    folder = Path(folder).absolute()
-    if not folder.is_dir():
-        raise ValueError(f"The image folder {folder} does not exist. Set `data.path` to a folder of pictures.")
-    if next(_list_images(str(folder)), None) is None:
-        raise ValueError(
-            f"The folder {folder} holds no picture. Expected files ending in {', '.join(IMAGE_SUFFIXES)} in it or in "
-            f"its subfolders."
-        )
-    # A folder gives no other sign of a change deep inside it than its listing.
-    listing = hashlib.sha256()
-    for example in _list_images(str(folder)):
-        listing.update(example["image"].encode() + b"\0")
-    features = Features({"image": Value("string")})
-    return build_dataset(_list_images, {"folder": str(folder)}, features, cache_dir, listing.hexdigest())
+    def __enter__(self):
+        with self._lock:
+            if not self._inside:
+                self._before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+            self._inside += 1
+
+    def __exit__(self, *error):
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                ImageFile.LOAD_TRUNCATED_IMAGES = self._before
+
+
+_no_truncation = _NoTruncation()

@@ -2,12 +2,14 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from deem_plugin.data.conversations import iter_json_array, iter_json_lines
-from deem_plugin.data.regions import LeftOut, RegionError, RegionSample
+from deem_plugin.data.regions import RegionSample
+from deem_plugin.data.tables import BrokenSample, LeftOut, iter_json_array, iter_json_lines, reading
+
+Samples = Iterator[RegionSample | LeftOut | BrokenSample]
 
 NAME_QUESTION = "\nWhat is this region?\n"
 PART_QUESTION = "\nWhich part of what is this region?\n"
@@ -15,9 +17,7 @@ PART_QUESTION = "\nWhich part of what is this region?\n"
 DESCRIBE_QUESTION = "\nProvide a short description for this region.\n"
 
 
-def iter_instances(
-    annotations: str | os.PathLike, question: str = NAME_QUESTION
-) -> Iterator[RegionSample | LeftOut | RegionError]:
+def iter_instances(annotations: str | os.PathLike, question: str = NAME_QUESTION) -> Samples:
     """
     Asks for the category of each object, or part with `PART_QUESTION`.
 
@@ -29,22 +29,23 @@ def iter_instances(
         question (`str`): What is asked behind the region.
     """
     data = _read_coco(annotations, ("images", "annotations", "categories"))
-    images = {image["id"]: image for image in data["images"]}
-    names = {category["id"]: category["name"].replace("_", " ") for category in data["categories"]}
-    for annotation in data["annotations"]:
-        name = f"annotation {annotation['id']} of {annotations}"
+    images = _by_id(data["images"])
+    names = {key: category["name"].replace("_", " ") for key, category in _by_id(data["categories"]).items()}
+
+    def ask(annotation: dict[str, Any], name: str) -> Samples:
         if annotation.get("iscrowd"):
             yield LeftOut("of a crowd")
-        elif annotation["image_id"] not in images:
-            yield _without_image(name, annotation["image_id"])
         else:
-            image = images[annotation["image_id"]]
-            yield _ask(name, image, [coco_region(annotation), question], names.get(annotation["category_id"], ""))
+            answer = names.get(annotation["category_id"], "")
+            yield _ask(name, _image_of(annotation, images, name), [coco_region(annotation), question], answer)
+
+    for number, annotation in enumerate(data["annotations"]):
+        yield from _named(f"annotation {_id_of(annotation, number)} of {annotations}", annotation, ask)
 
 
 def iter_referring(
     instances: str | os.PathLike, refs: str | os.PathLike, split: str | None = None, question: str = DESCRIBE_QUESTION
-) -> Iterator[RegionSample | RegionError]:
+) -> Samples:
     """
     Asks for each expression that refers to an object, of RefCOCO, RefCOCO+ or RefCOCOg.
 
@@ -63,28 +64,26 @@ def iter_referring(
             f"opened: write the list that they hold as JSON where you can trust them, and give that file."
         )
     data = _read_coco(instances, ("images", "annotations"))
-    images = {image["id"]: image for image in data["images"]}
-    annotations = {annotation["id"]: annotation for annotation in data["annotations"]}
-    for number, ref in enumerate(iter_json_array(refs)):
+    images, annotations = _by_id(data["images"]), _by_id(data["annotations"])
+
+    def ask(ref: dict[str, Any], name: str) -> Samples:
         if split is not None and ref.get("split") != split:
-            continue
-        name = f"reference {ref.get('ref_id', number)} of {refs} (annotation {ref['ann_id']})"
+            return
         annotation = annotations.get(ref["ann_id"])
         if annotation is None:
-            yield RegionError(
-                "without annotation", f"There is no annotation {ref['ann_id']} in {instances} for {name}."
-            )
-        elif annotation["image_id"] not in images:
-            yield _without_image(name, annotation["image_id"])
-        else:
-            for sentence in ref["sentences"]:
-                answer = sentence if isinstance(sentence, str) else sentence["sent"]
-                yield _ask(name, images[annotation["image_id"]], [coco_region(annotation), question], answer)
+            message = f"There is no annotation {ref['ann_id']} in {instances} for {name}."
+            raise BrokenSample("without annotation", message)
+        for sentence in ref["sentences"]:
+            answer = sentence if isinstance(sentence, str) else sentence["sent"]
+            yield _ask(name, _image_of(annotation, images, name), [coco_region(annotation), question], answer)
+
+    for number, ref in enumerate(iter_json_array(refs)):
+        yield from _named(f"reference {_id_of(ref, number, 'ref_id')} of {refs}", ref, ask)
 
 
 def iter_visual_genome(
     descriptions: str | os.PathLike, image_data: str | os.PathLike, question: str = DESCRIBE_QUESTION
-) -> Iterator[RegionSample | RegionError]:
+) -> Samples:
     """
     Asks for the description of each box of Visual Genome.
 
@@ -95,23 +94,19 @@ def iter_visual_genome(
             their folder (`VG_100K` or `VG_100K_2`) and file.
         question (`str`): What is asked behind the region.
     """
-    images = {}
-    for image in iter_json_array(image_data):
-        file = "/".join(image["url"].split("/")[-2:])
-        images[image["image_id"]] = {"file_name": file, "width": image["width"], "height": image["height"]}
-    for record in iter_json_array(descriptions):
-        for region in record["regions"]:
-            name = f"region {region['region_id']} of {descriptions}"
-            if region["image_id"] not in images:
-                yield _without_image(name, region["image_id"])
-                continue
-            box = _corners([region["x"], region["y"], region["width"], region["height"]])
-            yield _ask(name, images[region["image_id"]], [box, question], region["phrase"])
+    images = _by_id(iter_json_array(image_data), "image_id")
+
+    def ask(region: dict[str, Any], name: str) -> Samples:
+        box = _corners([region["x"], region["y"], region["width"], region["height"]])
+        yield _ask(name, _image_of(region, images, name), [box, question], region["phrase"])
+
+    for number, record in enumerate(iter_json_array(descriptions)):
+        for place, region in enumerate(record.get("regions", ()) if isinstance(record, dict) else [record]):
+            name = f"region {_id_of(region, f'{number}/{place}', 'region_id')} of {descriptions}"
+            yield from _named(name, region, ask)
 
 
-def iter_vcr(
-    path: str | os.PathLike, metadata_dir: str | os.PathLike
-) -> Iterator[RegionSample | LeftOut | RegionError]:
+def iter_vcr(path: str | os.PathLike, metadata_dir: str | os.PathLike) -> Samples:
     """
     Asks VCR's questions: first the objects that question or answer speak of, each with its region, then the question.
 
@@ -122,11 +117,11 @@ def iter_vcr(
         path (`str` or `PathLike`): A published `.jsonl`, such as `train.jsonl`, with `answer_label`.
         metadata_dir (`str` or `PathLike`): Folder that the `metadata_fn` of its records are relative to.
     """
-    for record in iter_json_lines(path):
-        name = f"question {record['annot_id']} of {path}"
+
+    def ask(record: dict[str, Any], name: str) -> Samples:
         if "answer_label" not in record:
-            yield RegionError("without answer", f"{name} has no `answer_label`: test sets cannot be learned from.")
-            continue
+            message = f"{name} has no `answer_label`: test sets cannot be learned from."
+            raise BrokenSample("without answer", message)
         answer = record["answer_choices"][record["answer_label"]]
         metadata = json.loads((Path(metadata_dir) / record["metadata_fn"]).read_text(encoding="utf-8"))
         labels = _number(record["objects"])
@@ -137,9 +132,12 @@ def iter_vcr(
             prompt += [f"{labels[index]}: ", polygons or tuple(map(float, metadata["boxes"][index][:4])), "\n"]
         if not prompt:
             yield LeftOut("without region")
-            continue
+            return
         image = {"file_name": record["img_fn"], "width": metadata["width"], "height": metadata["height"]}
         yield _ask(name, image, [*prompt, _say(record["question"], labels) + "\n"], _say(answer, labels))
+
+    for number, record in enumerate(iter_json_lines(path)):
+        yield from _named(f"question {_id_of(record, number, 'annot_id')} of {path}", record, ask)
 
 
 def coco_region(annotation: dict[str, Any]) -> Any:
@@ -167,22 +165,53 @@ def _say(tokens: list[str | list[int]], labels: list[str]) -> str:
     return text
 
 
+def _named(name: str, record: Any, ask: Callable[[Any, str], Samples]) -> Samples:
+    """Yields the samples of a record, or what is wrong with it, by its name."""
+    try:
+        with reading(name):
+            yield from ask(record, name)
+    except BrokenSample as error:
+        yield error
+
+
 def _ask(name: str, image: dict[str, Any], prompt: list, answer: str) -> RegionSample:
-    return RegionSample(name, image["file_name"], image["width"], image["height"], prompt, answer.strip())
+    file = image.get("file_name")
+    if not file:
+        # LVIS and Visual Genome name the address alone, whose last two parts are folder and file.
+        address = image.get("coco_url") or image.get("url")
+        if not address:
+            raise BrokenSample("without file name", f"The image of {name} has no `file_name`: {image!r}.")
+        file = "/".join(address.split("/")[-2:])
+    return RegionSample(name, file, image["width"], image["height"], prompt, answer.strip())
 
 
-def _without_image(name: str, image_id) -> RegionError:
-    return RegionError("without image", f"{name} belongs to image {image_id}, which its file does not list.")
+def _image_of(annotation: dict[str, Any], images: dict[Any, dict], name: str) -> dict[str, Any]:
+    image = images.get(annotation["image_id"])
+    if image is None:
+        raise BrokenSample(
+            "without image", f"{name} belongs to image {annotation['image_id']}, which its file does not list."
+        )
+    return image
+
+
+def _by_id(records: Any, key: str = "id") -> dict[Any, dict]:
+    """Returns records by their id; those without one cannot be meant."""
+    return {record[key]: record for record in records if isinstance(record, dict) and record.get(key) is not None}
+
+
+def _id_of(record: Any, number: Any, key: str = "id") -> Any:
+    """Returns the id of a record, or its number in the file."""
+    return record.get(key, f"number {number}") if isinstance(record, dict) else f"number {number}"
 
 
 def _read_coco(path: str | os.PathLike, keys: tuple[str, ...]) -> dict[str, Any]:
     """Reads a JSON file in COCO's format."""
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         try:
             data = json.load(file)
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise ValueError(f"{path} is no valid JSON ({error}): it is broken or cut off. Fetch it again.") from error
-    missing = [key for key in keys if not isinstance(data, dict) or key not in data]
+    missing = [key for key in keys if not isinstance(data, dict) or not isinstance(data.get(key), list)]
     if missing:
         raise ValueError(f"{path} is not in COCO's annotation format: it has no {', '.join(missing)}.")
     return data

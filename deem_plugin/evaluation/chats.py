@@ -80,15 +80,16 @@ def about_region(chat: Chat, doc: Mapping[str, Any]) -> Chat:
         doc (`Mapping`): Its document: `image`, `bbox` (left, top, width, height) and `segmentation` (one polygon).
     """
     from deem_plugin.data.region_sources import coco_region
-    from deem_plugin.data.regions import to_mask
+    from deem_plugin.data.regions import compact_region
     from deem_plugin.models.processing import IMAGE_TOKEN
 
     image = doc["image"].convert("RGB")
     kind = _ABOUT_A_REGION.match(chat.task)[1]
     annotation = {"bbox": doc["bbox"]} if kind == "bbox" else {"segmentation": [list(doc["segmentation"])]}
-    mask = to_mask(coco_region(annotation), *image.size, f"document {chat.doc_id} of {chat.task}")
+    name = f"document {chat.doc_id} of {chat.task}"
+    (region,) = compact_region(coco_region(annotation), *image.size, name).values()
     prompt = f"{IMAGE_TOKEN}\n{chat.question}\n"
-    return Chat(chat.messages, [image], chat.task, chat.doc_id, [mask], prompt)
+    return Chat(chat.messages, [image], chat.task, chat.doc_id, [region], prompt)
 
 
 def cut(answer: str, until: list[str]) -> str:

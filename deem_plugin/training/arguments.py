@@ -179,33 +179,33 @@ class DataArguments:
 
     Args:
         path (`str`):
-            Conversations as [`~deem_plugin.data.conversations.load_conversations`] takes them; for an encoder alone a
-            folder of pictures.
+            Conversations as [`~deem_plugin.data.conversations.list_conversations`] takes them; for an encoder alone
+            pictures as [`~deem_plugin.data.shards.list_pictures`] does: a folder, tar files in it, or a glob of these.
         kind (`str`, *optional*, defaults to `"conversations"`):
             `conversations`, or for the interleaved model also `documents`, as
-            [`~deem_plugin.data.document_files.load_documents`] takes them, `shards`, which are streamed, or `regions`.
+            [`~deem_plugin.data.document_files.list_documents`] takes them, `shards` or `regions`.
         interleaved, pairs (`str`, *optional*):
             Of `shards`: tar files (a path, an address or a glob) of MMC4's documents and of captioned pictures, see
-            [`~deem_plugin.data.shards`]. A run over them needs `training.max_steps`.
+            [`~deem_plugin.data.shards`].
         weights (`list[float]`, *optional*, defaults to `[2, 1]`): Of `shards`: how often each of the two comes.
         sources (`list[dict]`, *optional*):
-            Of `regions`: published data sets, as [`~deem_plugin.data.region_sets.load_regions`] takes them.
+            Of `regions`: published data sets, as [`~deem_plugin.data.region_sets.list_regions`] takes them.
         on_error (`str`, *optional*, defaults to `"raise"`):
-            Of `shards` and `regions`: what is done about a sample that is wrong: `raise`, or `skip` and count it.
+            What is done about a sample that is wrong: `raise`, or `skip` and count it.
         image_dir (`str`, *optional*): Folder that the image paths are relative to; by default the data's own.
         max_length (`int`, *optional*):
             Longest conversation in tokens; what is beyond is cut off, images never. Of documents the length of a row,
             into which they are packed.
         crop_area (`float`, *optional*):
             For an encoder alone: crops each picture at random, keeping so much of its area at least; by default the
-            image processor's own geometry. A resumed run draws other crops.
+            image processor's own geometry.
         target_size (`int`, *optional*):
             With `crop_area`: side of the crop that the diffusion model restores, in pixels, where it is more than the
             encoder sees.
         cache_dir (`str`, *optional*): Where the memory-mapped tables are kept; the `datasets` cache by default.
     """
 
-    path: str | None = field(default=None, metadata={"help": "Conversations, or a folder of pictures."})
+    path: str | None = field(default=None, metadata={"help": "Conversations, or pictures."})
     kind: str = field(default="conversations", metadata={"help": f"One of {', '.join(DATA_KINDS)}."})
     interleaved: str | None = field(default=None, metadata={"help": "Tar files of interleaved documents."})
     pairs: str | None = field(default=None, metadata={"help": "Tar files of captioned pictures."})

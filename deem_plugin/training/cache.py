@@ -103,19 +103,16 @@ def cache_latents(recipe: Recipe, batch_size: int = 16, diffusion_model=None) ->
 def _data(recipe: Recipe):
     """Returns data set, collator, model and processor of a recipe, as the run has them."""
     from deem_plugin.data.collator import ConversationCollator
-    from deem_plugin.data.conversations import load_conversations
     from deem_plugin.data.image_collator import ImageCollator
-    from deem_plugin.data.images import load_image_folder
+    from deem_plugin.training.data import load_examples
     from deem_plugin.training.encoder import load_encoder
     from deem_plugin.training.model import make_model
 
-    data = recipe.data
     if recipe.model.encoder:
         _, tower, processor = load_encoder(recipe.model)
-        return load_image_folder(data.path, data.cache_dir), ImageCollator(processor), tower, processor
+        return load_examples(recipe), ImageCollator(processor), tower, processor
     model, processor = make_model(recipe.model)
-    dataset = load_conversations(data.path, data.image_dir, data.cache_dir)
-    return dataset, ConversationCollator(processor, data.max_length), model, processor
+    return load_examples(recipe), ConversationCollator(processor, recipe.data.max_length), model, processor
 
 
 def _as_cast(batch, args):

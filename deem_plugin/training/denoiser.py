@@ -106,7 +106,7 @@ def train_denoiser(recipe: Recipe) -> Path:
     from transformers import set_seed
 
     from deem_plugin.data.image_collator import ImageCollator
-    from deem_plugin.data.images import load_image_folder
+    from deem_plugin.training.data import load_examples
     from deem_plugin.training.encoder import load_encoder
 
     args, config = recipe.training, recipe.feedback
@@ -114,8 +114,7 @@ def train_denoiser(recipe: Recipe) -> Path:
     check_writable(args.output_dir)
     resolve_resume(args)
     set_seed(args.seed)
-    with args.main_process_first(desc="listing images"):
-        dataset = load_image_folder(recipe.data.path, recipe.data.cache_dir)
+    examples = load_examples(recipe)
     _, tower, image_processor = load_encoder(recipe.model, config.condition.reads_pooled)
     shape = recipe.denoiser
     codec = PixelCodec() if shape.autoencoder is None else load_autoencoder(shape.autoencoder).codec
@@ -125,7 +124,7 @@ def train_denoiser(recipe: Recipe) -> Path:
     trainer = RecipeTrainer(
         model=DenoiserTraining(eyes, conditioner, diffusion_model, config),
         args=args,
-        train_dataset=dataset,
+        train_dataset=examples,
         data_collator=ImageCollator(image_processor, recipe.data.crop_area),
     )
     trainer.add_callback(_StepSeeds(trainer.model))

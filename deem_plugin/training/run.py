@@ -94,8 +94,6 @@ def _check(recipe: Recipe):
             f"The recipe {recipe.name!r} has a section `denoiser`: it trains one. Run `deem train-denoiser "
             f"{recipe.name}`, or leave the section out."
         )
-    if recipe.data.kind == "shards" and args.max_steps <= 0:
-        raise ValueError("A stream of shards has no length. Set `training.max_steps`.")
     if recipe.model.encoder and recipe.feedback is None:
         raise ValueError(
             "An encoder alone learns from the feedback only, and the recipe has none. Add the section `feedback` "
@@ -143,70 +141,27 @@ def _move_conditioner(args, folder: str):
         os.replace(written, os.path.join(folder, FILE_NAME))
 
 
-def _load_data(recipe: Recipe):
-    """Returns what a VLM trains on: a memory-mapped table, or a stream."""
-    from deem_plugin.data.conversations import load_conversations
-    from deem_plugin.data.document_files import load_documents
-    from deem_plugin.data.region_sets import load_regions
-
-    args, data = recipe.training, recipe.data
-    if data.kind == "shards":
-        return _open_stream(args, data)
-    load = {"conversations": load_conversations, "documents": load_documents}.get(data.kind)
-    with args.main_process_first(desc=f"reading {data.kind}"):
-        if load is None:
-            return load_regions(data.sources, data.on_error, data.cache_dir)
-        return load(data.path, data.image_dir, data.cache_dir)
-
-
-def _open_stream(args, data):
-    """Returns the stream of a recipe's shards, where the checkpoint that the run goes on from left it."""
-    from deem_plugin.data.shard_stream import ShardStream
-    from deem_plugin.data.shards import interleaved_reader, list_shards, pairs_reader
-
-    seed = args.seed if args.data_seed is None else args.data_seed
-    kinds = zip((interleaved_reader, pairs_reader), (data.interleaved, data.pairs), data.weights, strict=True)
-    sources = [
-        (make(seed=seed, on_error=data.on_error), list_shards(shards), weight)
-        for make, shards, weight in kinds
-        if shards is not None
-    ]
-    stream = ShardStream(
-        [(reader, shards) for reader, shards, _ in sources],
-        [weight for *_, weight in sources],
-        seed,
-        args.process_index,
-        args.world_size,
-        args.dataloader_num_workers,
-    )
-    if args.resume_from_checkpoint:
-        stream.load(args.resume_from_checkpoint)
-        args.ignore_data_skip = True  # the stream itself goes on
-    return stream
-
-
 def _prepare_vlm(recipe: Recipe, make_feedback):
     """Returns the Trainer of a VLM and the function that saves it."""
     from deem_plugin.data.collator import ConversationCollator
     from deem_plugin.data.document_collator import DocumentCollator
+    from deem_plugin.training.data import load_examples
     from deem_plugin.training.model import make_model
     from deem_plugin.training.report import MovementCheck
-    from deem_plugin.training.trainer import RecipeTrainer, SaveStream
+    from deem_plugin.training.trainer import RecipeTrainer
     from deem_plugin.vision.towers import find_tower
 
     args, data = recipe.training, recipe.data
-    dataset = _load_data(recipe)
+    examples = load_examples(recipe)
     model, processor = make_model(recipe.model, recipe.deem)
     collator = ConversationCollator if data.kind == "conversations" else DocumentCollator
     callback = _feedback_callback(recipe, make_feedback, model, processor)
     base = model.get_base_model() if recipe.model.lora_r else model
     callbacks = [MovementCheck(find_tower(base))] + ([callback] if callback else [])
-    if data.kind == "shards":
-        callbacks.append(SaveStream(dataset))
     trainer = RecipeTrainer(
         model=model,
         args=args,
-        train_dataset=dataset,
+        train_dataset=examples,
         data_collator=collator(processor, data.max_length),
         processing_class=processor,
         callbacks=callbacks,
@@ -236,7 +191,7 @@ def _prepare_vlm(recipe: Recipe, make_feedback):
 def _prepare_encoder(recipe: Recipe, make_feedback):
     """Returns the Trainer of an encoder alone and the function that saves it."""
     from deem_plugin.data.image_collator import ImageCollator
-    from deem_plugin.data.images import load_image_folder
+    from deem_plugin.training.data import load_examples
     from deem_plugin.training.encoder import load_encoder, save_encoder
     from deem_plugin.training.model import add_lora
     from deem_plugin.training.parts import freeze
@@ -244,8 +199,7 @@ def _prepare_encoder(recipe: Recipe, make_feedback):
     from deem_plugin.training.trainer import EncoderTrainer
 
     args, data = recipe.training, recipe.data
-    with args.main_process_first(desc="listing images"):
-        dataset = load_image_folder(data.path, data.cache_dir)
+    examples = load_examples(recipe)
     whole, tower, image_processor = load_encoder(recipe.model, recipe.feedback.condition.reads_pooled)
     model = add_lora(tower, recipe.model) if recipe.model.lora_r else tower
     freeze(model, recipe.model.freeze)
@@ -253,7 +207,7 @@ def _prepare_encoder(recipe: Recipe, make_feedback):
     trainer = EncoderTrainer(
         model=model,
         args=args,
-        train_dataset=dataset,
+        train_dataset=examples,
         data_collator=ImageCollator(image_processor, data.crop_area, data.target_size),
         processing_class=image_processor,
         callbacks=[MovementCheck(tower), callback],

@@ -1,11 +1,17 @@
 """What FSDP asks of a run: layers that it can find, and the same collectives on every rank."""
 
+from accelerate.utils import parse_flag_from_env
 from PIL import Image
 
 from deem_plugin.data.collator import IGNORE_INDEX, ConversationCollator
 
 # Enough for the smallest picture that a processor takes.
 _SIDE = 64
+
+
+def is_sharded(args) -> bool:
+    """Tells whether a run shards its model by FSDP, by its arguments or by those of `accelerate launch`."""
+    return bool(args.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
 def name_sharded_layers(model, args):

@@ -1,29 +1,24 @@
 """The Trainer of the recipes: stock, but for learning rates by part and for encoders that train without text."""
 
-from pathlib import Path
-
 import torch
-from accelerate.data_loader import prepare_data_loader
-from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import PreTrainedModel
 
 from deem_plugin.data.collator import ConversationCollator
-from deem_plugin.data.shard_stream import ShardStream
 from deem_plugin.feedback.callback import DiffusionFeedbackCallback
 from deem_plugin.feedback.finite import FiniteTally
 from deem_plugin.feedback.state import Sums
+from deem_plugin.training.data import ExamplesTrainer
 from deem_plugin.training.parts import find, matches, resolve
-from deem_plugin.training.sharding import PictureInEachBatch, name_sharded_layers
+from deem_plugin.training.sharding import PictureInEachBatch, is_sharded, name_sharded_layers
 
 # What the interleaved model returns beside its loss, as shares of an optimizer step's mean; logged by these names.
 NAMED_LOSSES = ("lm_loss", "image_loss")
 FEEDBACK_SUMS = ("loss", "images", "views", "nonfinite", "blank")
 
 
-class RecipeTrainer(Trainer):
+class RecipeTrainer(ExamplesTrainer):
     """
-    A `transformers.Trainer` whose parts may have learning rates of their own.
+    A Trainer of [`Examples`] whose model's parts may have learning rates of their own.
 
     Args:
         learning_rates (`dict[str, float]`, *optional*):
@@ -31,11 +26,12 @@ class RecipeTrainer(Trainer):
             `args.learning_rate`; of two patterns that name the same, the later wins.
     """
 
-    def __init__(self, model, args, *, learning_rates: dict[str, float] | None = None, **kwargs):
-        name_sharded_layers(model, args)
-        super().__init__(model, args, **kwargs)
-        if self.is_fsdp_enabled and isinstance(self.data_collator, ConversationCollator):
-            self.data_collator = PictureInEachBatch(self.data_collator)
+    def __init__(self, model, args, data_collator=None, *, learning_rates: dict[str, float] | None = None, **kwargs):
+        if is_sharded(args):
+            name_sharded_layers(model, args)
+            if isinstance(data_collator, ConversationCollator):
+                data_collator = PictureInEachBatch(data_collator)
+        super().__init__(model, args, data_collator, **kwargs)
         self.learning_rates = {resolve(self.model, pattern): rate for pattern, rate in (learning_rates or {}).items()}
         self._sums, self._tally = Sums(), FiniteTally()
         self._summed_since = 0
@@ -62,24 +58,6 @@ class RecipeTrainer(Trainer):
         optimizer.param_groups[:] = groups
         return optimizer
 
-    def get_train_dataloader(self):
-        """As the stock method; a stream of shards is dealt out to processes already, and tells its places."""
-        if not isinstance(self.train_dataset, ShardStream):
-            return super().get_train_dataloader()
-        args = self.args
-        loader = DataLoader(
-            self.train_dataset,
-            batch_size=self._train_batch_size,
-            collate_fn=_WithPlace(self.data_collator),
-            num_workers=args.dataloader_num_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            pin_memory=args.dataloader_pin_memory,
-            # Of its own, or opening the stream would draw from what the losses draw from, once more on resume.
-            generator=torch.Generator(),
-        )
-        options = {"num_processes": 1, "process_index": 0, "dispatch_batches": False, "put_on_device": True}
-        return prepare_data_loader(loader, device=args.device, **options)
-
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """
         Also counts documents and images of the whole optimizer step, as the stock method counts the tokens. No batches
@@ -88,9 +66,6 @@ class RecipeTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             return [], None
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if isinstance(self.train_dataset, ShardStream):
-            for batch in batches:
-                self.train_dataset.note(batch.pop("place"))
         if self._names_losses and batches and num_items is not None:
             count = self.accelerator.unwrap_model(self.model).totals_of
             total = torch.stack([count(batch) for batch in batches]).sum(0).to(device)
@@ -164,32 +139,6 @@ class RecipeTrainer(Trainer):
                 f"The checkpoint {resume_from_checkpoint} is not of this run's model: missing {missing[:3]}, "
                 f"unexpected {unexpected[:3]}. Resume with the recipe and the settings that it was written with."
             )
-
-
-class _WithPlace:
-    """Collates documents of a stream and adds the place behind the last of them."""
-
-    def __init__(self, collate):
-        self.collate = collate
-
-    def __call__(self, examples):
-        return {**self.collate([document for document, _ in examples]), "place": examples[-1][1]}
-
-
-class SaveStream(TrainerCallback):
-    """
-    Saves beside each checkpoint where every process stands in its stream.
-
-    Args:
-        stream (`ShardStream`): Of this process.
-    """
-
-    def __init__(self, stream: ShardStream):
-        self.stream = stream
-
-    def on_save(self, args, state, control, **kwargs):
-        """Writes the places into the checkpoint."""
-        self.stream.save(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
 class EncoderTrainer(RecipeTrainer):

@@ -1,4 +1,4 @@
-"""Regions of a picture, given as a mask, a box or points, as one boolean mask; and the square that shows one."""
+"""Regions of a picture, given as a box, points or a mask, as one boolean mask; and the square that shows one."""
 
 import numpy as np
 
@@ -11,8 +11,9 @@ def region_mask(region, width: int, height: int) -> np.ndarray:
 
     Args:
         region:
-            A mask `(height, width)`, nonzero inside; a box of four numbers `(left, top, right, bottom)`, right and
-            bottom exclusive; or a list of points `[(x, y), ...]`, each a disc of 4 pixels' radius. All in pixels.
+            A mask `(height, width)`, nonzero inside; a compressed run-length encoding `{"size", "counts"}` of COCO; a
+            box of four numbers `(left, top, right, bottom)`, right and bottom exclusive; or a list of points
+            `[(x, y), ...]`, each a disc of 4 pixels' radius. All in pixels.
         width, height (`int`): Of the picture, in pixels.
 
     Returns:
@@ -21,7 +22,7 @@ def region_mask(region, width: int, height: int) -> np.ndarray:
     Raises:
         ValueError: If it is none of these, has another size than the picture, or no pixel lies inside the picture.
     """
-    array = np.asarray(region)
+    array = _decode(region) if isinstance(region, dict) else np.asarray(region)
     if array.shape == (height, width):
         inside = array != 0
     elif array.shape == (4,):
@@ -43,6 +44,12 @@ def region_mask(region, width: int, height: int) -> np.ndarray:
             f"Leave the sample out, or correct its coordinates."
         )
     return inside
+
+
+def _decode(encoding: dict) -> np.ndarray:
+    from pycocotools import mask
+
+    return mask.decode(encoding)
 
 
 def square_around(mask: np.ndarray) -> tuple[int, int, int, int]:

@@ -3,8 +3,8 @@ import json
 import pytest
 from datasets import Dataset, Features, Image, List, Value
 
-from deem_plugin.data import conversations
-from deem_plugin.data.conversations import iter_json_array, load_conversations
+from deem_plugin.data.conversations import list_conversations
+from deem_plugin.data.examples import Examples
 
 from ..tiny import tiny_image
 
@@ -49,7 +49,7 @@ def llava_records():
 
 
 def load(path, folder, **kwargs):
-    return load_conversations(path, cache_dir=folder / "cache", **kwargs)
+    return list_conversations(path, **kwargs).read(cache_dir=folder / "cache")
 
 
 def write(folder, records, name="data.json"):
@@ -62,7 +62,7 @@ def write(folder, records, name="data.json"):
 def test_llava_files_become_messages_and_paths(folder, name):
     data = load(write(folder, llava_records(), name), folder, image_dir=folder / "images")
 
-    assert data.column_names == ["messages", "images"]
+    assert data.column_names == ["messages", "images", "row"]
     assert data[0]["messages"] == [
         {"role": "user", "content": "<image>\nWhat is it?"},
         {"role": "assistant", "content": "Noise é 🙂."},
@@ -96,52 +96,44 @@ def test_a_changed_file_is_read_again_and_an_unchanged_one_is_not(folder):
     assert len(load(path, folder)) == 2
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 20])
-def test_streaming_an_array_gives_what_json_gives_whatever_the_chunk(folder, monkeypatch, chunk):
-    monkeypatch.setattr(conversations, "_CHUNK", chunk)
-    path = write(folder, llava_records())
-
-    assert list(iter_json_array(path)) == llava_records()
-
-
-def test_streaming_an_empty_array_gives_nothing(folder):
-    assert list(iter_json_array(write(folder, []))) == []
-
-
-@pytest.mark.parametrize("cut", [3, 40, -1])
-def test_a_cut_off_array_is_an_error(folder, cut):
-    path = write(folder, llava_records())
-    path.write_text(path.read_text()[:cut])
-
-    with pytest.raises(ValueError, match="cut off"):
-        list(iter_json_array(path))
+SAID = {
+    "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "It"}],
+    "messages": [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "It"}],
+    "parts": [
+        {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "It"}]},
+    ],
+    "plain": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "It"}],
+}
 
 
+@pytest.mark.parametrize("key", ["image", "images"])
+@pytest.mark.parametrize("kind", [*SAID, "prompt"])
 @pytest.mark.parametrize("stored", [True, False])
-@pytest.mark.parametrize("parts", [True, False])
-def test_hugging_face_data_sets_load_with_pictures_stored_or_named(folder, stored, parts):
-    mark = [{"type": "image", "text": None}, {"type": "text", "text": "What?"}] if parts else "<image>\nWhat?"
-    said = [{"type": "text", "text": "It"}] if parts else "It"
-    rows = {
-        "messages": [[{"role": "user", "content": mark}, {"role": "assistant", "content": said}]] * 2,
-        "images": [["0.png"], ["1.png"]],
-    }
+def test_texts_and_pictures_are_read_under_all_of_their_names(folder, kind, key, stored):
+    """LLaVA's, LLaVA-OneVision's and TRL's columns, in a folder, in parquet and in lines; pictures stored or named."""
+    said = SAID["messages" if kind == "prompt" else kind]
+    name = {"conversations": "conversations"}.get(kind, "messages")
+    rows = {"prompt": [said[:1]] * 2, "completion": [said[1:]] * 2} if kind == "prompt" else {name: [said] * 2}
+    rows["extra"] = ["unread"] * 2
+    pictures = ["0.png", "1.png"]
     if stored:
-        rows["images"] = [[{"path": None, "bytes": (folder / "images" / f"{i}.png").read_bytes()}] for i in range(2)]
+        pictures = [{"path": None, "bytes": (folder / "images" / name).read_bytes()} for name in pictures]
+    rows[key] = [[picture] for picture in pictures] if key == "images" else pictures
     table = Dataset.from_dict(rows)
     if stored:
-        table = table.cast_column("images", List(Image()))
+        table = table.cast_column(key, List(Image()) if key == "images" else Image())
     table.save_to_disk(folder / "saved")
     table.to_parquet(folder / "table.parquet")
+    sources = [folder / "saved", folder / "table.parquet"]
+    if not stored:
+        sources.append(write(folder, [{name: rows[name][index] for name in rows} for index in range(2)], "data.jsonl"))
 
-    for path in (folder / "saved", folder / "table.parquet"):
-        data = load(path, folder, image_dir=folder / "images")
-        assert [m["content"] for m in data[1]["messages"]] == ["<image>\nWhat?", "It"]
-        if stored:
-            assert data.features["images"] == List(Image(decode=False))
-            assert data[1]["images"][0]["bytes"] == rows["images"][1][0]["bytes"]
-        else:
-            assert data[1]["images"] == [str(folder / "images" / "1.png")]
+    for source in sources:
+        listing = list_conversations(source, folder / "images")
+        example = Examples.of([listing], cache_dir=folder / "cache")[1]
+        assert [m["content"] for m in example["messages"]] == ["<image>\nWhat?", "It"]
+        assert [image.tobytes() for image in example["images"]] == [tiny_image(1).tobytes()]
 
 
 def test_a_text_only_data_set_has_no_images(folder):
@@ -149,7 +141,61 @@ def test_a_text_only_data_set_has_no_images(folder):
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     Dataset.from_dict({"messages": [turns]}, features=features).save_to_disk(folder / "saved")
 
-    assert load(folder / "saved", folder)[0] == {"messages": turns, "images": []}
+    assert load(folder / "saved", folder)[0] == {"messages": turns, "images": [], "row": 0}
+
+
+def test_a_row_of_stored_pictures_may_have_none(folder):
+    rows = {
+        "conversations": [
+            SAID["conversations"],
+            [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}],
+        ],
+        "image": [{"path": None, "bytes": (folder / "images" / "0.png").read_bytes()}, None],
+    }
+    Dataset.from_dict(rows).cast_column("image", Image()).to_parquet(folder / "table.parquet")
+
+    examples = Examples.of([list_conversations(folder / "table.parquet")], cache_dir=folder / "cache")
+
+    assert [len(examples[index]["images"]) for index in range(2)] == [1, 0]
+
+
+def test_what_is_said_before_the_first_question_is_left_out_and_counted(folder):
+    records = llava_records()
+    records[0]["conversations"].insert(0, {"from": "gpt", "value": "Welcome."})
+    records[1]["conversations"].insert(1, {"from": "gpt", "value": "Welcome."})
+
+    checked = list_conversations(write(folder, records), folder / "images").check(folder / "cache")
+
+    assert checked.left_out == {"turn before the first question": 2} and not checked.problems
+    roles = [[message["role"] for message in row["messages"]] for row in checked.whole]
+    assert roles == [["user", "assistant"], ["system", "user", "assistant"], ["user", "assistant"]]
+
+
+def test_all_that_is_wrong_is_listed_or_skipped_and_counted(folder):
+    """Also pictures that are lost after the table was made."""
+    records = llava_records() + [{"id": "d", "conversations": []}, "no record", {"messages": "text"}]
+    path = write(folder, records)
+    listing = list_conversations(path, folder / "images")
+    listing.check(folder / "cache")
+    (folder / "images" / "1.png").unlink()
+
+    with pytest.raises(ValueError, match=r"(?s)4 of 6 samples.*record 3 .*record 4 .*record 5 .*1.png of record 2"):
+        listing.read(cache_dir=folder / "cache")
+    checked = listing.check(folder / "cache")
+    assert len(listing.read("skip", folder / "cache")) == 2
+    assert checked.left_out == {"without its picture": 1, "without answer": 1, "broken record": 2}
+    tiny_image(1).save(folder / "images" / "1.png")
+    assert len(listing.read("skip", folder / "cache")) == 3
+
+
+def test_a_damaged_picture_is_refused_or_skipped(folder):
+    (folder / "images" / "0.png").write_bytes((folder / "images" / "0.png").read_bytes()[:200])
+    listing = list_conversations(write(folder, llava_records()), folder / "images")
+
+    with pytest.raises(ValueError, match="0.png cannot be read"):
+        Examples.of([listing], cache_dir=folder / "cache")[0]
+    example = Examples.of([listing], "skip", folder / "cache")[0]
+    assert example["messages"][0]["role"] == "system" and example["skipped"] == {"unreadable image": 1}
 
 
 def broken(change):
@@ -166,9 +212,31 @@ def broken(change):
         (lambda r: r.update(image=["0.png"] * 3), r"record 2 .* has 2 <image> .* brings 3 image.*Add the marks"),
         (lambda r: r.update(conversations=[]), r"conversation in record 2 .* is empty"),
         (lambda r: r["conversations"].pop(), r"record 2 .* has no answer"),
-        (lambda r: r["conversations"][0].update({"from": "dog"}), r"Unknown speaker 'dog' in record 2 .*human, gpt"),
+        (lambda r: r["conversations"][0].update({"from": "dog"}), r"record 2 .* unknown speaker 'dog'.*human, gpt"),
         (lambda r: r["conversations"][0].update(value=3), r"record 2 .* has the content 3"),
         (lambda r: r.pop("conversations"), r"record 2 .* has the keys \['id', 'image'\]"),
+        (lambda r: r.update(messages=r["conversations"]), r"record 2 .* has the keys .*; expected `conversations`"),
+        (lambda r: r.update(conversations=None), r"record 2 .* has the keys"),
+        (lambda r: r.update(conversations="text"), r"record 2 .* is not as expected: TypeError"),
+        (lambda r: r["conversations"].append("text"), r"record 2 .* is not as expected: TypeError"),
+        (lambda r: r["conversations"][0].update({"from": ["human"]}), r"record 2 .* is not as expected: TypeError"),
+        (lambda r: r["conversations"][0].update(value=[{"type": "text"}]), r"record 2 .*KeyError 'text'"),
+        (
+            lambda r: r["conversations"][0].update(value=[{"type": "audio"}]),
+            r"record 2 .*a content part is .'type': 'au",
+        ),
+        (lambda r: r.update(image=5), r"record 2 .* is not as expected: TypeError"),
+        (lambda r: r.update(image={"path": "0.png"}), r"record 2 .* is not as expected: TypeError"),
+        (lambda r: r.update(images=["0.png"]), r"record 2 .* has `image` and `images`; give one of them"),
+        (lambda r: r.update(video="a.mp4", image=None), r"record 2 .* brings video; only images are read"),
+        (
+            lambda r: r["conversations"].insert(0, r["conversations"][0]),
+            r"record 2 .* two turns .*user, user, assistant",
+        ),
+        (
+            lambda r: r["conversations"].append(r["conversations"][1]),
+            r"record 2 .* two turns .*assistant, assistant",
+        ),
     ],
 )
 def test_a_wrong_record_is_named_with_its_number_and_the_remedy(folder, change, message):
@@ -181,8 +249,8 @@ def test_a_missing_image_folder_is_an_error(folder):
         load(write(folder, llava_records()), folder, image_dir=folder / "nowhere")
 
 
-def test_a_wrong_image_folder_is_told_at_the_first_picture(folder):
-    with pytest.raises(ValueError, match=r"0.png of record 0 .* does not exist. Set `data.image_dir`"):
+def test_a_wrong_image_folder_is_told_by_the_pictures_that_are_missing(folder):
+    with pytest.raises(ValueError, match=r"(?s)2 of 3 samples.*0.png of record 0 .* Set `data.image_dir`"):
         load(write(folder, llava_records()), folder, image_dir=folder)
 
 
@@ -191,7 +259,7 @@ def test_too_many_marks_in_a_hugging_face_data_set_are_an_error(folder):
     Dataset.from_dict({"messages": [turns], "images": [["0.png"]]}).save_to_disk(folder / "saved")
 
     with pytest.raises(ValueError, match=r"record 0 .* has 2 <image> mark\(s\), but the record brings 1 image"):
-        load(folder / "saved", folder)
+        load(folder / "saved", folder, image_dir=folder / "images")
 
 
 @pytest.mark.parametrize("name", ["nothing.json", "nothing.parquet", "/nowhere/at/all"])

@@ -1,6 +1,7 @@
 """Files of interleaved documents: read as written, packed into rows, learned where they should be."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ import torch
 from PIL import Image
 
 from deem_plugin.data.document_collator import DocumentCollator
-from deem_plugin.data.document_files import load_documents, write_documents
+from deem_plugin.data.document_files import list_documents, write_documents
+from deem_plugin.data.examples import Examples
+from deem_plugin.data.parts import region_of
 from deem_plugin.models.interleaving import make_labels
 
 from ..models.tiny_deem import QUERIES, SIZE, tiny_deem
@@ -37,20 +40,32 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_documents_come_back_as_they_were_written(folder, tmp_path):
-    dataset = load_documents(folder / "documents.jsonl", cache_dir=tmp_path / "cache")
+def load(path):
+    return Examples.of([list_documents(path)], cache_dir=path.parent / "cache")
 
-    assert len(dataset) == 3 and dataset["learn_from"][:] == [0, 2, 0]
-    first = dataset[0]["parts"]
+
+def test_documents_come_back_as_they_were_written(folder):
+    table = list_documents(folder / "documents.jsonl").read(cache_dir=folder / "cache")
+
+    assert len(table) == 3 and table["learn_from"][:] == [0, 2, 0]
+    first = table[0]["parts"]
     assert [part["text"] for part in first] == ["a cat", None, "and"]
-    assert first[1]["image"] == str(folder / "0.png") and first[1]["box"] is None
-    assert dataset[1]["parts"][0]["box"] == [0, 0, 32, 64]
+    assert first[1]["image"] == str(folder / "0.png") and first[1]["box"] is None and first[1]["mask"] is None
+    assert table[1]["parts"][0]["box"] == [0, 0, 32, 64]
+
+
+def test_regions_stay_as_they_are_given_until_the_processor_takes_them(folder):
+    examples = load(folder / "documents.jsonl")
+    (box, *_), (mask, points, _) = (examples[index]["parts"] for index in (1, 2))
+
+    assert region_of(box) == [0, 0, 32, 64] and region_of(points) == [[60, 60]]
+    assert region_of(mask).shape == (SIZE, SIZE) and region_of(mask)[:, 32:].all() and region_of(mask).mean() == 0.5
 
 
 def test_a_batch_is_packed_and_learned_by_the_official_rules(folder, processor, tmp_path):
-    dataset = load_documents(folder / "documents.jsonl", cache_dir=tmp_path / "cache")
+    dataset = load(folder / "documents.jsonl")
 
-    batch = DocumentCollator(processor, max_length=34)(list(dataset))
+    batch = DocumentCollator(processor, max_length=34)([dataset[index] for index in range(3)])
 
     picture = 1 + QUERIES
     lengths = [1 + 5 + picture + 3 + 1, 1 + picture + 5 + 3 + 1, 1 + 2 * picture + 1 + 1]
@@ -73,7 +88,7 @@ def test_a_batch_is_packed_and_learned_by_the_official_rules(folder, processor, 
 
 
 def test_tokens_are_those_of_the_processor_in_use(folder, processor, tmp_path):
-    dataset = load_documents(folder / "documents.jsonl", cache_dir=tmp_path / "cache")
+    dataset = load(folder / "documents.jsonl")
 
     batch = DocumentCollator(processor)([dataset[0]])
     asked = processor(text="a cat<image>and", images=[tiny_image(0, size=(SIZE, SIZE))], return_tensors="pt")
@@ -83,7 +98,7 @@ def test_tokens_are_those_of_the_processor_in_use(folder, processor, tmp_path):
 
 
 def test_a_document_that_is_too_long_is_cut_at_the_token_and_before_a_picture(folder, processor, tmp_path, caplog):
-    dataset = load_documents(folder / "documents.jsonl", cache_dir=tmp_path / "cache")
+    dataset = load(folder / "documents.jsonl")
     whole = [DocumentCollator(processor)([dataset[index]]) for index in (0, 2)]
 
     batch = DocumentCollator(processor, max_length=13)([dataset[0], dataset[2]])
@@ -103,7 +118,7 @@ def test_a_document_that_is_too_long_is_cut_at_the_token_and_before_a_picture(fo
 
 def test_a_long_text_is_learned_up_to_the_cut_and_a_picture_behind_it_is_left_out(folder, processor, tmp_path):
     write_documents(folder / "long.jsonl", [{"parts": ["long " * 20, {"image": "0.png"}, "x"]}])
-    dataset = load_documents(folder / "long.jsonl", cache_dir=tmp_path / "cache")
+    dataset = load(folder / "long.jsonl")
 
     batch = DocumentCollator(processor, max_length=30)([dataset[0]])
 
@@ -122,10 +137,12 @@ def test_a_row_too_short_for_a_picture_is_refused(processor):
         ({"text": "x"}, "expected an object with a list `parts`"),
         ({"parts": []}, "expected an object with a list `parts` that is not empty"),
         ({"parts": ["a"], "learn_from": 1}, "learn_from=1; expected the number of a part, 0 to 0"),
-        ({"parts": [""]}, "has an empty text"),
+        ({"parts": [""]}, "an empty text"),
+        ({"parts": [{"image": "x", "box": 3}]}, "TypeError"),
+        ({"parts": [{"image": "x.png"}]}, "The image .*x.png of record 1 of .* does not exist"),
         ({"parts": [{"picture": "x"}]}, "with no `image`"),
         ({"parts": [{"image": "x", "bbox": [0]}]}, r"the unknown keys .'bbox'."),
-        ({"parts": [{"image": "x", "box": [0, 1]}]}, r"the box .0, 1.; expected .left, top, right, bottom."),
+        ({"parts": [{"image": "0.png", "box": [0, 1]}]}, r"the box .0, 1.; expected .left, top, right, bottom."),
         ({"parts": [{"image": "x", "box": [0] * 4, "mask": "y"}]}, "a picture with box and mask; give one"),
     ],
 )
@@ -133,13 +150,13 @@ def test_a_bad_document_is_named(tmp_path, record, message):
     (tmp_path / "bad.jsonl").write_text(json.dumps({"parts": ["fine"]}) + "\n" + json.dumps(record) + "\n")
 
     with pytest.raises(ValueError, match=message) as error:
-        load_documents(tmp_path / "bad.jsonl", cache_dir=tmp_path / "cache")
-    assert "document 1 of" in str(error.value)
+        load(tmp_path / "bad.jsonl")
+    assert re.search("(document|record) 1 of", str(error.value))
 
 
 def test_a_region_outside_of_its_picture_is_refused(folder, processor, tmp_path):
     write_documents(folder / "out.jsonl", [{"parts": [{"image": "0.png", "box": [70, 0, 90, 20]}, "x"]}])
-    dataset = load_documents(folder / "out.jsonl", cache_dir=tmp_path / "cache")
+    dataset = load(folder / "out.jsonl")
 
     with pytest.raises(ValueError, match="covers no pixel of a picture of 64 x 64"):
         DocumentCollator(processor)([dataset[0]])

@@ -19,7 +19,8 @@ def test_both_views_of_an_image_are_one_random_crop_and_white_stays_white():
     collate = ImageCollator(tiny_image_processor(), crop_area=0.5, target_size=2 * IMAGE_SIZE)
     plain = [Image.new("RGB", (50, 40), color) for color in ("white", "black")]
 
-    batch = collate([{"image": tiny_image(0, (90, 60))}] * 2 + [{"image": image} for image in plain])
+    examples = [{"image": image, "seed": 0} for image in (tiny_image(0, (90, 60)), *plain)]
+    batch = collate([examples[0] | {"seed": 1}, *examples])
 
     targets, seen = batch["target_pixel_values"], batch["pixel_values"]
     assert targets.shape == (4, 3, 2 * IMAGE_SIZE, 2 * IMAGE_SIZE) and seen.shape[-1] == IMAGE_SIZE
@@ -32,6 +33,20 @@ def test_both_views_of_an_image_are_one_random_crop_and_white_stays_white():
 
 
 def test_a_crop_without_a_target_has_the_encoders_size():
-    batch = ImageCollator(tiny_image_processor(), crop_area=0.9)([{"image": tiny_image(0, (90, 60))}])
+    batch = ImageCollator(tiny_image_processor(), crop_area=0.9)([{"image": tiny_image(0, (90, 60)), "seed": 3}])
 
     assert set(batch) == {"pixel_values"} and batch["pixel_values"].shape == (1, 3, IMAGE_SIZE, IMAGE_SIZE)
+
+
+def test_a_crop_depends_on_the_seed_of_its_example_alone():
+    """A resumed run has drawn other numbers before, and reads the example in another batch."""
+    collate = ImageCollator(tiny_image_processor(), crop_area=0.5)
+    examples = [{"image": tiny_image(0, (90, 60)), "seed": seed} for seed in range(3)]
+    torch.manual_seed(0)
+    first = collate(examples)["pixel_values"]
+    state = torch.get_rng_state()
+
+    again = collate(examples[2:])["pixel_values"]
+
+    assert torch.equal(first[2:], again) and not torch.equal(first[1], first[2])
+    assert torch.equal(torch.get_rng_state(), state)

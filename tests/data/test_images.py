@@ -1,9 +1,13 @@
 import io
+import struct
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 
-from deem_plugin.data.images import load_image, load_image_folder
+from deem_plugin.data.images import load_image, load_mask
+from deem_plugin.data.tables import BrokenSample
 
 from ..tiny import tiny_image
 
@@ -70,21 +74,82 @@ def test_a_corrupt_image_is_an_error_that_names_it(tmp_path, data):
         load_image(tmp_path / "image.jpg")
 
 
-def test_a_folder_is_listed_with_its_subfolders_and_listed_again_when_it_changes(tmp_path):
-    (tmp_path / "data" / "b").mkdir(parents=True)
-    tiny_image(0).save(tmp_path / "data" / "z.png")
-    tiny_image(1).save(tmp_path / "data" / "b" / "a.JPEG")
-    (tmp_path / "data" / "notes.txt").write_text("no picture")
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([[0, 257, 32896, 65535]], np.uint16), [0, 1, 128, 255]),
+        (np.array([[0, 257, 32896, 65535]], np.int32), [0, 1, 128, 255]),
+        (np.array([[0, 7, 128, 255]], np.int32), [0, 7, 128, 255]),
+        (np.array([[-100, 0, 100, 300_000]], np.int32), [0, 0, 0, 255]),
+        (np.array([[0, 0.5, 0.25, 1]], np.float32), [0, 128, 64, 255]),
+        (np.array([[0, 7, 128, 255]], np.float32), [0, 7, 128, 255]),
+        (np.array([[-1, 0, 1, np.nan]], np.float32), [0, 128, 255, 128]),
+    ],
+)
+def test_grey_values_of_more_than_8_bits_keep_their_content(tmp_path, values, expected):
+    Image.fromarray(values).save(tmp_path / "a.tif")
 
-    data = load_image_folder(tmp_path / "data", cache_dir=tmp_path / "cache")
-    assert data["image"][:] == [str(tmp_path / "data" / "z.png"), str(tmp_path / "data" / "b" / "a.JPEG")]
+    loaded = np.asarray(load_image(tmp_path / "a.tif"))
 
-    tiny_image(2).save(tmp_path / "data" / "b" / "c.png")
-    assert len(load_image_folder(tmp_path / "data", cache_dir=tmp_path / "cache")) == 3
+    assert loaded[0].tolist() == [[value] * 3 for value in expected]
 
 
-def test_a_missing_or_empty_folder_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="nowhere does not exist. Set `data.path`"):
-        load_image_folder(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="holds no picture. Expected files ending in .jpg"):
-        load_image_folder(tmp_path)
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_laid_on_white(tmp_path, mode):
+    image = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+    image.putpixel((0, 0), (10, 10, 10, 255))
+    image.convert(mode).save(tmp_path / "a.png")
+
+    assert np.asarray(load_image(tmp_path / "a.png"))[0].tolist() == [[10] * 3, [255] * 3]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_turned_as_pillow_turns_them_and_refused_where_they_must_not_be(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    tiny_image(0, (64, 48)).save(tmp_path / "image.png", exif=exif)
+
+    expected = ImageOps.exif_transpose(Image.open(tmp_path / "image.png"))
+    assert load_image(tmp_path / "image.png").tobytes() == expected.tobytes()
+    if orientation == 1:
+        load_image(tmp_path / "image.png", turned=False)
+    else:
+        with pytest.raises(BrokenSample, match=f"image.png is turned by its EXIF data .orientation {orientation}."):
+            load_image(tmp_path / "image.png", turned=False)
+
+
+def test_damaged_exif_data_are_told_by_the_file(tmp_path, monkeypatch):
+    """Pillow raises nearly anything on them."""
+    tiny_image(0).save(tmp_path / "image.png")
+    monkeypatch.setattr(Image.Image, "getexif", lambda self: struct.unpack("<H", b""))
+
+    with pytest.raises(BrokenSample, match="image.png cannot be read .*unpack requires"):
+        load_image(tmp_path / "image.png")
+
+
+def test_threads_leave_the_setting_of_another_library_as_it_was(tmp_path, monkeypatch):
+    tiny_image(0, (64, 48)).save(tmp_path / "image.png")
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(load_image, [tmp_path / "image.png"] * 400))
+
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "I;16", "RGB", "RGBA", "P"])
+def test_a_mask_is_true_where_its_picture_is_not_black(tmp_path, mode):
+    """Also where the value is small, and where it is transparent."""
+    if mode == "I;16":
+        image = Image.fromarray(np.array([[0, 1]], np.uint16))
+    else:
+        image = Image.new("L", (2, 1))
+        image.putpixel((1, 0), 255 if mode == "1" else 3)
+        image = image.convert(mode)
+    if mode == "RGBA":
+        image.putalpha(0)
+    image.save(tmp_path / "mask.png")
+
+    mask = load_mask(tmp_path / "mask.png")
+
+    assert mask.dtype == bool and mask.tolist() == [[False, True]]

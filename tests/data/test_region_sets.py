@@ -5,14 +5,16 @@ import logging
 import pickle
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from deem_plugin.data.document_collator import DocumentCollator
-from deem_plugin.data.region_sets import load_regions
-from deem_plugin.data.region_sources import PART_QUESTION, iter_instances, iter_referring, iter_vcr
-from deem_plugin.data.regions import RegionDocuments, RegionError
+from deem_plugin.data.examples import Examples
+from deem_plugin.data.parts import region_of
+from deem_plugin.data.region_sets import list_regions
+from deem_plugin.data.region_sources import PART_QUESTION
+from deem_plugin.data.tables import BrokenSample
+from deem_plugin.vision.regions import region_mask
 
 from ..models.tiny_deem import SIZE, tiny_deem
 from ..tiny import tiny_image
@@ -72,51 +74,56 @@ def sources(tmp_path):
 
 @pytest.fixture
 def load(tmp_path):
-    return lambda sources, on_error="skip": load_regions(sources, on_error, tmp_path / "cache")
+    return lambda sources, on_error="skip": Examples.of(map(list_regions, sources), on_error, tmp_path / "cache")
+
+
+def opened(examples):
+    return [examples[index] for index in range(len(examples))]
 
 
 def texts(document):
     return [part["text"] for part in document["parts"] if part["text"]]
 
 
-def test_all_formats_are_one_table_and_what_is_left_out_is_said_by_source(sources, load, caplog):
+def test_all_formats_are_read_and_what_is_left_out_is_said_by_source(sources, load, tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="deem_plugin"):
-        table = load(sources)
+        examples = load(sources)
 
-    assert [texts(document)[-1] for document in table] == ["dog head"] * 2 + ["left dog", "a red car", "Nobody."]
+    answers = [texts(document)[-1] for document in opened(examples)]
+    assert answers == ["dog head"] * 2 + ["left dog", "a red car", "Nobody."]
+    checked = [list_regions(source).check(tmp_path / "cache") for source in sources]
     left_out = {"of a crowd": 1, "without image": 1, "with an empty region": 1}
-    assert list(table.dropped.values()) == [left_out, {}, {}, {}]
-    assert f"Of coco {sources[0]['annotations']}, 3 samples are left out: 1 of a crowd, " in caplog.text
-    assert "5 questions about regions" in caplog.text
+    assert [each.left_out for each in checked] == [left_out, {}, {}, {}]
+    assert f"coco {sources[0]['annotations']}: 2 of 5 samples; 1 of a crowd, " in caplog.text
 
 
-def test_documents_are_those_of_the_readers(sources, load):
-    table = load(sources)
-    pictures = sources[0]["image_dir"]
-    readers = [
-        iter_instances(sources[0]["annotations"], PART_QUESTION),
-        iter_referring(sources[1]["instances"], sources[1]["refs"], "train"),
-        iter_vcr(sources[3]["path"], sources[3]["metadata_dir"]),
-    ]
-    expected = [document.columns() for reader in readers for document in RegionDocuments(reader, pictures, "skip")]
+def test_documents_have_their_picture_their_region_and_their_answer(sources, load):
+    examples = load(sources)
+    square, box, _, _, vcr = opened(examples)
 
-    for ours, theirs in zip([table[0], table[1], table[2], table[4]], expected, strict=True):
-        assert ours["learn_from"] == theirs["learn_from"] and texts(ours) == texts(theirs)
-        for part, other in zip(ours["parts"], theirs["parts"], strict=True):
-            for name in ("image", "mask"):
-                same = part[name] is other[name] is None or np.array_equal(*map(np.asarray, (part[name], other[name])))
-                assert same, name
+    assert [part["text"] for part in square["parts"]] == [None, PART_QUESTION, "dog head"]
+    assert square["learn_from"] == 2 and square["parts"][0]["image"].size == (SIZE, SIZE)
+    inside = region_mask(region_of(square["parts"][0]), SIZE, SIZE)
+    assert inside[8:40, 8:40].all() and inside.sum() == 32 * 32
+    assert region_of(box["parts"][0]) == [0, 0, 10, 20]
+    assert [part["text"] for part in vcr["parts"]] == ["person 1: ", None, "\n", "Who is person 1?\n", "Nobody."]
 
 
-def test_a_second_run_reads_the_table_of_the_first_and_knows_what_it_left_out(sources, load, monkeypatch):
-    first = load(sources)
-    monkeypatch.setattr("deem_plugin.data.region_sets.READERS", {name: None for name in ("coco", "refcoco")})
-    monkeypatch.setattr("deem_plugin.data.region_sets._check_source", lambda source, where: None)
+def test_a_second_run_reads_the_table_of_the_first_and_knows_what_it_left_out(sources, load, monkeypatch, caplog):
+    first = opened(load(sources[:1]))
+    monkeypatch.setattr("deem_plugin.data.region_sets._rows", _not_again)
 
-    again = load(sources)
+    again = load(sources[:1])
 
-    assert again.dropped == first.dropped and len(again) == len(first)
-    assert [texts(document) for document in again] == [texts(document) for document in first]
+    assert [texts(document) for document in opened(again)] == [texts(document) for document in first]
+    assert caplog.text.count("2 of 5 samples; 1 of a crowd") == 2
+
+
+def _not_again(source):
+    raise AssertionError("the source was read again")
+
+
+_not_again.__qualname__ = "_rows"  # a part of the key of the table
 
 
 def test_a_changed_file_is_read_anew(sources, load):
@@ -130,13 +137,13 @@ def test_a_changed_file_is_read_anew(sources, load):
 
 
 def test_it_travels_to_the_workers_of_a_data_loader(sources, load):
-    table = load(sources)
+    examples = load(sources)
 
-    assert texts(pickle.loads(pickle.dumps(table))[0]) == texts(table[0])
+    assert texts(pickle.loads(pickle.dumps(examples))[0]) == texts(examples[0])
 
 
 def test_what_is_wrong_raises_by_its_name(sources, load):
-    with pytest.raises(RegionError, match="annotation 3 of .* belongs to image 7"):
+    with pytest.raises(ValueError, match="2 of 5 samples of coco .*(?s:.*)annotation 3 of .* belongs to image 7"):
         load(sources, "raise")
     with pytest.raises(ValueError, match="`on_error` is 'ignore'; expected one of raise, skip"):
         load(sources, "ignore")
@@ -145,9 +152,9 @@ def test_what_is_wrong_raises_by_its_name(sources, load):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "voc"}, r"`data.sources\[0\]` is .*; expected a mapping with `format`, one of coco, refcoco, vis"),
+        ({"format": "voc"}, r"the source is .*; expected a mapping with `format`, one of coco, refcoco, vis"),
         ({"split": "train"}, r"unknown keys \['split'\]; those of the format coco are format, image_dir, annotations"),
-        ({"image_dir": None}, r"`data.sources\[0\]` lacks image_dir; the format coco needs image_dir, annotations"),
+        ({"image_dir": None}, r"the source lacks image_dir; the format coco needs image_dir, annotations"),
         ({"annotations": "nowhere.json"}, "The `annotations` of .*nowhere.json, does not exist"),
     ],
 )
@@ -158,45 +165,52 @@ def test_a_source_that_is_not_as_described_is_refused(sources, load, change, mes
         load([source])
 
 
-@pytest.mark.parametrize("on_error", ["raise", "skip"])
-def test_a_folder_without_the_pictures_is_refused(sources, load, tmp_path, on_error):
-    with pytest.raises(ValueError, match=r"0.png of .* does not exist. Set `image_dir`"):
-        load([sources[0] | {"image_dir": str(tmp_path)}], on_error)
-
-
-def test_a_lost_picture_is_counted(sources, load):
+def test_lost_pictures_are_listed_or_counted(sources, load, tmp_path, caplog):
     Path(sources[0]["image_dir"], "1.png").unlink()
 
-    table = load(sources[:1])
-
-    assert len(table) == 1 and table.dropped[f"coco {sources[0]['annotations']}"]["without its picture"] == 1
+    assert len(load(sources[:1])) == 1 and "1 without its picture" in caplog.text
+    with pytest.raises(ValueError, match="1.png of record 1 of coco .* does not exist. Set `data.image_dir`"):
+        load(sources[:1], "raise")
+    with pytest.raises(ValueError, match="No sample of coco .* is left: .*'without its picture': 2"):
+        load([sources[0] | {"image_dir": str(tmp_path)}])
 
 
 def test_nothing_left_and_a_broken_file_are_errors(sources, load, tmp_path):
-    with pytest.raises(
-        ValueError, match="The source .*'split': 'trian'.* has no sample. Check its files, and its `split`"
-    ):
+    with pytest.raises(ValueError, match="refcoco .*refs.json holds no sample. Check its files, and its `split`"):
         load([sources[1] | {"split": "trian"}])
     content = json.loads(open(sources[0]["annotations"]).read())
     broken = write_json(tmp_path / "bad.json", content | {"annotations": content["annotations"][2:]})
-    with pytest.raises(ValueError, match="No sample of `data.sources` is left: .*of a crowd"):
+    with pytest.raises(ValueError, match="No sample of coco .* is left: .*of a crowd"):
         load([sources[0] | {"annotations": broken}])
     (tmp_path / "broken.json").write_text('{"images": [')
     with pytest.raises(ValueError, match=r"broken.json is no valid JSON .* broken or cut off"):
         load([sources[0] | {"annotations": str(tmp_path / "broken.json")}])
 
 
-def test_a_picture_that_was_resized_is_refused_when_it_is_opened(sources, load):
-    Image.new("RGB", (32, 32)).save(f"{sources[0]['image_dir']}/1.png")
+@pytest.mark.parametrize("exif", [None, 2, 3, 6])
+def test_a_picture_that_was_resized_or_is_turned_is_skipped_or_refused_when_it_is_opened(sources, load, exif):
+    """Turned by 180 degrees a picture has the size that is expected, and its regions lie on the wrong side."""
+    path = f"{sources[0]['image_dir']}/1.png"
+    data = Image.Exif()
+    if exif is not None:
+        data[0x0112] = exif
+    Image.new("RGB", (32, 32) if exif is None else (SIZE, SIZE)).save(path, exif=data)
+    what = (
+        "1.png is 32 x 32, but annotation 1 of .* speaks of one of 64 x 64"
+        if exif is None
+        else "is turned by its EXIF"
+    )
 
-    with pytest.raises(ValueError, match="1.png is 32 x 32, but annotation 1 of .* speaks of one of 64 x 64"):
-        load(sources)[1]
+    assert load(sources)[1]["skipped"].total() == 2
+    whole = Examples([(load(sources[:1]).sources[0])])
+    with pytest.raises(BrokenSample, match=what):
+        whole[1]
 
 
 def test_the_collator_takes_them(sources, load):
     _, processor = tiny_deem()
 
-    batch = DocumentCollator(processor)(list(load(sources)))
+    batch = DocumentCollator(processor)(opened(load(sources)))
 
     assert batch["region_masks"].shape == (5, 1, SIZE, SIZE)
     assert batch["region_masks"][1].sum() == 10 * 20

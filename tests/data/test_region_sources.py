@@ -1,7 +1,6 @@
 import json
 
 import pytest
-from PIL import Image
 
 from deem_plugin.data.region_sources import (
     DESCRIBE_QUESTION,
@@ -12,7 +11,8 @@ from deem_plugin.data.region_sources import (
     iter_vcr,
     iter_visual_genome,
 )
-from deem_plugin.data.regions import RegionDocuments, RegionError
+from deem_plugin.data.regions import RegionSample
+from deem_plugin.data.tables import BrokenSample, LeftOut
 
 SQUARE = [[0.0, 0.0, 2.0, 0.0, 2.0, 2.0, 0.0, 2.0]]
 
@@ -22,9 +22,16 @@ def write(path, content):
     return path
 
 
+def split(samples):
+    """What can be asked, and the reasons for all else in order."""
+    samples = list(samples)
+    assert all(isinstance(sample, RegionSample | LeftOut | BrokenSample) for sample in samples)
+    asked = [sample for sample in samples if isinstance(sample, RegionSample)]
+    return asked, [sample.reason for sample in samples if not isinstance(sample, RegionSample)]
+
+
 @pytest.fixture
 def instances(tmp_path):
-    Image.new("RGB", (6, 4)).save(tmp_path / "a.png")
     return write(
         tmp_path / "instances.json",
         {
@@ -41,22 +48,57 @@ def instances(tmp_path):
     )
 
 
-def test_instances_are_named_by_their_category_and_what_is_dropped_is_counted(instances):
-    documents = RegionDocuments(iter_instances(instances), instances.parent, on_error="skip")
+def test_instances_are_named_by_their_category_and_what_is_dropped_is_told(instances):
+    asked, reasons = split(iter_instances(instances))
 
-    assert [document.parts[1:] for document in documents] == [[NAME_QUESTION, "dog head"]] * 2
-    assert [int(document.masks[0].sum()) for document in documents] == [4, 6]
-    assert "annotation 10 of" in documents[0].name
-    assert documents.dropped == {"of a crowd": 1, "without image": 1, "without answer": 1}
+    assert [sample.prompt[1] for sample in asked] == [NAME_QUESTION] * 3
+    assert [sample.answer for sample in asked] == ["dog head", "dog head", ""]
+    assert [sample.prompt[0] for sample in asked[:2]] == [SQUARE, (1.0, 1.0, 4.0, 3.0)]
+    assert (asked[0].file, asked[0].width, asked[0].height) == ("a.png", 6, 4)
+    assert "annotation 10 of" in asked[0].name and reasons == ["of a crowd", "without image"]
 
 
 def test_parts_are_asked_for_as_parts(instances):
     assert next(iter_instances(instances, question=PART_QUESTION)).prompt[1] == PART_QUESTION
 
 
-def test_a_bad_annotation_is_refused_by_its_id(instances):
-    with pytest.raises(RegionError, match="annotation 13 of .* belongs to image 2, which its file does not list"):
-        RegionDocuments(iter_instances(instances), instances.parent)
+def test_a_bad_annotation_is_told_by_its_id(instances):
+    (error,) = [sample for sample in iter_instances(instances) if isinstance(sample, BrokenSample)]
+
+    assert "annotation 13 of" in str(error) and "belongs to image 2, which its file does not list" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "message"),
+    [
+        (lambda data: data["images"][0].pop("file_name"), "without file name", "image of annotation 10 .*`file_name`"),
+        (lambda data: data["images"][0].pop("width"), "broken record", "annotation 10 .*KeyError 'width'"),
+        (lambda data: data["annotations"][0].pop("image_id"), "broken record", "annotation 10 .*KeyError 'image_id'"),
+        (lambda data: data["annotations"].insert(0, 3), "broken record", "annotation number 0 of .*AttributeError"),
+        (lambda data: data["annotations"].insert(0, {"id": 1, "image_id": 1, "category_id": 3, "bbox": []}),
+         "broken record", "annotation 1 of .*not enough values"),
+    ],
+)  # fmt: skip
+def test_what_an_export_lacks_is_told_by_annotation(instances, change, reason, message):
+    data = json.loads(instances.read_text())
+    change(data)
+
+    first = next(iter_instances(write(instances, data)))
+
+    assert isinstance(first, BrokenSample) and first.reason == reason
+    with pytest.raises(BrokenSample, match=message):
+        raise first
+
+
+def test_exports_without_ids_or_with_addresses_alone_are_read(instances):
+    """LVIS has no file names, other exports no ids of annotations."""
+    data = json.loads(instances.read_text())
+    data["images"][0] |= {"file_name": None, "coco_url": "http://example.org/train2017/1.jpg"}
+    data["annotations"] = [{key: value for key, value in data["annotations"][0].items() if key != "id"}]
+
+    ((sample,), reasons) = split(iter_instances(write(instances, data)))
+
+    assert sample.file == "train2017/1.jpg" and "annotation number 0 of" in sample.name and not reasons
 
 
 def test_each_referring_expression_of_the_split_is_a_document(instances, tmp_path):
@@ -69,13 +111,10 @@ def test_each_referring_expression_of_the_split_is_a_document(instances, tmp_pat
         ],
     )
 
-    documents = RegionDocuments(iter_referring(instances, refs, split="train"), tmp_path, on_error="skip")
+    asked, reasons = split(iter_referring(instances, refs, split="train"))
 
-    assert [document.parts[1:] for document in documents] == [
-        [DESCRIBE_QUESTION, "left dog"],
-        [DESCRIBE_QUESTION, "the head"],
-    ]
-    assert documents.dropped == {"without annotation": 1}
+    assert [sample.answer for sample in asked] == ["left dog", "the head"]
+    assert asked[0].prompt == [SQUARE, DESCRIBE_QUESTION] and reasons == ["without annotation"]
     assert len(list(iter_referring(instances, refs))) == 4
 
 
@@ -85,23 +124,19 @@ def test_published_pickles_are_refused(instances):
 
 
 def test_visual_genome_has_boxes_with_phrases(tmp_path):
-    (tmp_path / "VG_100K").mkdir()
-    Image.new("RGB", (6, 4)).save(tmp_path / "VG_100K" / "7.jpg")
     url = "https://example.org/images/VG_100K/7.jpg"
     images = write(tmp_path / "image_data.json", [{"image_id": 7, "url": url, "width": 6, "height": 4}])
     box = {"x": 1, "y": 0, "width": 9, "height": 2, "phrase": " a red car "}
     regions = [{"region_id": 1, "image_id": 7, **box}, {"region_id": 2, "image_id": 8, **box}]
     descriptions = write(tmp_path / "region_descriptions.json", [{"id": 7, "regions": regions}])
 
-    documents = RegionDocuments(iter_visual_genome(descriptions, images), tmp_path, on_error="skip")
+    ((sample,), reasons) = split(iter_visual_genome(descriptions, images))
 
-    assert documents[0].parts[1:] == [DESCRIBE_QUESTION, "a red car"]
-    assert documents[0].masks[0].sum() == 10
-    assert documents.dropped == {"without image": 1}
+    assert sample.prompt == [(1.0, 0.0, 10.0, 2.0), DESCRIBE_QUESTION] and sample.answer == "a red car"
+    assert sample.file == "VG_100K/7.jpg" and reasons == ["without image"]
 
 
 def test_vcr_introduces_each_object_once_and_then_asks(tmp_path):
-    Image.new("RGB", (6, 4)).save(tmp_path / "a.png")
     square = [[0, 0], [2, 0], [2, 2], [0, 2]]
     write(
         tmp_path / "a.json",
@@ -122,20 +157,18 @@ def test_vcr_introduces_each_object_once_and_then_asks(tmp_path):
     lines = tmp_path / "train.jsonl"
     lines.write_text("\n".join(map(json.dumps, [record, unlabelled, silent])))
 
-    documents = RegionDocuments(iter_vcr(lines, tmp_path), tmp_path, on_error="skip")
+    ((sample,), reasons) = split(iter_vcr(lines, tmp_path))
 
-    document = documents[0]
-    assert [part for part in document.parts if isinstance(part, str)] == [
+    assert sample.prompt == [
         "person 2: ",
+        (2.0, 1.0, 5.0, 3.0),
         "\n",
         "person 1: ",
+        SQUARE,
         "\n",
         "Why is person 2 looking at person 1 and person 2?\n",
-        "person 1 doesn't care.",
     ]
-    assert [int(mask.sum()) for mask in document.masks] == [6, 4]
-    assert document.learn_from == len(document.parts) - 1
-    assert documents.dropped == {"without answer": 1, "without region": 1}
+    assert sample.answer == "person 1 doesn't care." and reasons == ["without answer", "without region"]
 
 
 def test_a_file_in_another_format_is_refused(tmp_path):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from deem_plugin.data.conversations import load_conversations
+from deem_plugin.data.conversations import list_conversations
 from deem_plugin.data.scenes import COLOR_NAMES, SHAPES
 from deem_plugin.demo.sets import (
     POPE_SUFFIX,
@@ -27,14 +27,14 @@ def training_set(tmp_path_factory):
 
 def test_captions_are_conversations_of_one_turn(training_set, tmp_path):
     scenes, (captions, _) = training_set
-    data = load_conversations(captions, cache_dir=tmp_path)
+    data = list_conversations(captions).read(cache_dir=tmp_path)
     assert len(data) == len(scenes)
     assert data[0]["messages"][1]["content"] == f"a {COLOR_NAMES[scenes.color[0]]} {SHAPES[scenes.shape[0]]}"
 
 
 def test_questions_are_conversations_of_three_turns_that_ask_everything_once(training_set, tmp_path):
     scenes, (_, questions) = training_set
-    data = load_conversations(questions, cache_dir=tmp_path)
+    data = list_conversations(questions).read(cache_dir=tmp_path)
     assert len(data) == 4 * len(scenes)
     assert all(len(row["messages"]) == 6 for row in data)
     about_first = [row for row in json.loads(questions.read_text()) if row["image"] == "images/0.png"]

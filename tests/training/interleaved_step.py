@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
+from deem_plugin.data import examples
 from deem_plugin.feedback import load_diffusion_model
 from deem_plugin.models import Draws
 from deem_plugin.training.trainer import RecipeTrainer
@@ -97,7 +98,7 @@ def one_step(folder, batch_size, accumulation, order=(0, 1, 2, 3), **settings):
     trainer = RecipeTrainer(
         model=model,
         args=args,
-        train_dataset=[{"index": index} for index in order],
+        train_dataset=examples.Examples([([{"index": index} for index in order], lambda row, rng: row)]),
         data_collator=Examples(processor, diffusion_model),
         callbacks=[kept],
     )
