@@ -8,6 +8,7 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from deem_plugin.data.examples import CountSkipped, EpochSampler, Examples
 from deem_plugin.data.shards import list_pairs
+from deem_plugin.data.tables import BrokenSample
 
 from .shard_files import jpeg, write_tar
 
@@ -89,3 +90,62 @@ def test_neither_workers_nor_a_stop_change_the_order_or_what_is_skipped(tmp_path
 
     assert stopped + resumed == expected and before + after == skipped
     assert skipped["unreadable image"] >= 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("context", ["spawn", "forkserver"])
+def test_workers_may_be_started_anew(tmp_path, context):
+    """As on macOS and Windows: all that they need is pickled."""
+    examples = Examples.of([list_pairs(write_pairs(tmp_path, 3))], "skip", cache_dir=tmp_path / "cache")
+
+    expected, _ = read(examples, steps=3)
+
+    assert read(examples, steps=3, workers=1, multiprocessing_context=context)[0] == expected
+
+
+def listed(count, name):
+    """A table of texts with its `open`."""
+    return [{"text": f"{name}{index}"} for index in range(count)], lambda row, rng: row | {"coin": rng.random()}
+
+
+def test_sources_come_by_their_weights_and_their_samples_equally_often():
+    """Two of a for one of b, of which there are more than are needed for a to come once."""
+    examples = Examples([listed(3, "a"), listed(4, "b")], weights=[2, 1])
+
+    epoch = len(examples)
+    seen = [examples[index]["text"] for index in range(epoch * 3)]
+
+    assert epoch == 8 + 4 and Counter(text[0] for text in seen[:epoch]) == {"a": 8, "b": 4}
+    counts = Counter(seen)
+    assert counts == {f"a{index}": 8 for index in range(3)} | {f"b{index}": 3 for index in range(4)}
+    with pytest.raises(ValueError, match=r"weights \[1\] for 2 sources; expected one above 0"):
+        Examples([listed(3, "a"), listed(4, "b")], weights=[1])
+
+
+def test_coins_are_drawn_anew_each_epoch_and_by_the_seed():
+    examples, other = (Examples([listed(5, "a")], seed=seed) for seed in (0, 1))
+
+    coins = [examples[index]["coin"] for index in range(10)]
+
+    assert len(set(coins)) == 10 and coins == [examples[index]["coin"] for index in range(10)]
+    assert coins != [other[index]["coin"] for index in range(10)]
+
+
+def test_a_sample_that_cannot_be_opened_is_refused_or_the_next_stands_in():
+    def open_even(row, rng):
+        if int(row["text"][1:]) % 2:
+            raise BrokenSample("odd", f"{row['text']} is odd")
+        return row
+
+    sources = [(listed(3, "a")[0], open_even)]
+
+    examples = Examples(sources, on_error="skip")
+    assert [(examples[index]["text"], examples[index]["skipped"]) for index in (1, 2, 4)] == [
+        ("a2", {"odd": 1}),
+        ("a2", {}),
+        ("a2", {"odd": 1}),
+    ]
+    with pytest.raises(BrokenSample, match="a1 is odd"):
+        Examples(sources)[1]
+    with pytest.raises(ValueError, match="`on_error` is 'ignore'; expected one of raise, skip"):
+        Examples(sources, on_error="ignore")
