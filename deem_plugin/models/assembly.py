@@ -38,6 +38,8 @@ def assemble_deem(language_model, tokenizer, tower, extra_tokens=(), target_size
     )
     model = DeemForConditionalGeneration(config, language_model=language_model, vision_tower=tower)
     model.generation_config = copy.deepcopy(language_model.generation_config)
+    if not model.generation_config.do_sample:  # Vicuna's sets these all the same, and could not be saved
+        model.generation_config.update(temperature=None, top_p=None, top_k=None)
     stop_at_pictures(model)
     return model, processor_of(config, tokenizer, tokenizer.chat_template, target_size)
 
