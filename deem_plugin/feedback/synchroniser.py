@@ -9,19 +9,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..vision.deformable import DeformableAttention, ImageFeatures, image_features
 from ..vision.grids import sincos_position_embedding
+from ..vision.patches import grid_positions
 
 # Side of the largest map at the encoder's 256 pixels, for which the official code scales offsets at any resolution.
 OFFSET_MAP = 64
 # Of a UNet's config, what a synchroniser asks for.
 UNET_KEYS = ("sample_size", "block_out_channels", "layers_per_block")
-
-
-def cell_centres(height: int, width: int, device=None) -> torch.Tensor:
-    """Returns the centres of a grid's cells in row-major order, x and y as fractions, `(1, height * width, 2)`."""
-    rows = (torch.arange(height, device=device) + 0.5) / height
-    columns = (torch.arange(width, device=device) + 0.5) / width
-    y, x = torch.meshgrid(rows, columns, indexing="ij")
-    return torch.stack([x, y], dim=-1).flatten(0, 1)[None]
 
 
 class UNetSynchroniserBlock(GradientCheckpointingLayer):
@@ -59,7 +52,8 @@ class UNetSynchroniserBlock(GradientCheckpointingLayer):
         positions = sincos_position_embedding(channels, *size, device=hidden.device, grid=self.position_grid)
         queries = self.query_norm(hidden.flatten(2).transpose(1, 2).to(dtype)) + positions.to(dtype)
         images = images._replace(tokens=self.feature_norm(images.tokens.to(dtype)))
-        update = self.zero(self.attention(queries, cell_centres(*size, device=hidden.device), images))
+        places = grid_positions(*size, device=hidden.device).flip(-1)[None]  # x and y
+        update = self.zero(self.attention(queries, places, images))
         return update.transpose(1, 2).unflatten(2, size).to(hidden.dtype)
 
 

@@ -10,12 +10,25 @@ import copy
 import inspect
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from itertools import accumulate, pairwise, product
+from itertools import product
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from .patches import (
+    CHANNELS_FIRST,
+    CHANNELS_LAST,
+    PATCH_AXES,
+    PatchOrder,
+    deal_out,
+    grid_in,
+    grid_positions,
+    join_patches,
+    pack_patches,
+    token_positions,
+    unpack_patches,
+)
 from .views import View
 
 
@@ -69,24 +82,6 @@ class Layout(ABC):
         """Makes the arguments of a call of pictures, each `(3, height, width)`, normalised."""
 
 
-@dataclass(frozen=True)
-class PatchOrder:
-    """
-    In which order the values of packed patches follow each other.
-
-    Args:
-        axes (`str`): Axes of a patch, from the outside in: channels `c`, time `t`, rows `y`, columns `x`.
-        merge (`int`): Side of the blocks in which the patches follow each other; 1 for raster order.
-    """
-
-    axes: str = "ctyx"
-    merge: int = 1
-
-
-# Axes of a patch, the usual ones first.
-PATCH_AXES = ("ctyx", "tcyx", "yxct")
-
-
 class Grid(Layout):
     """
     One picture a row, `(images, 3, height, width)`, or the patches of a square, `(images, patches, values)` (Molmo 2);
@@ -94,19 +89,13 @@ class Grid(Layout):
     """
 
     needs_positions = False
-
-    def __init__(self, tower):
-        super().__init__(tower)
-        self.order = None
+    order = None  # of the values of patches, where these are what the tower gets
 
     def candidates(self, inputs, tokens):
         """As [`Layout.candidates`]: the orders of a patch's values where patches are what the tower gets."""
         if inputs[self.pixels].dim() != 3:
             return [self]
-        layouts = [copy.copy(self) for _ in PATCH_AXES]
-        for layout, axes in zip(layouts, PATCH_AXES, strict=True):
-            layout.order = PatchOrder(axes)
-        return layouts
+        return [_copy(self, order=PatchOrder(axes)) for axes in PATCH_AXES]
 
     @property
     def fixed_rows(self):
@@ -114,18 +103,19 @@ class Grid(Layout):
         return "patch_attention_mask" not in self.names
 
     def split(self, inputs, tokens):
-        """As [`Layout.split`]; tokens `(images, tokens, dim)`."""
-        pixel_values = inputs[self.pixels]
+        """As [`Layout.split`]; tokens `(images, tokens, dim)`, or those of all pictures in one row."""
+        pixel_values = inputs[self.pixels].detach()
         if self.order is not None and pixel_values.dim() == 3:
             side = math.isqrt(pixel_values.shape[1])
-            pictures = [unpack_patches(own, (1, side, side), self.patch, self.order)[0, 0] for own in pixel_values]
-            pixel_values = torch.stack(pictures)
+            pixel_values = torch.stack(
+                [join_patches(own, (side, side), self.patch, self.order) for own in pixel_values]
+            )
         if pixel_values.dim() != 4 or pixel_values.shape[1] != 3:
             raise ValueError(
                 f"The vision tower was called with `{self.pixels}` of shape {tuple(pixel_values.shape)}; the feedback "
                 f"expects (images, 3, height, width)."
             )
-        if tokens.dim() == 2 and len(tokens) % len(pixel_values) == 0:  # those of all pictures in one row
+        if tokens.dim() == 2 and len(tokens) % len(pixel_values) == 0:
             tokens = tokens.unflatten(0, (len(pixel_values), -1))
         if tokens.dim() != 3 or len(tokens) != len(pixel_values):
             raise ValueError(
@@ -134,26 +124,22 @@ class Grid(Layout):
             )
         mask = inputs.get("patch_attention_mask")
         if mask is None:
-            positions = grid_positions(*_grid_of(tokens.shape[1], pixel_values.shape[-2:]), tokens.device)
-            pairs = zip(tokens, pixel_values.detach(), strict=True)
-            return [View(own, picture, index, positions=positions) for index, (own, picture) in enumerate(pairs)]
+            return _views(tokens, pixel_values)
         mask = mask.view(len(mask), -1, mask.shape[-1]).bool()
         sizes = torch.stack([mask.any(2).sum(1), mask.any(1).sum(1)], dim=1).tolist()
-        side = [length // cells for length, cells in zip(pixel_values.shape[-2:], mask.shape[1:], strict=True)]
-        views = []
-        for index, (rows, columns) in enumerate(sizes):
-            own = tokens[index]
-            if len(own) == mask[index].numel():
-                own = own.unflatten(0, mask.shape[1:])[:rows, :columns].flatten(0, 1)
-            picture = pixel_values[index, :, : rows * side[0], : columns * side[1]].detach()
-            places = grid_positions(*_grid_of(len(own), picture.shape[-2:]), own.device)
-            views.append(View(own, picture, index, positions=places))
-        return views
+        height, width = (
+            length // cells for length, cells in zip(pixel_values.shape[-2:], mask.shape[1:], strict=True)
+        )
+        if tokens.shape[1] == mask[0].numel():
+            tokens = tokens.unflatten(1, mask.shape[1:])
+            tokens = [own[:rows, :columns].flatten(0, 1) for own, (rows, columns) in zip(tokens, sizes, strict=True)]
+        pairs = zip(pixel_values, sizes, strict=True)
+        return _views(tokens, [own[:, : rows * height, : columns * width] for own, (rows, columns) in pairs])
 
     def pack(self, pictures):
         """As [`Layout.pack`]; all of one size."""
         if self.order is not None:
-            pictures = [pack_patches(picture, self.patch, self.order, 1) for picture in pictures]
+            pictures = [pack_patches(picture, self.patch, self.order) for picture in pictures]
         return {self.pixels: torch.stack(pictures)}
 
 
@@ -170,8 +156,7 @@ class Packed(Layout):
         super().__init__(tower)
         self.grid_name = next(name for name in self.names if name in PACKED_NAMES)
         # As measured: the order of a patch's values, None for the usual one, and tokens that the tower adds.
-        self.order = None
-        self.row_ends = self.picture_ends = 0
+        self.order, self.row_ends, self.picture_ends = None, 0, 0
         # Shape of a patch's values and whether a batch dimension stands before, as in the last call, for `pack`.
         self.values = (3, self.patch, self.patch)
         self.batched = False
@@ -196,17 +181,12 @@ class Packed(Layout):
         usual = self._usual_order()
         axes = [usual.axes] if len(self.values) == 3 else PATCH_AXES
         merges = dict.fromkeys((usual.merge, 1, self.merge))
-        layouts = []
-        for own_axes, merge in product(axes, merges):
-            layout = copy.copy(self)
-            layout.order = PatchOrder(own_axes, merge)
-            layout.row_ends, layout.picture_ends = ends
-            layouts.append(layout)
-        return layouts
+        orders = [PatchOrder(*own) for own in product(axes, merges)]
+        return [_copy(self, order=order, row_ends=ends[0], picture_ends=ends[1]) for order in orders]
 
     def _usual_order(self):
         if len(self.values) == 3:
-            return PatchOrder("cyx" if self.values[0] == 3 else "yxc")
+            return CHANNELS_FIRST if self.values[0] == 3 else CHANNELS_LAST
         return PatchOrder("ctyx", self.merge)
 
     def _grids(self, inputs):
@@ -274,17 +254,16 @@ class Packed(Layout):
             places = grid_positions(h // merge, w // merge + self.row_ends, device)
             before = self.picture_ends // 2
             return F.pad(places.T, (before, self.picture_ends - before)).T
-        return _packed_positions(count, h, w, token_merge, device)
+        return token_positions(count, (h, w), device, token_merge)
 
     def pack(self, pictures):
-        """As [`Layout.pack`]."""
         side = self._side
         depth = math.prod(self.values) // (3 * side * side)
         order = self.order or self._usual_order()
         patches = torch.cat([pack_patches(picture, side, order, depth) for picture in pictures])
         patches = patches.unflatten(1, self.values)
         patches = patches[None] if self.batched else patches
-        sizes = [(1, p.shape[1] // side, p.shape[2] // side) for p in pictures]
+        sizes = [(1, *grid_in(picture, side)) for picture in pictures]
         if self.grid_name == "image_grid_hw":
             sizes = [size[1:] for size in sizes]
         inputs = {self.pixels: patches, self.grid_name: torch.tensor(sizes, device=patches.device)}
@@ -303,21 +282,15 @@ class Pixtral(Layout):
             sizes = [pixel_values.shape[-2:]] * len(pixel_values)
         sizes = torch.as_tensor(sizes).tolist()
         grids = [(height // self.patch, width // self.patch) for height, width in sizes]
-        flat = tokens.flatten(0, -2)
-        pieces = flat.split(_lengths(grids, len(flat), f"`image_sizes` {sizes}"))
-        views = []
-        for index, (own, grid, picture) in enumerate(zip(pieces, grids, pixel_values, strict=True)):
-            height, width = (cells * self.patch for cells in grid)
-            places = grid_positions(*_grid_of(len(own), (height, width)), own.device)
-            views.append(View(own, picture[:, :height, :width], index, positions=places))
-        return views
+        pairs = zip(pixel_values, grids, strict=True)
+        pictures = [own[:, : rows * self.patch, : columns * self.patch] for own, (rows, columns) in pairs]
+        return _views(deal_out(tokens, grids, f"`image_sizes` {sizes}"), pictures)
 
     def pack(self, pictures):
-        """As [`Layout.pack`]."""
-        sizes = [picture.shape[-2:] for picture in pictures]
+        sizes = [list(picture.shape[-2:]) for picture in pictures]
         height, width = (max(side) for side in zip(*sizes, strict=True))
         padded = [F.pad(p, (0, width - p.shape[2], 0, height - p.shape[1])) for p in pictures]
-        return {self.pixels: torch.stack(padded), "image_sizes": torch.tensor([list(size) for size in sizes])}
+        return {self.pixels: torch.stack(padded), "image_sizes": torch.tensor(sizes)}
 
 
 class PaddedPatches(Layout):
@@ -327,36 +300,21 @@ class PaddedPatches(Layout):
 
     def split(self, inputs, tokens):
         """As [`Layout.split`]; tokens `(images, patches, dim)` padded alike, or those of all pictures in one row."""
-        patches = inputs[self.pixels].detach()
-        grids = self._grids(inputs)
-        padded = tokens.dim() == 3 and tokens.shape[:2] == patches.shape[:2]
-        if padded:
-            pieces = [own[: rows * columns] for own, (rows, columns) in zip(tokens, grids, strict=True)]
-        else:
-            flat = tokens.flatten(0, -2)
-            pieces = flat.split(_lengths(grids, len(flat), f"`{self.sizes}` {grids}"))
-        views = []
-        for index, (own, row, (rows, columns)) in enumerate(zip(pieces, patches, grids, strict=True)):
-            picture = row[: rows * columns].unflatten(0, (rows, columns)).unflatten(2, (self.patch, self.patch, 3))
-            picture = picture.permute(4, 0, 2, 1, 3).flatten(3, 4).flatten(1, 2)
-            places = grid_positions(*_grid_of(len(own), picture.shape[-2:]), own.device)
-            views.append(View(own, picture, index, positions=places))
-        return views
+        patches, grids = inputs[self.pixels].detach(), self._grids(inputs)
+        pairs = zip(patches, grids, strict=True)
+        pictures = [join_patches(own[: math.prod(grid)], grid, self.patch, CHANNELS_LAST) for own, grid in pairs]
+        if tokens.dim() == 3 and tokens.shape[:2] == patches.shape[:2]:
+            return _views([own[: math.prod(grid)] for own, grid in zip(tokens, grids, strict=True)], pictures)
+        return _views(deal_out(tokens, grids, f"`{self.sizes}` {grids}"), pictures)
 
     def _grids(self, inputs):
         return torch.as_tensor(inputs["spatial_shapes"]).tolist()
 
     def pack(self, pictures):
-        """As [`Layout.pack`]."""
-        side = self.patch
-        grids = [(picture.shape[1] // side, picture.shape[2] // side) for picture in pictures]
-        longest = max(rows * columns for rows, columns in grids)
-        patches = []
-        for picture, (rows, columns) in zip(pictures, grids, strict=True):
-            cut = picture.unflatten(2, (columns, side)).unflatten(1, (rows, side)).permute(1, 3, 2, 4, 0)
-            cut = cut.flatten(2).flatten(0, 1)
-            patches.append(F.pad(cut, (0, 0, 0, longest - len(cut))))
-        return {self.pixels: torch.stack(patches), **self._places(grids, longest, pictures[0].device)}
+        grids = [grid_in(picture, self.patch) for picture in pictures]
+        patches = [pack_patches(picture, self.patch, CHANNELS_LAST) for picture in pictures]
+        packed = nn.utils.rnn.pad_sequence(patches, batch_first=True)
+        return {self.pixels: packed, **self._places(grids, packed.shape[1], packed.device)}
 
     def _places(self, grids, longest, device):
         counts = torch.tensor([rows * columns for rows, columns in grids], device=device)
@@ -378,8 +336,8 @@ class PositionedPatches(PaddedPatches):
     def _places(self, grids, longest, device):
         places = torch.full((len(grids), longest, 2), -1, device=device)
         for index, (rows, columns) in enumerate(grids):
-            y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-            places[index, : rows * columns] = torch.stack([x, y], dim=-1).flatten(0, 1).to(device)
+            cells = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).view(-1, 2)
+            places[index, : rows * columns] = cells.flip(1).to(device)
         return {"pixel_position_ids": places}
 
 
@@ -388,29 +346,17 @@ class Strip(Layout):
 
     def split(self, inputs, tokens):
         """As [`Layout.split`]; tokens `(1, tokens of all pictures, dim)`."""
-        strip = inputs[self.pixels].detach()
         grids = torch.as_tensor(inputs["target_sizes"]).tolist()
-        flat = tokens.flatten(0, -2)
-        pieces = flat.split(_lengths(grids, len(flat), f"`target_sizes` {grids}"))
-        columns_of_all = strip[0].split([rows * columns * self.patch for rows, columns in grids], dim=2)
-        views = []
-        for index, (own, piece, (rows, columns)) in enumerate(zip(pieces, columns_of_all, grids, strict=True)):
-            picture = piece.unflatten(2, (rows, columns, self.patch)).permute(0, 2, 1, 3, 4).flatten(3).flatten(1, 2)
-            places = grid_positions(*_grid_of(len(own), picture.shape[-2:]), own.device)
-            views.append(View(own, picture, index, positions=places))
-        return views
+        patches = inputs[self.pixels][0].detach().unflatten(2, (-1, self.patch)).movedim(2, 0)
+        pairs = zip(patches.split([rows * columns for rows, columns in grids]), grids, strict=True)
+        pictures = [join_patches(own, grid, self.patch, CHANNELS_FIRST) for own, grid in pairs]
+        return _views(deal_out(tokens, grids, f"`target_sizes` {grids}"), pictures)
 
     def pack(self, pictures):
-        """As [`Layout.pack`]."""
-        grids = [(p.shape[1] // self.patch, p.shape[2] // self.patch) for p in pictures]
-        strips = [
-            picture.unflatten(1, (rows, -1)).transpose(1, 2).flatten(2)
-            for picture, (rows, _) in zip(pictures, grids, strict=True)
-        ]
-        return {
-            self.pixels: torch.cat(strips, dim=2)[None],
-            "target_sizes": torch.tensor(grids, device=pictures[0].device),
-        }
+        patches = torch.cat([pack_patches(picture, self.patch, CHANNELS_FIRST) for picture in pictures])
+        strip = patches.unflatten(1, (3, self.patch, self.patch)).movedim(0, 2).flatten(2)
+        grids = torch.tensor([grid_in(picture, self.patch) for picture in pictures], device=strip.device)
+        return {self.pixels: strip[None], "target_sizes": grids}
 
 
 class AttendingTiles(Layout):
@@ -432,30 +378,25 @@ class AttendingTiles(Layout):
             for place, ratio in enumerate(ids):
                 if not ratio:  # padding
                     continue
-                rows, columns = self.config.supported_aspect_ratios[ratio - 1]
-                tiles = pixel_values[row, place, : rows * columns].unflatten(0, (rows, columns))
-                picture = tiles.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
-                views.append(View(tokens[row, place, : rows * columns].flatten(0, 1), picture, len(views)))
+                grid = self.config.supported_aspect_ratios[ratio - 1]
+                tiles, own = (values[row, place, : math.prod(grid)] for values in (pixel_values, tokens))
+                picture = join_patches(tiles, grid, tiles.shape[-1], CHANNELS_FIRST)
+                views.append(View(own.flatten(0, 1), picture, len(views)))
         return views
 
     def pack(self, pictures):
         """As [`Layout.pack`]; pictures are whole tiles in one of the supported arrangements."""
-        side = _one(self.config.image_size)
+        side, device = _one(self.config.image_size), pictures[0].device
         ratios = [tuple(ratio) for ratio in self.config.supported_aspect_ratios]
-        most = max(rows * columns for rows, columns in ratios)
-        tiles, ids, mask = [], [], []
-        for picture in pictures:
-            grid = picture.shape[1] // side, picture.shape[2] // side
-            cut = picture.unflatten(2, (grid[1], side)).unflatten(1, (grid[0], side)).permute(1, 3, 0, 2, 4)
-            cut = cut.flatten(0, 1)
-            tiles.append(F.pad(cut, (0, 0, 0, 0, 0, 0, 0, most - len(cut))))
-            ids.append([ratios.index(grid) + 1])
-            mask.append([[1] * len(cut) + [0] * (most - len(cut))])
-        device = pictures[0].device
+        grids = [grid_in(picture, side) for picture in pictures]
+        most = max(map(math.prod, ratios))
+        tiles = [pack_patches(picture, side, CHANNELS_FIRST).unflatten(1, (3, side, side)) for picture in pictures]
+        tiles = [F.pad(own, (0, 0) * 3 + (0, most - len(own))) for own in tiles]
+        counts = torch.tensor([[math.prod(grid)] for grid in grids], device=device)
         return {
             self.pixels: torch.stack(tiles)[:, None],
-            "aspect_ratio_ids": torch.tensor(ids, device=device),
-            "aspect_ratio_mask": torch.tensor(mask, device=device),
+            "aspect_ratio_ids": torch.tensor([[ratios.index(grid) + 1] for grid in grids], device=device),
+            "aspect_ratio_mask": (torch.arange(most, device=device) < counts[..., None]).long(),
         }
 
 
@@ -494,49 +435,6 @@ def layout_of(tower) -> Layout:
     return Grid(tower)
 
 
-def unpack_patches(patches, grid, side, order):
-    """
-    Puts the patches of one picture or video together.
-
-    Args:
-        patches (`torch.Tensor`): Shape `(t * h * w, ...)`: the values of each patch.
-        grid (`tuple[int, int, int]`): Steps of time, rows and columns `t`, `h`, `w`.
-        side (`int`): Side of a patch, in pixels.
-        order (`PatchOrder`): How the values follow each other.
-
-    Returns:
-        `torch.Tensor`: Frames, shape `(t, T, 3, h * side, w * side)`; `T` is the depth of a patch in time.
-    """
-    t, h, w = grid
-    depth = patches[0].numel() // (3 * side * side)
-    axes, sizes = _axes(order, grid, side, depth)
-    order_of_picture = [axes.index(axis) for axis in _PICTURE if axis in axes]
-    frames = patches.reshape([sizes[axis] for axis in axes]).permute(order_of_picture)
-    return frames.reshape(t, depth, 3, h * side, w * side)
-
-
-def pack_patches(picture, side, order, depth):
-    """Undoes [`unpack_patches`] for one picture `(3, height, width)`, shown `depth` times: `(h * w, 3 depth p^2)`."""
-    h, w = picture.shape[1] // side, picture.shape[2] // side
-    axes, sizes = _axes(order, (1, h, w), side, depth)
-    own = [axis for axis in _PICTURE if axis in axes]
-    values = picture.expand(depth, *picture.shape).reshape([sizes[axis] for axis in own])
-    return values.permute([own.index(axis) for axis in axes]).reshape(h * w, -1)
-
-
-# Axes of pictures in patches: steps of time, depth in time, channels; blocks, patches of a block and pixels, down and
-# across.
-_PICTURE = "TtcHiyWjx"
-
-
-def _axes(order, grid, side, depth):
-    """Returns the axes of packed patches, from the outside in, and the size of each."""
-    t, h, w = grid
-    m = order.merge
-    sizes = {"T": t, "H": h // m, "W": w // m, "i": m, "j": m, "c": 3, "t": depth, "y": side, "x": side}
-    return "THWij" + order.axes, sizes
-
-
 def _in_blocks(tokens) -> bool:
     """Whether tokens come in blocks, `(blocks, tokens of a block, dim)` (Kimi)."""
     return tokens.dim() == 3 and tokens.shape[0] > 1
@@ -547,44 +445,20 @@ def _unbatched(patches):
     return patches.squeeze(0) if patches.dim() in (3, 5) else patches
 
 
-def grid_positions(rows, columns, device=None):
-    """Returns the centres of a grid's cells in raster order as fractions, `(rows * columns, 2)`; None for no grid."""
-    if not rows or not columns:
-        return None
-    y = (torch.arange(rows, device=device) + 0.5) / rows
-    x = (torch.arange(columns, device=device) + 0.5) / columns
-    return torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flatten(0, 1)
+def _views(pieces, pictures):
+    """Returns the views of pictures and their tokens, which lie in a grid of the picture's proportions if they can."""
+    views = []
+    for index, (own, picture) in enumerate(zip(pieces, pictures, strict=True)):
+        positions = token_positions(len(own), picture.shape[-2:], own.device)
+        views.append(View(own, picture, index, positions=positions))
+    return views
 
 
-def _packed_positions(count, h, w, merge, device):
-    """Returns the positions of `count` tokens of a picture of `h x w` patches that follow each other in blocks."""
-    if count != h * w:
-        return grid_positions(*_grid_of(count, (h, w)), device)
-    places = grid_positions(h, w, device).view(h // merge, merge, w // merge, merge, 2)
-    return places.transpose(1, 2).reshape(count, 2)
-
-
-def _grid_of(count, size):
-    """Returns rows and columns of `count` tokens of a picture of `size` (height, width); zeros if they are no grid."""
-    height, width = size
-    rows = round(math.sqrt(count * height / width)) if width else 0
-    columns = count // rows if rows else 0
-    return (rows, columns) if rows * columns == count else (0, 0)
-
-
-def _lengths(grids, count, what):
-    """Returns how many of `count` tokens belong to each picture, in proportion to its patches."""
-    cells = [rows * columns for rows, columns in grids]
-    ratio = sum(cells) / max(count, 1)
-    ends = [round(total / ratio) for total in accumulate(cells)]
-    lengths = [end - start for start, end in pairwise([0, *ends])]
-    exact = all(math.isclose(cell, length * ratio) for cell, length in zip(cells, lengths, strict=True))
-    if sum(lengths) != count or not exact:
-        raise ValueError(
-            f"The vision tower gave {count} tokens of {sum(cells)} patches ({what}); the feedback expects the same "
-            f"number of patches for each token."
-        )
-    return lengths
+def _copy(layout, **measured):
+    """Returns a layout like another, with attributes as they were measured."""
+    layout = copy.copy(layout)
+    vars(layout).update(measured)
+    return layout
 
 
 def _one(value) -> int:

@@ -10,7 +10,7 @@ from torch.nn.functional import interpolate
 from torch.utils.checkpoint import checkpoint
 
 from deem_plugin.feedback import Conditioner, DiffusionFeedback
-from deem_plugin.feedback.synchroniser import UNetSynchroniser, cell_centres, skip_features
+from deem_plugin.feedback.synchroniser import UNetSynchroniser, skip_features
 from deem_plugin.models.official import convert_names
 from deem_plugin.vision import DeemVisionConfig, DeemVisionTower
 from deem_plugin.vision.grids import sincos_position_embedding
@@ -320,12 +320,6 @@ def test_skip_features_are_those_that_the_unet_makes():
 
     shapes = [shape for group in reversed(made) for shape in group]
     assert [(channels, 16 >> level) for channels, level in skip_features(unet.config)] == [s[1:3] for s in shapes]
-
-
-def test_cell_centres_run_row_by_row():
-    expected = torch.tensor([[[0.25, 0.25], [0.75, 0.25], [0.25, 0.75], [0.75, 0.75]]])
-
-    torch.testing.assert_close(cell_centres(2, 2), expected)
 
 
 def test_another_unet_is_refused():

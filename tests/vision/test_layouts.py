@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from deem_plugin.vision.layouts import AttendingTiles, PatchOrder, layout_of
+from deem_plugin.vision.layouts import AttendingTiles, layout_of
+from deem_plugin.vision.patches import PatchOrder, grid_positions
 
 
 class GridTower(nn.Module):
@@ -242,3 +243,10 @@ def test_tokens_that_no_picture_has_are_refused():
     layout = make(PixtralTower)
     with pytest.raises(ValueError, match="31 tokens of 32 patches"):
         layout.split(layout.pack([torch.rand(3, 16, 16), torch.rand(3, 16, 16)]), torch.zeros(1, 31, 8))
+
+
+def test_cells_are_numbered_row_by_row_or_by_blocks():
+    rows = grid_positions(2, 4).tolist()
+
+    assert rows[:2] == [[0.25, 0.125], [0.25, 0.375]] and rows[4] == [0.75, 0.125]
+    assert grid_positions(2, 4, merge=2).tolist() == [rows[index] for index in (0, 1, 4, 5, 2, 3, 6, 7)]
