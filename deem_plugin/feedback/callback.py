@@ -9,7 +9,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..vision.towers import without_peft
 from .checkpoint import read_conditioner, save_conditioner
-from .config import FeedbackConfig, RossConfig, weight_at
+from .config import FeedbackConfig, RossConfig
 from .factory import build_feedback
 from .offload import pin
 from .reporting import Reporter
@@ -211,7 +211,7 @@ class DiffusionFeedbackCallback(TrainerCallback):
             scaler = getattr(optimizer, "scaler", None)
             # Under fp16 the gradients of the loss are scaled; those of the feedback must be scaled alike.
             loss_scale = scaler.get_scale() if scaler is not None else 1.0
-        scale = weight_at(self.config, state.global_step) / conversations * loss_scale
+        scale = self.config.weight / conversations * loss_scale
         self.hook.state = StepState(scale, step_seed(self.config.seed, state.global_step, args.process_index))
 
     def on_step_end(self, args, state, control, **kwargs):

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 from .quantization import QUANTIZATIONS
 
-TIMESTEP_SAMPLINGS = ("shrink", "uniform", "logit_normal", "stratified")
-LOSS_WEIGHTINGS = ("uniform", "min_snr", "cosmap")
+TIMESTEP_SAMPLINGS = ("shrink", "uniform", "logit_normal")
+LOSS_WEIGHTINGS = ("uniform", "min_snr")
 CONDITIONS = ("queries", "queries+dense", "patches", "cls", "cls+patches")
 OBJECTIVES = ("mse", "contrastive")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -42,15 +42,15 @@ class DiffusionModelConfig:
             Folder that `deem cache-latents` has filled. Pictures are then looked up there and never encoded.
     """
 
-    path: str | None = field(default=None, metadata={"help": "Folder or hub id of the frozen diffusion model."})
-    dtype: str = field(default="float32", metadata={"help": f"Precision of the denoiser: {', '.join(DTYPES)}."})
-    image_size: int | None = field(default=None, metadata={"help": "Side of what is restored, in pixels."})
-    quantization: str | None = field(default=None, metadata={"help": f"One of {', '.join(QUANTIZATIONS)}."})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute the denoiser's activations."})
-    cpu_offload: bool = field(default=False, metadata={"help": "Keep it on the CPU between feedbacks."})
-    channels_last: bool = field(default=False, metadata={"help": "Lay convolutions out channel by channel."})
-    compile: bool = field(default=False, metadata={"help": "Compile the denoiser alone."})
-    latent_cache: str | None = field(default=None, metadata={"help": "Folder that `deem cache-latents` has filled."})
+    path: str | None = None
+    dtype: str = "float32"
+    image_size: int | None = None
+    quantization: str | None = None
+    gradient_checkpointing: bool = False
+    cpu_offload: bool = False
+    channels_last: bool = False
+    compile: bool = False
+    latent_cache: str | None = None
 
     def __post_init__(self):
         _check_choice("dtype", self.dtype, DTYPES)
@@ -82,21 +82,17 @@ class ConditionConfig:
         num_queries (`int`, *optional*, defaults to `77`):
             Of `queries`: context tokens that the conditioner makes of the visual tokens. A tower that resamples
             already (the DEEM preset) gives its own queries and ignores this.
-        resampler_dim (`int`, *optional*, defaults to `768`):
-            Width of the conditioner's resampler.
-        resampler_layers (`int`, *optional*, defaults to `2`):
-            Layers of the conditioner's resampler.
-        resampler_heads (`int`, *optional*, defaults to `12`):
-            Attention heads of the conditioner's resampler.
+        resampler_dim, resampler_layers, resampler_heads (`int`, *optional*, defaults to 768, 2 and 12):
+            Width, layers and attention heads of the conditioner's resampler.
     """
 
-    kind: str = field(default="queries", metadata={"help": f"One of {', '.join(CONDITIONS)}."})
-    num_patches: int | None = field(default=None, metadata={"help": "Random patches of `cls+patches`."})
-    prompt: str | None = field(default=None, metadata={"help": "A fixed text that the visual tokens are added to."})
-    num_queries: int = field(default=77, metadata={"help": "Context tokens made of the visual tokens."})
-    resampler_dim: int = field(default=768, metadata={"help": "Width of the conditioner's resampler."})
-    resampler_layers: int = field(default=2, metadata={"help": "Layers of the conditioner's resampler."})
-    resampler_heads: int = field(default=12, metadata={"help": "Attention heads of the conditioner's resampler."})
+    kind: str = "queries"
+    num_patches: int | None = None
+    prompt: str | None = None
+    num_queries: int = 77
+    resampler_dim: int = 768
+    resampler_layers: int = 2
+    resampler_heads: int = 12
 
     def __post_init__(self):
         _check_choice("condition.kind", self.kind, CONDITIONS)
@@ -124,9 +120,9 @@ class ObjectiveConfig:
         kind (`str`, *optional*, defaults to `"mse"`):
             `mse`, the denoising error, or `contrastive`, DCR's loss against the conditions of other pictures.
         timestep_sampling (`str`, *optional*, defaults to `"shrink"`):
-            One of `shrink`, `uniform`, `logit_normal`, `stratified` (see `deem_plugin.feedback.timesteps`).
+            One of `shrink`, `uniform`, `logit_normal` (see `deem_plugin.feedback.timesteps`).
         loss_weighting (`str`, *optional*, defaults to `"uniform"`):
-            How much the error counts at each timestep: `uniform`, `min_snr` (DDPM) or `cosmap` (flow), see
+            How much the error counts at each timestep: `uniform` or `min_snr` (DDPM alone), see
             `deem_plugin.feedback.weighting`.
         draws_per_image (`int`, *optional*, defaults to `1`):
             Noises and timesteps drawn for each picture, whose errors are averaged.
@@ -134,11 +130,11 @@ class ObjectiveConfig:
             Of `contrastive`: other pictures that each one is held against; by default all of the micro-batch.
     """
 
-    kind: str = field(default="mse", metadata={"help": f"One of {', '.join(OBJECTIVES)}."})
-    timestep_sampling: str = field(default="shrink", metadata={"help": f"One of {', '.join(TIMESTEP_SAMPLINGS)}."})
-    loss_weighting: str = field(default="uniform", metadata={"help": f"One of {', '.join(LOSS_WEIGHTINGS)}."})
-    draws_per_image: int = field(default=1, metadata={"help": "Noises and timesteps drawn for each picture."})
-    num_negatives: int | None = field(default=None, metadata={"help": "Other pictures that each is held against."})
+    kind: str = "mse"
+    timestep_sampling: str = "shrink"
+    loss_weighting: str = "uniform"
+    draws_per_image: int = 1
+    num_negatives: int | None = None
 
     def __post_init__(self):
         _check_choice("objective.kind", self.kind, OBJECTIVES)
@@ -155,8 +151,36 @@ class ObjectiveConfig:
             )
 
 
+@dataclass(kw_only=True)
+class FeedbackSettings:
+    """
+    What both kinds of feedback say of when and how strongly.
+
+    Args:
+        weight (`float`, *optional*, defaults to `5.0`):
+            Factor on the feedback loss (lambda of the paper). `0` computes nothing.
+        in_eval (`bool`, *optional*, defaults to `False`):
+            Whether evaluation computes and logs `eval_feedback_loss` too.
+        image_mean, image_std (`list[float]`, *optional*):
+            The normalisation of `pixel_values`. By default the processor's own.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the initial weights of what trains along and of the noise; no global generator is touched.
+    """
+
+    weight: float = 5.0
+    in_eval: bool = False
+    image_mean: list[float] | None = None
+    image_std: list[float] | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        _check_factor("weight", self.weight)
+        if (self.image_mean is None) != (self.image_std is None):
+            raise ValueError("Give both `image_mean` and `image_std`, or neither (then the processor's are used).")
+
+
 @dataclass
-class FeedbackConfig:
+class FeedbackConfig(FeedbackSettings):
     """
     Settings of the diffusion feedback (DEEM, https://arxiv.org/abs/2405.15232, Eq. 5): which diffusion model restores
     pictures, from what, by which loss; and, here, when and how strongly.
@@ -168,10 +192,6 @@ class FeedbackConfig:
         diffusion_model (`DiffusionModelConfig`): The frozen diffusion model.
         condition (`ConditionConfig`, *optional*): What it is shown.
         objective (`ObjectiveConfig`, *optional*): Which of its errors is the loss.
-        weight (`float`, *optional*, defaults to `5.0`):
-            Factor on the feedback loss (lambda of the paper). `0` computes nothing.
-        warmup_steps (`int`, *optional*, defaults to `0`):
-            Optimizer steps over which the factor grows from near 0 to `weight`, linearly.
         max_views_per_image (`int`, *optional*):
             Tiles or frames of an image that are restored in a step, drawn at random; its thumbnail is always kept, and
             the loss is the mean over all of them in expectation. By default all are.
@@ -182,42 +202,26 @@ class FeedbackConfig:
             Freezes the tower and trains the conditioner alone: the first of GenHancer's and DCR's two stages.
         conditioner (`str`, *optional*):
             Folder with the `feedback.safetensors` to start from; by default that of the model, if it has one.
-        in_eval (`bool`, *optional*, defaults to `False`):
-            Whether evaluation computes and logs `eval_feedback_loss` too.
-        image_mean (`list[float]`, *optional*), image_std (`list[float]`, *optional*):
-            The normalisation of `pixel_values`. By default the processor's own.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the conditioner's initial weights and of the noise; no global generator is touched.
+        weight, in_eval, image_mean, image_std, seed: As in [`FeedbackSettings`].
 
     Example:
 
         FeedbackConfig(diffusion_model=DiffusionModelConfig("path/or/hub-id", dtype="bfloat16"), weight=5.0)
     """
 
-    diffusion_model: DiffusionModelConfig = field(
-        default_factory=DiffusionModelConfig, metadata={"help": "The frozen diffusion model."}
-    )
-    condition: ConditionConfig = field(default_factory=ConditionConfig, metadata={"help": "What it is shown."})
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig, metadata={"help": "What the loss is."})
-    weight: float = field(default=5.0, metadata={"help": "Factor on the feedback loss. 0 computes nothing."})
-    warmup_steps: int = field(default=0, metadata={"help": "Optimizer steps over which the factor grows."})
-    max_views_per_image: int | None = field(default=None, metadata={"help": "Tiles or frames restored of an image."})
-    anchor_weight: float = field(default=0.0, metadata={"help": "Factor on the distance to the tower as it was."})
-    conditioner_only: bool = field(default=False, metadata={"help": "Train the conditioner on a frozen tower."})
-    conditioner: str | None = field(default=None, metadata={"help": "Folder of the conditioner to start from."})
-    in_eval: bool = field(default=False, metadata={"help": "Compute and log `eval_feedback_loss` in evaluation."})
-    image_mean: list[float] | None = field(default=None, metadata={"help": "Mean of `pixel_values` (RGB)."})
-    image_std: list[float] | None = field(default=None, metadata={"help": "Standard deviation of `pixel_values`."})
-    seed: int = field(default=0, metadata={"help": "Seed of the conditioner's weights and of the noise."})
+    diffusion_model: DiffusionModelConfig = field(default_factory=DiffusionModelConfig)
+    condition: ConditionConfig = field(default_factory=ConditionConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    max_views_per_image: int | None = None
+    anchor_weight: float = 0.0
+    conditioner_only: bool = False
+    conditioner: str | None = None
 
     def __post_init__(self):
-        for name, cls in (
-            ("diffusion_model", DiffusionModelConfig),
-            ("condition", ConditionConfig),
-            ("objective", ObjectiveConfig),
-        ):
-            _check_class(name, getattr(self, name), cls)
-        _check_strength(self)
+        super().__post_init__()
+        _check_class("diffusion_model", self.diffusion_model, DiffusionModelConfig)
+        _check_class("condition", self.condition, ConditionConfig)
+        _check_class("objective", self.objective, ObjectiveConfig)
         _check_factor("anchor_weight", self.anchor_weight)
         _check_at_least_1("max_views_per_image", self.max_views_per_image)
         if self.conditioner_only and self.anchor_weight:
@@ -256,7 +260,7 @@ def _ross_objective() -> ObjectiveConfig:
 
 
 @dataclass
-class RossConfig:
+class RossConfig(FeedbackSettings):
     """
     Settings of feedback at the language model's own outputs for a picture's tokens (ROSS,
     https://arxiv.org/abs/2410.09575), from which a small denoiser that trains along restores the picture's latents.
@@ -267,30 +271,23 @@ class RossConfig:
         autoencoder (`str`): Folder or hub id of a diffusion model, whose autoencoder alone is read.
         token_cells (`int`, *optional*, defaults to `2`):
             Side of the block of latent cells that each token restores.
-        width (`int`, *optional*, defaults to `1024`), layers (`int`, *optional*, defaults to `3`), heads (`int`,
-            *optional*, defaults to `16`): Shape of the small denoiser.
+        width, layers, heads (`int`, *optional*, defaults to 1024, 3 and 16): Shape of the small denoiser.
         objective (`ObjectiveConfig`, *optional*): Timesteps, draws and weights of its error; `mse` only.
-        weight (`float`, *optional*, defaults to `1.0`): Factor on the feedback loss. `0` computes nothing.
-        warmup_steps, in_eval, image_mean, image_std: As in [`FeedbackConfig`].
-        seed (`int`, *optional*, defaults to `0`): Seed of the denoiser's initial weights and of the noise.
+        weight (`float`, *optional*, defaults to `1.0`), in_eval, image_mean, image_std, seed:
+            As in [`FeedbackSettings`].
     """
 
-    autoencoder: str | None = field(default=None, metadata={"help": "Diffusion model whose autoencoder is read."})
-    token_cells: int = field(default=2, metadata={"help": "Side of the block of latents that a token restores."})
-    width: int = field(default=1024, metadata={"help": "Width of the small denoiser."})
-    layers: int = field(default=3, metadata={"help": "Layers of the small denoiser."})
-    heads: int = field(default=16, metadata={"help": "Attention heads of the small denoiser."})
-    objective: ObjectiveConfig = field(default_factory=_ross_objective, metadata={"help": "What the loss is."})
-    weight: float = field(default=1.0, metadata={"help": "Factor on the feedback loss. 0 computes nothing."})
-    warmup_steps: int = field(default=0, metadata={"help": "Optimizer steps over which the factor grows."})
-    in_eval: bool = field(default=False, metadata={"help": "Compute and log `eval_feedback_loss` in evaluation."})
-    image_mean: list[float] | None = field(default=None, metadata={"help": "Mean of `pixel_values` (RGB)."})
-    image_std: list[float] | None = field(default=None, metadata={"help": "Standard deviation of `pixel_values`."})
-    seed: int = field(default=0, metadata={"help": "Seed of the denoiser's weights and of the noise."})
+    autoencoder: str | None = None
+    token_cells: int = 2
+    width: int = 1024
+    layers: int = 3
+    heads: int = 16
+    objective: ObjectiveConfig = field(default_factory=_ross_objective)
+    weight: float = field(default=1.0, kw_only=True)
 
     def __post_init__(self):
+        super().__post_init__()
         _check_class("objective", self.objective, ObjectiveConfig)
-        _check_strength(self)
         for name in ("token_cells", "width", "layers", "heads"):
             _check_at_least_1(name, getattr(self, name))
         _check_heads("width", self.width, "heads", self.heads)
@@ -303,23 +300,6 @@ class RossConfig:
                 "ROSS's feedback needs an autoencoder: set `autoencoder` to a folder or hub id of a diffusion model "
                 "in diffusers' layout, for example `RossConfig(autoencoder='path/or/hub-id')`."
             )
-
-
-def weight_at(config: FeedbackConfig | RossConfig, step: int) -> float:
-    """Returns the factor on the feedback loss at optimizer step `step` (from 0)."""
-    return config.weight * min(1.0, (step + 1) / max(config.warmup_steps, 1))
-
-
-def _check_strength(config):
-    """Raises on what both kinds of feedback say about when and how strongly."""
-    _check_factor("weight", config.weight)
-    if config.warmup_steps < 0:
-        raise ValueError(
-            f"`warmup_steps` must be zero (no ramp) or the ramp's length in optimizer steps, got "
-            f"{config.warmup_steps}."
-        )
-    if (config.image_mean is None) != (config.image_std is None):
-        raise ValueError("Give both `image_mean` and `image_std`, or neither (then the processor's are used).")
 
 
 def _check_factor(name, value):

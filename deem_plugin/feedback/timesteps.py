@@ -31,12 +31,5 @@ def logit_normal(batch_size, num_train_timesteps, *, generator=None, device=None
     return (position * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
 
 
-def stratified(batch_size, num_train_timesteps, *, generator=None, device=None):
-    """Draws one timestep from each of `batch_size` equal slices of the schedule, in random order."""
-    slices = torch.randperm(batch_size, generator=generator, device=device)
-    offsets = torch.rand(batch_size, generator=generator, device=device)
-    return ((slices + offsets) / batch_size * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
-
-
 # The names a recipe may use for `objective.timestep_sampling`. To add one, write a function above and list it here.
-TIMESTEP_SAMPLERS = {"shrink": shrink, "uniform": uniform, "logit_normal": logit_normal, "stratified": stratified}
+TIMESTEP_SAMPLERS = {"shrink": shrink, "uniform": uniform, "logit_normal": logit_normal}

@@ -27,7 +27,7 @@ def min_snr(process, timesteps):
     if isinstance(process, FlowProcess):
         raise ValueError(
             "`loss_weighting: min_snr` is for diffusion models with a DDPM noise schedule, and this one was trained "
-            "by flow matching. Set `objective.loss_weighting` to cosmap or uniform."
+            "by flow matching. Set `objective.loss_weighting` to uniform."
         )
     snr = compute_snr(process.scheduler, timesteps)
     clamped = snr.clamp(max=GAMMA)
@@ -37,23 +37,5 @@ def min_snr(process, timesteps):
     return clamped / divisor
 
 
-def cosmap(process, timesteps):
-    """
-    Returns the weights under which a flow counts its times as a cosine schedule would (SD3,
-    https://arxiv.org/abs/2403.03206, Sec. 3.1), `(batch,)`.
-
-    Raises:
-        ValueError: If the process is no flow.
-    """
-    from diffusers.training_utils import compute_loss_weighting_for_sd3
-
-    if not isinstance(process, FlowProcess):
-        raise ValueError(
-            "`loss_weighting: cosmap` is for diffusion models trained by flow matching, and this one has a DDPM noise "
-            "schedule. Set `objective.loss_weighting` to min_snr or uniform."
-        )
-    return compute_loss_weighting_for_sd3("cosmap", process.sigma(timesteps))
-
-
 # The names a recipe may use for `objective.loss_weighting`. To add one, write a function above and list it here.
-LOSS_WEIGHTINGS = {"uniform": uniform_weight, "min_snr": min_snr, "cosmap": cosmap}
+LOSS_WEIGHTINGS = {"uniform": uniform_weight, "min_snr": min_snr}

@@ -55,36 +55,23 @@ class ModelArguments:
         lora_full (`list[str]`, *optional*): Patterns of modules that train in full beside LoRA.
     """
 
-    model: str | None = field(default=None, metadata={"help": "Folder or hub id of a VLM with its processor."})
-    language_model: str | None = field(
-        default=None, metadata={"help": "Folder or hub id of a language model, to assemble a LLaVA."}
-    )
-    encoder: str | None = field(default=None, metadata={"help": "Folder or hub id of an encoder to train alone."})
-    vision_tower: str | None = field(
-        default=None, metadata={"help": "`deem`, `deem:<encoder>`, or nothing for the VLM's own tower."}
-    )
-    vision_pretrained: str | bool | None = field(
-        default=None, metadata={"help": "Weights of the tower's encoder: a tag of open_clip, a file, or `false`."}
-    )
-    image_size: int | None = field(default=None, metadata={"help": "Side of the tower's square input in pixels."})
-    num_queries: int | None = field(
-        default=None, metadata={"help": "Queries of the tower; 0 leaves the grid of patches."}
-    )
-    chat_template: str | None = field(default=None, metadata={"help": "Jinja file with the chat template."})
-    dtype: str = field(default="float32", metadata={"help": f"Precision of the weights: {', '.join(DTYPES)}."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "`sdpa`, `eager`, ..."})
-    freeze: list[str] = field(default_factory=list, metadata={"help": "Patterns of what is not trained."})
-    learning_rates: dict[str, float] = field(default_factory=dict, metadata={"help": "Pattern to learning rate."})
-    lora_r: int = field(default=0, metadata={"help": "Rank of LoRA; 0 is no LoRA."})
-    lora_alpha: int = field(default=32, metadata={"help": "LoRA's scale is lora_alpha / lora_r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before LoRA's matrices, in [0, 1)."})
-    lora_modules: list[str] = field(
-        default_factory=lambda: ["language_model"],
-        metadata={"help": "Patterns of the parts whose linear layers get LoRA."},
-    )
-    lora_full: list[str] = field(
-        default_factory=list, metadata={"help": "Patterns of modules that train in full beside LoRA."}
-    )
+    model: str | None = None
+    language_model: str | None = None
+    encoder: str | None = None
+    vision_tower: str | None = None
+    vision_pretrained: str | bool | None = None
+    image_size: int | None = None
+    num_queries: int | None = None
+    chat_template: str | None = None
+    dtype: str = "float32"
+    attn_implementation: str | None = None
+    freeze: list[str] = field(default_factory=list)
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    lora_r: int = 0
+    lora_alpha: int = 32
+    lora_dropout: float = 0.05
+    lora_modules: list[str] = field(default_factory=lambda: ["language_model"])
+    lora_full: list[str] = field(default_factory=list)
 
     def __post_init__(self):
         given = [name for name in SOURCES if getattr(self, name) is not None]
@@ -134,17 +121,17 @@ class DeemArguments:
             Side in pixels of the pictures that the diffusion model restores, where it is more than the tower sees.
     """
 
-    denoiser: str | None = field(default=None, metadata={"help": "Folder or hub id of the frozen diffusion model."})
-    dtype: str = field(default="float32", metadata={"help": "Precision of the denoiser."})
-    lm_weight: float = field(default=1.0, metadata={"help": "Factor on the next-token loss."})
-    image_weight: float = field(default=5.0, metadata={"help": "Factor on the next-image loss; 0 leaves it out."})
-    feedback_weight: float = field(default=5.0, metadata={"help": "Factor on the same-image loss; 0 leaves it out."})
-    feedback_timesteps: str = field(default="shrink", metadata={"help": "How the feedback's timesteps are drawn."})
-    null_context_rate: float = field(default=0.1, metadata={"help": "Share of pictures learned without context."})
-    language_synchroniser: dict | None = field(default=None, metadata={"help": "Options; none without it."})
-    unet_synchroniser: bool = field(default=False, metadata={"help": "Whether the next image sees the one before."})
-    region_tokens: bool = field(default=False, metadata={"help": "Whether the queries read tokens of the region."})
-    target_size: int | None = field(default=None, metadata={"help": "Pixels that the diffusion model restores."})
+    denoiser: str | None = None
+    dtype: str = "float32"
+    lm_weight: float = 1.0
+    image_weight: float = 5.0
+    feedback_weight: float = 5.0
+    feedback_timesteps: str = "shrink"
+    null_context_rate: float = 0.1
+    language_synchroniser: dict | None = None
+    unet_synchroniser: bool = False
+    region_tokens: bool = False
+    target_size: int | None = None
 
     def __post_init__(self):
         if (self.image_weight or self.feedback_weight) and self.denoiser is None:
@@ -166,10 +153,10 @@ class DenoiserArguments:
         autoencoder (`str`, *optional*): Diffusion model whose autoencoder it shares; without one it works on pixels.
     """
 
-    network: str = field(default="FluxTransformer2DModel", metadata={"help": "Class of diffusers."})
-    config: dict = field(default_factory=dict, metadata={"help": "The arguments of that class."})
-    image_size: int = field(default=224, metadata={"help": "Side of its pictures, in pixels."})
-    autoencoder: str | None = field(default=None, metadata={"help": "Diffusion model whose autoencoder it shares."})
+    network: str = "FluxTransformer2DModel"
+    config: dict = field(default_factory=dict)
+    image_size: int = 224
+    autoencoder: str | None = None
 
 
 @dataclass
@@ -205,22 +192,18 @@ class DataArguments:
         cache_dir (`str`, *optional*): Where the memory-mapped tables are kept; the `datasets` cache by default.
     """
 
-    path: str | None = field(default=None, metadata={"help": "Conversations, or pictures."})
-    kind: str = field(default="conversations", metadata={"help": f"One of {', '.join(DATA_KINDS)}."})
-    interleaved: str | None = field(default=None, metadata={"help": "Tar files of interleaved documents."})
-    pairs: str | None = field(default=None, metadata={"help": "Tar files of captioned pictures."})
-    weights: list[float] = field(
-        default_factory=lambda: [2.0, 1.0], metadata={"help": "How often documents and pairs come."}
-    )
-    sources: list[dict] = field(default_factory=list, metadata={"help": "Data sets of regions."})
-    on_error: str = field(default="raise", metadata={"help": "`raise`, or `skip` what is broken."})
-    image_dir: str | None = field(default=None, metadata={"help": "Folder that the image paths are relative to."})
-    max_length: int | None = field(default=None, metadata={"help": "Longest conversation in tokens."})
-    crop_area: float | None = field(default=None, metadata={"help": "Least share of a picture that a crop keeps."})
-    target_size: int | None = field(
-        default=None, metadata={"help": "Side of the crop that the diffusion model restores."}
-    )
-    cache_dir: str | None = field(default=None, metadata={"help": "Where the memory-mapped tables are kept."})
+    path: str | None = None
+    kind: str = "conversations"
+    interleaved: str | None = None
+    pairs: str | None = None
+    weights: list[float] = field(default_factory=lambda: [2.0, 1.0])
+    sources: list[dict] = field(default_factory=list)
+    on_error: str = "raise"
+    image_dir: str | None = None
+    max_length: int | None = None
+    crop_area: float | None = None
+    target_size: int | None = None
+    cache_dir: str | None = None
 
     def __post_init__(self):
         if self.kind == "regions":

@@ -48,7 +48,6 @@ class DeemVisionConfig(PreTrainedConfig):
         resampler_intermediate_size (`int`, *optional*): Width of the feed-forward; four times the width by default.
         cross_attention_frequency (`int`, *optional*, defaults to 2): Every how many layers the queries read the image.
         resampler_qk_norm (`bool`, *optional*, defaults to `True`): Whether it normalises queries and keys per head.
-        resampler_dropout (`float`, *optional*, defaults to 0.0): Dropout in [0, 1). The official training has 0.1.
         region_tokens (`bool`, *optional*, defaults to `False`):
             Whether the queries also read tokens made of the region: of each map, and of its shape (DEEM's third
             stage). Needs `multiscale` and a resampler.
@@ -83,7 +82,6 @@ class DeemVisionConfig(PreTrainedConfig):
     resampler_intermediate_size: int | None = None
     cross_attention_frequency: int = 2
     resampler_qk_norm: bool = True
-    resampler_dropout: float = 0.0
     region_tokens: bool = False
     official_regions: bool = False
     image_mean: list[float] | tuple[float, ...] = OPENAI_DATASET_MEAN

@@ -18,14 +18,12 @@ class ResamplerAttention(nn.Module):
         context_dim (`int`): Width of the tokens that are attended to.
         num_heads (`int`): Number of heads; must divide `hidden_dim`.
         qk_norm (`bool`): Whether a LayerNorm over each head is applied to queries and keys.
-        dropout (`float`): Dropout on attention probabilities and on the output, in [0, 1).
     """
 
-    def __init__(self, hidden_dim: int, context_dim: int, num_heads: int, qk_norm: bool, dropout: float):
+    def __init__(self, hidden_dim: int, context_dim: int, num_heads: int, qk_norm: bool):
         super().__init__()
         head_dim = hidden_dim // num_heads
         self.num_heads = num_heads
-        self.dropout = dropout
         self.query = nn.Linear(hidden_dim, hidden_dim)
         self.key = nn.Linear(context_dim, hidden_dim)
         self.value = nn.Linear(context_dim, hidden_dim)
@@ -54,18 +52,16 @@ class ResamplerAttention(nn.Module):
             self.k_norm(heads(self.key(context))),
             heads(self.value(context)),
             attn_mask=attention_mask,
-            dropout_p=self.dropout if self.training else 0.0,
         )
         attended = self.out(attended.transpose(1, 2).flatten(2))
-        return self.norm(queries + F.dropout(attended, self.dropout, self.training))
+        return self.norm(queries + attended)
 
 
 class ResamplerFeedForward(nn.Module):
     """Two linear layers with GELU, followed by the residual sum and a norm."""
 
-    def __init__(self, hidden_dim: int, intermediate_dim: int, dropout: float):
+    def __init__(self, hidden_dim: int, intermediate_dim: int):
         super().__init__()
-        self.dropout = dropout
         self.up = nn.Linear(hidden_dim, intermediate_dim)
         self.down = nn.Linear(intermediate_dim, hidden_dim)
         self.norm = nn.LayerNorm(hidden_dim, eps=LAYER_NORM_EPS)
@@ -73,19 +69,19 @@ class ResamplerFeedForward(nn.Module):
     def forward(self, queries):
         """Maps `(batch, queries, hidden_dim)` to the same shape."""
         update = self.down(F.gelu(self.up(queries)))
-        return self.norm(queries + F.dropout(update, self.dropout, self.training))
+        return self.norm(queries + update)
 
 
 class ResamplerLayer(GradientCheckpointingLayer):
     """Self-attention among the queries, cross-attention to the image tokens where the layer has it, feed-forward."""
 
-    def __init__(self, hidden_dim, input_dim, num_heads, intermediate_dim, cross_attention, qk_norm, dropout):
+    def __init__(self, hidden_dim, input_dim, num_heads, intermediate_dim, cross_attention, qk_norm):
         super().__init__()
-        self.self_attention = ResamplerAttention(hidden_dim, hidden_dim, num_heads, qk_norm, dropout)
+        self.self_attention = ResamplerAttention(hidden_dim, hidden_dim, num_heads, qk_norm)
         self.cross_attention = (
-            ResamplerAttention(hidden_dim, input_dim, num_heads, qk_norm, dropout) if cross_attention else None
+            ResamplerAttention(hidden_dim, input_dim, num_heads, qk_norm) if cross_attention else None
         )
-        self.feed_forward = ResamplerFeedForward(hidden_dim, intermediate_dim, dropout)
+        self.feed_forward = ResamplerFeedForward(hidden_dim, intermediate_dim)
 
     def forward(self, queries, tokens, attention_mask=None):
         """Updates `queries` `(batch, queries, hidden_dim)` from `tokens` `(batch, tokens, input_dim)`."""
@@ -120,8 +116,6 @@ class PerceiverResampler(nn.Module):
             Layers 0, n, 2n, ... read the tokens; the others only mix the queries.
         qk_norm (`bool`, *optional*, defaults to `True`):
             Whether queries and keys are normalised per head.
-        dropout (`float`, *optional*, defaults to 0.0):
-            Dropout on attention and on every residual branch. The official training has 0.1.
     """
 
     def __init__(
@@ -134,7 +128,6 @@ class PerceiverResampler(nn.Module):
         intermediate_dim: int | None = None,
         cross_attention_frequency: int = 2,
         qk_norm: bool = True,
-        dropout: float = 0.0,
     ):
         super().__init__()
         if hidden_dim % num_heads:
@@ -142,7 +135,6 @@ class PerceiverResampler(nn.Module):
                 f"The resampler's width must be a multiple of its number of heads, got hidden_dim={hidden_dim} and "
                 f"num_heads={num_heads}. Choose a `num_heads` that divides {hidden_dim}."
             )
-        self.dropout = dropout
         self.queries = nn.Parameter(torch.zeros(1, num_queries, hidden_dim))
         self.norm = nn.LayerNorm(hidden_dim, eps=LAYER_NORM_EPS)
         self.layers = nn.ModuleList(
@@ -153,7 +145,6 @@ class PerceiverResampler(nn.Module):
                 intermediate_dim or 4 * hidden_dim,
                 cross_attention=index % cross_attention_frequency == 0,
                 qk_norm=qk_norm,
-                dropout=dropout,
             )
             for index in range(num_layers)
         )
@@ -175,7 +166,7 @@ class PerceiverResampler(nn.Module):
         """
         if attention_mask is not None:
             attention_mask = attention_mask.bool()[:, None, None, :]  # broadcast over heads and queries
-        queries = F.dropout(self.norm(self.queries), self.dropout, self.training).expand(len(tokens), -1, -1)
+        queries = self.norm(self.queries).expand(len(tokens), -1, -1)
         for layer in self.layers:
             queries = layer(queries, tokens, attention_mask)
         return queries

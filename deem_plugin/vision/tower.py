@@ -76,7 +76,6 @@ class DeemVisionTower(PreTrainedModel):
                 intermediate_dim=config.resampler_intermediate_size,
                 cross_attention_frequency=config.cross_attention_frequency,
                 qk_norm=config.resampler_qk_norm,
-                dropout=config.resampler_dropout,
             )
         self.region_tokens = (
             RegionTokens(config.encoder_dim, config.official_regions) if config.region_tokens else None

@@ -4,9 +4,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from transformers import LlavaForConditionalGeneration, Trainer
 
-from deem_plugin.feedback import DiffusionFeedbackCallback, FeedbackConfig
+from deem_plugin.feedback import DiffusionFeedbackCallback
 from deem_plugin.feedback.checkpoint import FILE_NAME
-from deem_plugin.feedback.config import weight_at
 
 from ..tiny import tiny_llava
 from .helpers import (
@@ -285,12 +284,6 @@ def test_batches_without_pictures_cost_nothing(tmp_path):
 
     assert not any("vision_tower" in name or "feedback" in name for name in gradients)
     assert "feedback_loss" not in trainer.state.log_history[0]
-
-
-def test_the_weight_grows_over_the_warmup_and_then_stays():
-    ramp = FeedbackConfig(weight=4.0, warmup_steps=4)
-    assert [weight_at(ramp, step) for step in range(6)] == [1.0, 2.0, 3.0, 4.0, 4.0, 4.0]
-    assert [weight_at(FeedbackConfig(weight=4.0), step) for step in range(2)] == [4.0, 4.0]
 
 
 def test_target_pixel_values_of_a_batch_are_the_target(tmp_path):

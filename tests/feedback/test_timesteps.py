@@ -36,12 +36,6 @@ def test_shrink_equals_the_official_map_at_every_timestep(shared_dir):
     assert torch.equal(mapped, tensors["inverted_noise"].long())
 
 
-def test_stratified_draws_one_timestep_from_each_slice():
-    timesteps = TIMESTEP_SAMPLERS["stratified"](10, STEPS, generator=torch.Generator().manual_seed(3))
-
-    assert sorted((timesteps // 100).tolist()) == list(range(10))
-
-
 def test_logit_normal_is_denser_in_the_middle():
     timesteps = TIMESTEP_SAMPLERS["logit_normal"](20_000, STEPS, generator=torch.Generator().manual_seed(0))
 

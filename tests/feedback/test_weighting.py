@@ -3,7 +3,7 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from deem_plugin.feedback.processes import forward_process
-from deem_plugin.feedback.weighting import cosmap, min_snr, uniform_weight
+from deem_plugin.feedback.weighting import min_snr, uniform_weight
 
 TIMESTEPS = torch.tensor([0, 250, 500, 999])
 
@@ -30,21 +30,9 @@ def test_min_snr_weighs_the_error_of_the_picture_alike_for_every_target(predicti
     torch.testing.assert_close(min_snr(process, TIMESTEPS) * error, expected, rtol=2e-3, atol=1e-5)
 
 
-def test_cosmap_is_sd3s_and_uniform_is_one():
-    process = forward_process(FlowMatchEulerDiscreteScheduler())
-    sigma = process.sigma(TIMESTEPS)
-
-    expected = 2 / (torch.pi * (1 - 2 * sigma + 2 * sigma**2))
-    torch.testing.assert_close(cosmap(process, TIMESTEPS), expected)
-    assert uniform_weight(process, TIMESTEPS).tolist() == [1, 1, 1, 1]
-
-
 def test_a_weighting_of_the_other_process_is_refused():
-    with pytest.raises(
-        ValueError, match="min_snr` is for diffusion models with a DDPM noise schedule.*cosmap or uniform"
-    ):
-        min_snr(forward_process(FlowMatchEulerDiscreteScheduler()), TIMESTEPS)
-    with pytest.raises(
-        ValueError, match="cosmap` is for diffusion models trained by flow matching.*min_snr or uniform"
-    ):
-        cosmap(ddpm("epsilon"), TIMESTEPS)
+    flow = forward_process(FlowMatchEulerDiscreteScheduler())
+
+    with pytest.raises(ValueError, match="min_snr` is for diffusion models with a DDPM noise schedule.*to uniform"):
+        min_snr(flow, TIMESTEPS)
+    assert uniform_weight(flow, TIMESTEPS).tolist() == [1, 1, 1, 1]

@@ -99,7 +99,7 @@ def test_a_chat_template_beside_the_recipe_is_found(write, tmp_path):
     [
         (
             ["feedback.wieght=3"],
-            "Unknown key in `feedback` 'wieght' .*did you mean 'weight'.*Choices: diffusion_model, condition",
+            "Unknown key in `feedback` 'wieght' .*did you mean 'weight'.*Choices: weight, in_eval",
         ),
         (
             ["feedback.diffusion_model.pth=x"],

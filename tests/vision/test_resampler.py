@@ -48,15 +48,6 @@ def test_masked_tokens_do_not_matter():
     torch.testing.assert_close(resampler(tokens, mask)[:1], resampler(tokens[:1, :3]))
 
 
-def test_dropout_acts_in_training_only():
-    resampler = tiny_resampler(dropout=0.5)
-    tokens = torch.randn(1, 5, 48)
-
-    assert not torch.equal(resampler(tokens), resampler(tokens))
-    resampler.eval()
-    assert torch.equal(resampler(tokens), resampler(tokens))
-
-
 def test_every_parameter_gets_a_gradient():
     resampler = tiny_resampler()
     (resampler(torch.randn(2, 5, 48)) * torch.randn(2, 6, 32)).sum().backward()
