@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.answers_model import CONFIGS, draw_picture, save_model
 from benchmarks.common import check_names, clock_of, make_parser, show
+from deem_plugin.evaluation.feature_cache import FeatureCache
 
 # Arguments of the lmms-eval model.
 PLAIN = {"batch_size": 1, "feature_cache_mb": 0}
@@ -96,7 +97,7 @@ class _Runner:
 
     def __call__(self) -> tuple[float, list[str]]:
         """Returns seconds and answers."""
-        self.model.feature_cache = type(self.model.feature_cache)(self.model.feature_cache.max_bytes)
+        self.model.vlm.feature_cache = FeatureCache(self.model.args.feature_cache_mb * 2**20)
         started = self.clock()
         answers = self.model.generate_until(self.requests)
         if self.on_gpu:

@@ -71,20 +71,7 @@ def _eval(arguments) -> int:
 
     from .evaluation.run import evaluate
 
-    evaluate(
-        arguments.pretrained,
-        arguments.tasks,
-        arguments.out,
-        batch_size=arguments.batch_size,
-        use_cache=arguments.use_cache,
-    )
-    return 0
-
-
-def _fingerprint(arguments) -> int:
-    from .evaluation.fingerprint import fingerprint
-
-    print(fingerprint(arguments.pretrained))
+    evaluate(arguments.pretrained, arguments.passed_on, num_processes=arguments.num_processes)
     return 0
 
 
@@ -268,17 +255,9 @@ def _add_training(commands) -> None:
 def _add_evaluation(commands) -> None:
     evaluate = commands.add_parser("eval", help="run lmms-eval on a checkpoint; fails when the evaluation fails")
     evaluate.add_argument("pretrained", help="checkpoint folder or hub id: any Hugging Face VLM")
-    evaluate.add_argument("--tasks", default="robustvqa,pope", help="comma-separated lmms-eval tasks")
-    evaluate.add_argument("--batch-size", type=int, default=16)
-    evaluate.add_argument("--out", type=Path, default=Path("out/eval"), help="folder for results and samples")
-    evaluate.add_argument("--use-cache", type=Path, help="keep answers here, and ask again only what has changed")
+    evaluate.add_argument("--num-processes", type=int, default=1, metavar="N", help="that share the questions")
+    evaluate.usage = "deem eval [-h] [--num-processes N] PRETRAINED [-- ANY ARGUMENTS OF LMMS-EVAL]"
     evaluate.set_defaults(run=_eval)
-
-    fingerprint = commands.add_parser(
-        "fingerprint", help="print a hash of a checkpoint, to name a cache of its answers"
-    )
-    fingerprint.add_argument("pretrained", help="checkpoint folder or hub id")
-    fingerprint.set_defaults(run=_fingerprint)
 
     encoder = commands.add_parser("eval-encoder", help="score a CLIP by itself: MMVP-VLM, zero-shot classification")
     encoder.add_argument("model", help="folder or hub id of a whole CLIP or SigLIP, or a model name of open_clip")
@@ -393,7 +372,9 @@ def _is_for_the_user(error: Exception) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the `deem` command; errors that a user can mend are printed without a traceback, all others with it."""
-    arguments = build_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    end = argv.index("--") if argv[:1] == ["eval"] and "--" in argv else len(argv)
+    arguments = build_parser().parse_args(argv[:end], argparse.Namespace(passed_on=argv[end + 1 :]))
     try:
         return arguments.run(arguments)
     except ImportError as error:

@@ -144,7 +144,15 @@ def run_arm(folder: Path, name: str):
     if name != START:
         checkpoint = train_arm(folder, name, settings)
         _announce("lmms-eval")
-        evaluate(checkpoint, TASKS, folder / name / RESULTS_FOLDER, batch_size=64, device="cpu")
+        arguments = [
+            "--tasks",
+            ",".join(TASKS),
+            "--output_path",
+            str(folder / name / RESULTS_FOLDER),
+            "--batch_size",
+            "64",
+        ]
+        evaluate(checkpoint, [*arguments, "--model_args", "device=cpu"])
     _announce("tokens")
     model, processor = load_vlm(str(checkpoint), "auto", "cpu")
     scenes, pictures = probe_scenes(settings.probe_count)

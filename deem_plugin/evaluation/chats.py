@@ -1,16 +1,12 @@
-"""What a request asks of the model: chat messages with their pictures, or one region of a picture."""
+"""What a request asks of the model: chat messages with their pictures, or regions of pictures."""
 
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
+from transformers import AddedToken, PaliGemmaProcessor
 
 from deem_plugin.data.chat import render_chat
-
-# lmms-eval's tasks that ask for a description of a region; their `rec` variants ask for a box instead.
-_ABOUT_A_REGION = re.compile(r"refcoco[+g]?_(bbox|seg)_(?!rec)")
 
 
 @dataclass
@@ -23,7 +19,6 @@ class Chat:
         images (`list[PIL.Image.Image]`): The images in the order of their marks.
         task, doc_id (`str` and `int`): Of which task and document it is.
         regions (`list`): For each image the region that is meant of it, or `None` for all of it.
-        prompt (`str`, *optional*): The whole prompt, where it is not to be rendered by the chat template.
     """
 
     messages: list[dict]
@@ -31,23 +26,71 @@ class Chat:
     task: str
     doc_id: int
     regions: list[Any]
-    prompt: str | None = None
 
-    def render(self, processor) -> str:
-        """Returns the prompt as text."""
-        if self.prompt is not None:
-            return self.prompt
-        return render_chat(processor, self.messages, add_generation_prompt=True)
+    @property
+    def about_regions(self) -> bool:
+        """Whether a region is meant of any image."""
+        return any(region is not None for region in self.regions)
 
     @property
     def question(self) -> str:
         """The text of the last message."""
         return "\n".join(part["text"] for part in self.messages[-1]["content"] if part["type"] == "text")
 
+    def render(self, processor) -> str:
+        """
+        Returns the prompt as text.
+
+        By the chat template, and begun with the last message where it is the assistant's. A prompt about regions is a
+        document, as the model has learned them, and so is one for PaliGemma, which was not trained on chats.
+        """
+        if self.about_regions or isinstance(processor, PaliGemmaProcessor):
+            return self.as_document(processor)
+        messages = [
+            {**message, "content": [_without_marks(part, processor) for part in message["content"]]}
+            for message in self.messages
+        ]
+        if messages[-1]["role"] != "assistant":
+            return render_chat(processor, messages, add_generation_prompt=True)
+        begun, text = messages[-1]["content"][-1]["text"], render_chat(processor, messages)
+        return text[: text.rindex(begun) + len(begun)]
+
+    def as_document(self, processor) -> str:
+        """Returns the texts with marks for pictures, without a template."""
+        texts = [
+            "".join(
+                processor.image_token if part["type"] == "image" else _without_marks(part, processor)["text"]
+                for part in message["content"]
+            )
+            for message in self.messages
+        ]
+        return "\n".join(texts)
+
+
+def _without_marks(part: dict, processor) -> dict:
+    """Breaks what the processor would take for a picture in a text part: `<image>` becomes `< image>`."""
+    if part["type"] != "text":
+        return part
+    tokens = [value for name, value in vars(processor).items() if name.endswith("_token")]
+    marks = {str(token) for token in tokens if isinstance(token, str | AddedToken)}
+    text = part["text"]
+    for mark in sorted(marks):
+        text = text.replace(mark, f"{mark[0]} {mark[1:]}")
+    return {**part, "text": text}
+
 
 def read_messages(messages: list[dict], task: str, doc_id: int) -> Chat:
-    """Makes a chat of lmms-eval's messages; raises a `ValueError` on parts that are neither text nor image."""
-    images, plain = [], []
+    """
+    Makes a chat of lmms-eval's messages.
+
+    Args:
+        messages (`list[dict]`): An image part may have a `region` in the pixels of its picture, see `region_mask`.
+        task, doc_id (`str` and `int`): Of which task and document they are.
+
+    Raises:
+        ValueError: If a part is neither text nor image.
+    """
+    images, regions, plain = [], [], []
     for message in messages:
         content = message["content"]
         parts = []
@@ -57,45 +100,16 @@ def read_messages(messages: list[dict], task: str, doc_id: int) -> Chat:
             elif part["type"] == "image":
                 image = part["url"]
                 images.append((image if isinstance(image, Image.Image) else Image.open(image)).convert("RGB"))
+                regions.append(part.get("region"))
                 parts.append({"type": "image"})
             else:
                 raise ValueError(f"A task hands over {part['type']!r}; the model `deem` takes text and images only.")
         plain.append({"role": message["role"], "content": parts})
-    return Chat(plain, images, task, doc_id, [None] * len(images))
-
-
-def asks_for_a_region(task: str) -> bool:
-    """Tells whether a task of lmms-eval asks to describe a region: `refcoco_bbox_val`, `refcocog_seg_test`, ..."""
-    return _ABOUT_A_REGION.match(task) is not None
-
-
-def about_region(chat: Chat, doc: Mapping[str, Any]) -> Chat:
-    """
-    Asks about the region itself instead of a line that the task has drawn on the picture.
-
-    The prompt is what the model has learned from `data.region_sources`: the picture, a line break, the question.
-
-    Args:
-        chat (`Chat`): Of one of lmms-eval's RefCOCO tasks.
-        doc (`Mapping`): Its document: `image`, `bbox` (left, top, width, height) and `segmentation` (one polygon).
-    """
-    from deem_plugin.data.region_sources import coco_region
-    from deem_plugin.data.regions import compact_region
-    from deem_plugin.models.processing import IMAGE_TOKEN
-
-    image = doc["image"].convert("RGB")
-    kind = _ABOUT_A_REGION.match(chat.task)[1]
-    annotation = {"bbox": doc["bbox"]} if kind == "bbox" else {"segmentation": [list(doc["segmentation"])]}
-    name = f"document {chat.doc_id} of {chat.task}"
-    (region,) = compact_region(coco_region(annotation), *image.size, name).values()
-    prompt = f"{IMAGE_TOKEN}\n{chat.question}\n"
-    return Chat(chat.messages, [image], chat.task, chat.doc_id, [region], prompt)
+    return Chat(plain, images, task, doc_id, regions)
 
 
 def cut(answer: str, until: list[str]) -> str:
     """Returns the answer up to the first of the stop strings; white space before it begins is no stop."""
-    answer = answer.strip()
-    for stop in until:
-        if stop:
-            answer = answer.split(stop, 1)[0]
-    return answer.strip()
+    begin = len(answer) - len(answer.lstrip())
+    ends = [answer.find(stop, begin) for stop in until if stop]
+    return answer[: min((end for end in ends if end >= 0), default=len(answer))]

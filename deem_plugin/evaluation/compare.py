@@ -1,5 +1,6 @@
 """Compares two runs of lmms-eval question by question: differences with their uncertainty, and what flipped."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +9,11 @@ import numpy as np
 
 from deem_plugin.evaluation.documents import Documents, find_documents
 from deem_plugin.evaluation.sample_logs import Answer, RunLog, TaskLog, read_run
-from deem_plugin.evaluation.statistics import Estimate, cluster_totals, estimate, mcnemar
+from deem_plugin.evaluation.statistics import Estimate, cluster_totals, estimate, sign_test
 
 _SHOWN = 5  # rows named in an error
+# Scores of a whole set, which a mean may equal by chance.
+_NO_MEAN = re.compile(r"precision|recall|f1|auc|ratio|rate", re.IGNORECASE)
 
 
 class CompareError(ValueError):
@@ -19,7 +22,7 @@ class CompareError(ValueError):
 
 @dataclass(frozen=True)
 class Flip:
-    """A question that one run answered right and the other wrong; of its answers the first is the base's."""
+    """A question or pair that one run answered better than the other; of its answers the first is the base's."""
 
     doc_id: int
     question: str
@@ -32,12 +35,12 @@ class Flip:
 @dataclass(frozen=True, eq=False)
 class Comparison:
     """
-    Two runs on one task, or on the tasks of a group.
+    Two runs by one metric of a task, or of the tasks of a group.
 
     Args:
         task (`str`): Task or group.
-        metric (`str`): The metric, 0 or 1 for each question.
-        questions (`int`): How many questions.
+        metric (`str`): The metric.
+        questions (`int`): How many questions; of a metric of pairs, how many pairs.
         images (`int`, *optional*): How many images they are about; `None` where nothing tells, so that questions were
             taken for independent.
         same_data (`bool`): Whether the content hashes of the data are known and equal; otherwise only the ids,
@@ -45,8 +48,11 @@ class Comparison:
         base (`float`): Mean score of the base.
         new (`float`): Mean score of the new run.
         difference (`Estimate`): New minus base.
-        lost (`list[Flip]`): Right in the base, wrong now.
-        gained (`list[Flip]`): Wrong in the base, right now.
+        p_value (`float`, *optional*):
+            The exact sign test of what changed (McNemar's for scores of 0 and 1). `None` for groups: it would weigh
+            tasks by their size, as their mean does not.
+        lost (`list[Flip]`): Better in the base.
+        gained (`list[Flip]`): Better in the new run.
         totals (`list[np.ndarray]`): What `difference` was estimated from, see `statistics.cluster_totals`.
         documents (`Documents`, *optional*): The data, if it is still where the run had it.
     """
@@ -59,15 +65,11 @@ class Comparison:
     base: float
     new: float
     difference: Estimate
+    p_value: float | None
     lost: list[Flip]
     gained: list[Flip]
     totals: list[np.ndarray]
     documents: Documents | None = None
-
-    @property
-    def p_value(self) -> float:
-        """McNemar's exact test of the flips."""
-        return mcnemar(len(self.lost), len(self.gained))
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,9 @@ class Comparisons:
     Args:
         base (`RunLog`): The run that is compared with.
         new (`RunLog`): The run in question.
-        tasks (`list[Comparison]`): By name.
+        tasks (`list[Comparison]`): By name and metric.
         groups (`list[Comparison]`): Groups of which both runs have every task; tasks count alike.
-        left_out (`dict[str, str]`): Tasks that are not compared, and why.
+        left_out (`dict[str, str]`): Tasks and metrics that are not compared, and why.
     """
 
     base: RunLog
@@ -113,24 +115,58 @@ def compare_runs(base_dir: str | Path, new_dir: str | Path) -> Comparisons:
     tasks = []
     for task in common:
         pairs, same_data = _pair(task, base.tasks[task], new.tasks[task])
-        metric = base.tasks[task].metric()
-        if metric is None or any(metric not in pair[1].scores for pair in pairs):
-            left_out[task] = "no metric that is 0 or 1 for every question"
-            continue
         documents = find_documents(new.tasks[task])
-        tasks.append(_compare(task, metric, pairs, same_data, documents))
+        for metric in base.tasks[task].results:
+            units = _units(metric, pairs)
+            values = _values(metric, units)
+            reported = [run.tasks[task].results.get(metric, np.nan) for run in (base, new)]
+            if _NO_MEAN.search(metric) or not _is_mean(values, reported):
+                left_out[f"{task}, {metric}"] = "no mean over questions or pairs"
+                continue
+            tasks.append(_compare(task, metric, units, values, same_data, documents))
     if not tasks:
         raise CompareError(
-            f"None of the common tasks {', '.join(common)} has a metric that is 0 or 1 for every question, as paired "
-            f"tests need. Compare runs of a task with an accuracy."
+            f"None of the common tasks {', '.join(common)} has a metric that is the mean of what the sample logs say "
+            f"of each question or pair. Compare runs of a task with an accuracy."
         )
-    compared = {comparison.task: comparison for comparison in tasks}
-    groups = [
-        _compare_group(name, [compared[member] for member in members])
-        for name, members in sorted(new.groups.items())
-        if len(members) > 1 and base.groups.get(name) == members and compared.keys() >= set(members)
-    ]
+    groups = []
+    for name, members in sorted(new.groups.items()):
+        if len(members) > 1 and base.groups.get(name) == members:
+            for metric in dict.fromkeys(result.metric for result in tasks if result.task in members):
+                own = [result for result in tasks if result.task in members and result.metric == metric]
+                if len(own) == len(members):
+                    groups.append(_compare_group(name, own))
     return Comparisons(base, new, tasks, groups, left_out)
+
+
+# A question with its two answers, or the questions of a pair.
+_Unit = list[tuple[Answer, Answer]]
+
+
+def _units(metric: str, answers: list[tuple[Answer, Answer]]) -> list[_Unit]:
+    """Returns what the metric is the mean of: questions, or where its name says so pairs, but no half ones."""
+    if "pair" not in metric:
+        return [[both] for both in answers]
+    units: dict[str, _Unit] = {}
+    for both in answers:
+        units.setdefault(both[0].pair or both[0].question_id or "", []).append(both)
+    return [unit for unit in units.values() if len(unit) > 1]
+
+
+def _values(metric: str, units: list[_Unit]) -> list[list[float]]:
+    """Returns the scores of each unit in both runs; all questions of a pair must be right."""
+    return [
+        [float(np.min([answer.scores.get(metric, np.nan) for answer in side])) for side in zip(*unit, strict=True)]
+        for unit in units
+    ]
+
+
+def _is_mean(values: list[list[float]], reported: list[float]) -> bool:
+    """Tells whether what lmms-eval reports of both runs, a share or in percent, is the mean of the units' scores."""
+    if not values:
+        return False
+    means = np.mean(values, axis=0)
+    return any(np.allclose(scale * means, reported, atol=1e-6) for scale in (1, 100))
 
 
 def _pair(task: str, base: TaskLog, new: TaskLog) -> tuple[list[tuple[Answer, Answer]], bool]:
@@ -195,37 +231,55 @@ def _some(names: list[str]) -> str:
 
 
 def _compare(
-    task: str, metric: str, pairs: list[tuple[Answer, Answer]], same_data: bool, documents: Documents | None
+    task: str,
+    metric: str,
+    units: list[_Unit],
+    values: list[list[float]],
+    same_data: bool,
+    documents: Documents | None,
 ) -> Comparison:
-    clusters = [answer.image_id for answer, _ in pairs]
+    clusters = [unit[0][0].image_id for unit in units]
     if None in clusters and documents is not None:
-        clusters = [documents.image_id(answer.doc_id) for answer, _ in pairs]
+        clusters = [documents.image_id(unit[0][0].doc_id) for unit in units]
     known = None not in clusters
-    base, new = ([pair[side].scores[metric] for pair in pairs] for side in (0, 1))
-    totals = cluster_totals(
-        [after - before for before, after in zip(base, new, strict=True)], clusters if known else range(len(pairs))
+    changes = [after - before for before, after in values]
+    totals = cluster_totals(changes, clusters if known else range(len(units)))
+    lost, gained = (
+        [_flip(unit) for unit, change in zip(units, changes, strict=True) if change * sign > 0] for sign in (-1, 1)
     )
-    flips = {
-        change: [
-            Flip(a.doc_id, a.question_id or f"doc_id {a.doc_id}", a.prompt, a.target, a.answer, b.answer)
-            for a, b in pairs
-            if b.scores[metric] - a.scores[metric] == change
-        ]
-        for change in (-1, 1)
-    }
+    base, new = np.mean(values, axis=0).tolist()
     return Comparison(
         task=task,
         metric=metric,
-        questions=len(pairs),
+        questions=len(units),
         images=len(totals) if known else None,
         same_data=same_data,
-        base=sum(base) / len(pairs),
-        new=sum(new) / len(pairs),
+        base=base,
+        new=new,
         difference=estimate(totals),
-        lost=flips[-1],
-        gained=flips[1],
+        p_value=sign_test(len(lost), len(gained)),
+        lost=lost,
+        gained=gained,
         totals=[totals],
         documents=documents,
+    )
+
+
+def _flip(unit: _Unit) -> Flip:
+    bases, news = zip(*unit, strict=True)
+
+    def joined(values: list[str]) -> str:
+        return " / ".join(values if len(set(values)) > 1 else values[:1])
+
+    first = bases[0]
+    name = first.question_id or f"doc_id {first.doc_id}"
+    return Flip(
+        doc_id=first.doc_id,
+        question=name if len(unit) == 1 else f"pair {first.pair}",
+        prompt=joined([answer.prompt for answer in bases]),
+        target=joined([answer.target for answer in bases]),
+        base_answer=joined([answer.answer for answer in bases]),
+        new_answer=joined([answer.answer for answer in news]),
     )
 
 
@@ -235,13 +289,14 @@ def _compare_group(name: str, members: list[Comparison]) -> Comparison:
     images = [member.images for member in members]
     return Comparison(
         task=name,
-        metric=", ".join(dict.fromkeys(member.metric for member in members)),
+        metric=members[0].metric,
         questions=sum(member.questions for member in members),
         images=None if None in images else sum(images),
         same_data=all(member.same_data for member in members),
         base=sum(member.base for member in members) / len(members),
         new=sum(member.new for member in members) / len(members),
         difference=estimate(*totals),
+        p_value=None,
         lost=[flip for member in members for flip in member.lost],
         gained=[flip for member in members for flip in member.gained],
         totals=totals,

@@ -13,15 +13,16 @@ from deem_plugin.evaluation.compare import Comparison, Comparisons, Flip, compar
 
 _SHOWN = 20  # flips of a kind that the Markdown lists
 _PIXELS = 224  # longer side of the images in the HTML
-_KINDS = {"lost": "Right in the base, wrong now", "gained": "Wrong in the base, right now"}
+_KINDS = {"lost": "Better in the base", "gained": "Better now"}
 
-_HEADER = ["task", "metric", "questions", "images", "base", "new", "difference [95 %]", "lost", "gained", "McNemar p"]
+_HEADER = ["task", "metric", "questions", "images", "base", "new", "difference [95 %]", "lost", "gained", "p"]
 _LEGEND = """\
 Differences are new minus base, question by question; the interval is that of a bootstrap over images with all their \
-questions (percentiles, 95 %). McNemar's exact test asks whether as many answers could have flipped either way by \
-chance; it takes questions for independent, which those about one image are not. So trust the interval where the two \
-disagree, but the test where hardly anything flipped (fewer than ten answers), for which a bootstrap is too sure. \
-Compare twenty tasks without any difference, and the interval of one leaves out zero by chance."""
+questions (percentiles, 95 %). A metric of pairs counts pairs for questions. p is that of the exact sign test, which \
+is McNemar's for scores of 0 and 1: could as many answers have changed either way by chance? It takes questions for \
+independent, which those about one image are not. So trust the interval where the two disagree, but the test where \
+hardly anything changed (fewer than ten answers), for which a bootstrap is too sure. Compare twenty tasks without any \
+difference, and the interval of one leaves out zero by chance."""
 _STYLE = """\
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; } td, th { border: 1px solid #ccc; padding: .3rem .6rem; text-align: left; }
@@ -84,7 +85,7 @@ def _rows(comparisons: Comparisons) -> Iterable[list[str]]:
             f"{result.difference.value:+.3f} {_interval(result)}",
             str(len(result.lost)),
             str(len(result.gained)),
-            f"{result.p_value:.2g}",
+            "" if result.p_value is None else f"{result.p_value:.2g}",
         ]
 
 
@@ -100,18 +101,20 @@ def _notes(comparisons: Comparisons) -> list[str]:
         f"{name}: {run.model}, evaluated {', '.join(run.dates)}, in {run.folder}"
         for name, run in (("Base", comparisons.base), ("New", comparisons.new))
     ]
-    if unknown := [result.task for result in comparisons.tasks if result.images is None]:
+    if unknown := {result.task: None for result in comparisons.tasks if result.images is None}:
         notes.append(
             f"Which questions share an image is not known for {', '.join(unknown)}: they were taken for independent, "
             f"so the intervals are too narrow. The logs name no image, and the data is not where the run had it "
             f"(for an imported POPE, set LMMS_EVAL_DATASETS_CACHE as then)."
         )
-    if unhashed := [result.task for result in comparisons.tasks if not result.same_data]:
+    if unhashed := {result.task: None for result in comparisons.tasks if not result.same_data}:
         notes.append(
             f"Both runs answered the same questions (ids, prompts, targets). For {', '.join(unhashed)} the results "
             f"files carry no content hash, so that nothing tells whether the images were the same, too."
         )
-    notes += [f"Not compared: {task} ({reason})." for task, reason in sorted(comparisons.left_out.items())]
+    for reason in sorted(set(comparisons.left_out.values())):
+        names = sorted(name for name, given in comparisons.left_out.items() if given == reason)
+        notes.append(f"Not compared ({reason}): {'; '.join(names)}.")
     return notes
 
 
@@ -135,12 +138,12 @@ def to_markdown(comparisons: Comparisons) -> str:
             flips = getattr(result, kind)
             if not flips:
                 continue
-            parts.append(f"### {result.task}: {title.lower()} ({len(flips)})")
+            parts.append(f"### {result.task}, {result.metric}: {title.lower()} ({len(flips)})")
             parts.append(_markdown_table(["question", *_FLIP_HEADER], [_flip_row(flip) for flip in flips[:_SHOWN]]))
             if len(flips) > _SHOWN:
                 parts.append(f"{len(flips) - _SHOWN} more are in compare.json, and with images in `--html`.")
     if not any(result.lost or result.gained for result in comparisons.tasks):
-        parts.append("Not one answer changed between right and wrong.")
+        parts.append("Not one score changed.")
     return "\n\n".join(parts)
 
 
@@ -160,16 +163,22 @@ def to_json(comparisons: Comparisons) -> dict:
     def entry(result: Comparison) -> dict:
         difference = {name: number(value) for name, value in vars(result.difference).items()}
         flips = {kind: [vars(flip) for flip in getattr(result, kind)] for kind in _KINDS}
-        names = ("metric", "questions", "images", "same_data", "base", "new", "p_value")
+        names = ("questions", "images", "same_data", "base", "new", "p_value")
         return {**{name: getattr(result, name) for name in names}, "difference": difference, **flips}
+
+    def by_metric(results: list[Comparison]) -> dict[str, dict]:
+        entries: dict[str, dict] = {}
+        for result in results:
+            entries.setdefault(result.task, {})[result.metric] = entry(result)
+        return entries
 
     return {
         **{
             name: {"folder": str(run.folder), "model": run.model, "dates": run.dates}
             for name, run in (("base", comparisons.base), ("new", comparisons.new))
         },
-        "tasks": {result.task: entry(result) for result in comparisons.tasks},
-        "groups": {result.task: entry(result) for result in comparisons.groups},
+        "tasks": by_metric(comparisons.tasks),
+        "groups": by_metric(comparisons.groups),
         "left_out": comparisons.left_out,
     }
 
@@ -188,7 +197,7 @@ def to_html(comparisons: Comparisons, plot: Path) -> str:
         for kind, title in _KINDS.items():
             if not (flips := getattr(result, kind)):
                 continue
-            body.append(f"<h2>{html.escape(result.task)}: {title.lower()} ({len(flips)})</h2>")
+            body.append(f"<h2>{html.escape(f'{result.task}, {result.metric}')}: {title.lower()} ({len(flips)})</h2>")
             rows = ([_image_tag(result, flip), *map(html.escape, _flip_row(flip))] for flip in flips)
             body.append(_html_table(["image", "question", *_FLIP_HEADER], rows))
     return (
@@ -233,7 +242,7 @@ def draw_forest(path: Path, results: list[Comparison]):
         axis.errorbar(result.difference.value, line, xerr=reach, fmt="s", color="tab:blue", capsize=3)
     axis.set(
         yticks=range(len(results)),
-        yticklabels=[result.task for result in results],
+        yticklabels=[f"{result.task}, {result.metric}" for result in results],
         xlabel="difference, new minus base, with its 95 % interval",
         ylim=(len(results) - 0.5, -0.5),
     )

@@ -9,7 +9,6 @@ from PIL import Image
 
 from deem_plugin.evaluation.chats import Chat
 from deem_plugin.models import DeemForConditionalGeneration
-from deem_plugin.models.processing import IMAGE_START_TOKEN, IMAGE_TOKEN
 
 _WISH, _QUESTION = (re.compile(rf"\[{tag}\](.*?)\[/{tag}\]", re.DOTALL) for tag in ("GEN_PROMPT", "QUESTION"))
 
@@ -34,15 +33,6 @@ def give_diffusion_model(model, path: str, dtype: str) -> None:
             f"Leave `diffusion_model` out."
         )
     model.attach_diffusion_model(load_diffusion_model(path, dtype))
-
-
-def drawing_prompt(chat: Chat) -> str:
-    """Returns a chat as a document that ends where a picture begins: its texts and pictures, without a template."""
-    texts = [
-        "".join(IMAGE_TOKEN if part["type"] == "image" else part["text"] for part in message["content"])
-        for message in chat.messages
-    ]
-    return "\n".join(texts) + IMAGE_START_TOKEN
 
 
 def keep_drawing(chat: Chat, picture: Image.Image, folder: Path) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
-from deem_plugin.evaluation.loading import base_of_adapter, check_path
+from deem_plugin.evaluation.loading import base_of_adapter, local_or_hub
 from deem_plugin.evaluation.offline import cache_dir
 
 # What a training run leaves beside a checkpoint to go on from there; no model is loaded from it.
@@ -44,8 +44,7 @@ def fingerprint(pretrained: str | Path) -> str:
 
 
 def _checkpoint_parts(pretrained: str) -> Iterator[bytes]:
-    check_path(pretrained)
-    folder = Path(pretrained).expanduser()
+    folder = Path(local_or_hub(pretrained))
     if not folder.is_dir():
         yield b"hub:" + _commit(pretrained).encode()
         return

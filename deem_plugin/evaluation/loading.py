@@ -27,7 +27,7 @@ def load_vlm(pretrained: str, dtype: str = "auto", device: str | torch.device = 
         raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}.")
     import deem_plugin.models  # noqa: F401  # registers our model and tower with the Auto classes
 
-    check_path(pretrained)
+    pretrained = local_or_hub(pretrained)
     is_adapter = (Path(pretrained) / "adapter_config.json").is_file()
     base = base_of_adapter(pretrained) if is_adapter else pretrained
     model, report = AutoModelForImageTextToText.from_pretrained(base, dtype=DTYPES[dtype], output_loading_info=True)
@@ -43,8 +43,8 @@ def load_vlm(pretrained: str, dtype: str = "auto", device: str | torch.device = 
     return model.to(device).eval(), _load_processor(pretrained, base)
 
 
-def check_path(pretrained: str) -> None:
-    """Raises for a local folder that is missing or holds no model, before it is taken for a hub id."""
+def local_or_hub(pretrained: str) -> str:
+    """Returns a checkpoint's folder or hub id; raises for a folder that is missing or holds no model."""
     path = Path(pretrained).expanduser()
     if path.is_dir():
         if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
@@ -55,6 +55,7 @@ def check_path(pretrained: str) -> None:
             )
     elif path.is_absolute() or pretrained.startswith((".", "~")) or pretrained.count("/") > 1:
         raise ValueError(f"No such checkpoint folder: {pretrained}. Give the folder that training wrote, or a hub id.")
+    return str(path) if path.is_dir() else pretrained
 
 
 def base_of_adapter(pretrained: str) -> str:
@@ -67,8 +68,7 @@ def base_of_adapter(pretrained: str) -> str:
             f"The adapter {pretrained} does not say on which model it was trained: set `base_model_name_or_path` in "
             f"its adapter_config.json."
         )
-    check_path(base)
-    return base
+    return local_or_hub(base)
 
 
 def _load_processor(*places: str):

@@ -7,8 +7,6 @@ from typing import Any
 
 from deem_plugin.models.drawing import GUIDANCE, STEPS
 
-ANSWER_BY = ("generation", "loglikelihood", "drawing")
-
 
 @dataclass
 class ModelArgs:
@@ -20,20 +18,15 @@ class ModelArgs:
         batch_size (`int` or `str`): Prompts answered at once. lmms-eval hands it over as text.
         device (`str`, *optional*): Device of this process; by default the one that accelerate gives it.
         dtype (`str`): `auto` (the checkpoint's), `float32`, `bfloat16` or `float16`.
-        raw_answers (`bool`):
-            Whether answers to yes-or-no questions stay as they are made, see `yes_no.settle_answer`. Those made by
-            log-likelihood then carry their margin (`yes_no.write_margin`), of which our own tasks make the AUC.
-        answer_by (`str`):
-            `generation`, or `loglikelihood`: a prompt that asks for yes or no (`yes_no.asks_yes_or_no`) is answered by
-            the likelier of "Yes" and "No", so that every answer is one of the two; others are generated as ever. With
-            `drawing` the interleaved model answers every prompt by a picture, for text-to-image and editing tasks.
         feature_cache_mb (`int`):
             Megabytes for image features that questions about one picture share, see `feature_cache`; 0 computes them
             for each question.
         diffusion_model (`str`, *optional*):
-            Folder or hub id of the diffusion model that the interleaved model draws with, for `answer_by=drawing` and
-            for tasks that have a picture drawn before they ask (`generate_visual_cot`).
-        image_dir (`str` or `Path`, *optional*): Where drawn answers go, as `TASK/DOCUMENT.png`.
+            Folder or hub id of the diffusion model that the interleaved model draws with, for `image_dir` and for
+            tasks that have a picture drawn before they ask (`generate_visual_cot`).
+        image_dir (`str` or `Path`, *optional*):
+            With it every prompt is answered by a picture, drawn to `TASK/DOCUMENT.png` in this folder, as
+            text-to-image and editing tasks want it.
         steps, guidance (`int` and `float`): Of drawing, as in [`~deem_plugin.models.generate_images`].
 
     Raises:
@@ -44,8 +37,6 @@ class ModelArgs:
     batch_size: int | str = 1
     device: str | None = None
     dtype: str = "auto"
-    raw_answers: bool = False
-    answer_by: str = "generation"
     feature_cache_mb: int = 512
     diffusion_model: str | None = None
     image_dir: str | Path | None = None
@@ -57,10 +48,6 @@ class ModelArgs:
             raise ValueError("The model `deem` needs a checkpoint: `--model_args pretrained=FOLDER_OR_HUB_ID`.")
         if not str(self.batch_size).isdecimal() or int(self.batch_size) < 1:
             raise ValueError(f"batch_size is {self.batch_size!r}; the model `deem` needs a whole number from 1 up.")
-        if not isinstance(self.raw_answers, bool):
-            raise ValueError(f"raw_answers is {self.raw_answers!r}; choose true or false.")
-        if self.answer_by not in ANSWER_BY:
-            raise ValueError(f"answer_by is {self.answer_by!r}; choose one of {', '.join(ANSWER_BY)}.")
         if not str(self.feature_cache_mb).isdecimal():
             raise ValueError(
                 f"feature_cache_mb is {self.feature_cache_mb!r}; give a whole number of megabytes, 0 for none."
@@ -70,14 +57,14 @@ class ModelArgs:
                 f"steps is {self.steps!r} and guidance is {self.guidance!r}; give a whole number from 1 up, and a "
                 f"number."
             )
-        if self.answer_by == "drawing" and (self.diffusion_model is None or self.image_dir is None):
+        if self.image_dir is not None and self.diffusion_model is None:
             raise ValueError(
-                "answer_by=drawing needs diffusion_model=FOLDER_OR_HUB_ID to draw with, and image_dir=FOLDER to draw "
-                "into."
+                f"image_dir={self.image_dir} has every prompt answered by a picture, which needs "
+                f"diffusion_model=FOLDER_OR_HUB_ID to draw with."
             )
         self.pretrained = str(self.pretrained)
         self.batch_size, self.feature_cache_mb = int(self.batch_size), int(self.feature_cache_mb)
-        self.image_dir = None if self.image_dir is None else Path(self.image_dir)
+        self.image_dir = None if self.image_dir is None else Path(self.image_dir).expanduser()
 
 
 def read_model_args(given: Mapping[str, Any]) -> ModelArgs:

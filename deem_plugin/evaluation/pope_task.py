@@ -2,7 +2,7 @@
 
 from deem_plugin.evaluation import questions
 
-METRICS = ("accuracy", "precision", "recall", "f1", "auc", "yes_ratio", "unknown_rate")
+METRICS = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 # As lmms-eval's own POPE tasks ask, so that the accuracies compare.
 INSTRUCTION = "\nAnswer the question using a single word or phrase."
 
@@ -13,11 +13,20 @@ def doc_to_text(doc: dict, lmms_eval_specific_kwargs: dict | None = None) -> str
 
 
 def process_results(doc: dict, results: list[str]) -> dict[str, dict]:
-    """Returns the metric rows of one answer. The ids of questions are unique in each of the three splits only."""
-    question = {
+    """Returns the metric rows of one generated answer."""
+    return questions.score(_question(doc), results, "deem_pope", (*METRICS, "unknown_rate"))
+
+
+def process_likelihoods(doc: dict, results: list) -> dict[str, dict]:
+    """Returns the metric rows of the likelihoods of yes and no."""
+    return questions.score_likelihoods(_question(doc), results, "deem_pope", (*METRICS, "auc"))
+
+
+def _question(doc: dict) -> dict:
+    """Returns ids and answer as `questions.score` takes them. POPE's own ids are unique in each split only."""
+    return {
         "question_id": f"{doc['category']}-{doc['question_id']}",
         "image_id": doc["image_source"],
         "category": doc["category"],
         "answer": doc["answer"].strip().lower(),
     }
-    return questions.score(question, results, "deem_pope", METRICS)

@@ -10,10 +10,12 @@ from deem_plugin.evaluation.manifest import check_manifest
 # The three sets that the pictures are from: ImageNet-A, ImageNet-R and ImageNet-V2.
 SPLITS = ("a", "r", "v2")
 COLUMNS = ("question_id", "image_id", "image", "caption", "answer", "source")
-METRICS = ("accuracy", "pair_acc", "precision", "recall", "f1", "auc", "yes_ratio", "unknown_rate")
+METRICS = ("accuracy", "pair_acc", "precision", "recall", "f1", "yes_ratio")
 # As the authors ask it, misspelling included: another wording gives another benchmark.
 PROMPT = "Is {caption} the main object in this image? Please anwser yes or no"
 REWORDED_PROMPT = "Is {caption} the main object in this image? Please answer yes or no."
+# Around the question in the authors' evaluation: the words before the picture, and how the answer begins.
+PAPER_OPENING, PAPER_ANSWER = "Based on the image, please answer the question. ", "The answer is"
 
 
 def write_robustvqa(rows: Iterable[dict[str, Any]], path: str | Path) -> Path:
@@ -58,6 +60,19 @@ def reworded_text(doc: dict, lmms_eval_specific_kwargs: dict | None = None) -> s
     return REWORDED_PROMPT.format(caption=doc["caption"].replace("_", " "))
 
 
+def paper_messages(doc: dict, lmms_eval_specific_kwargs: dict | None = None) -> list[dict]:
+    """Returns the authors' whole prompt but for their chat template, which is the checkpoint's."""
+    picture, opening = {"type": "image", "url": doc["image"].convert("RGB")}, {"type": "text", "text": PAPER_OPENING}
+    content = [opening, picture, {"type": "text", "text": doc_to_text(doc)}]
+    answer = {"role": "assistant", "content": [{"type": "text", "text": PAPER_ANSWER}]}
+    return [{"role": "user", "content": content}, answer]
+
+
 def process_results(doc: dict, results: list[str]) -> dict[str, dict]:
-    """Returns the metric rows of one answer."""
-    return questions.score(doc, results, "robustvqa", METRICS)
+    """Returns the metric rows of one generated answer."""
+    return questions.score(doc, results, "robustvqa", (*METRICS, "unknown_rate"))
+
+
+def process_likelihoods(doc: dict, results: list) -> dict[str, dict]:
+    """Returns the metric rows of the likelihoods of yes and no."""
+    return questions.score_likelihoods(doc, results, "robustvqa", (*METRICS, "auc"))

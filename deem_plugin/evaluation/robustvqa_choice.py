@@ -71,10 +71,7 @@ def _plain(text: str) -> str:
 def choice_results(doc: dict, results: list[str]) -> dict[str, dict]:
     """Returns the metric rows of one answer; see `questions.score`."""
     prediction = parse_choice(results[0], doc["first"], doc["second"])
-    ids = {"question_id": doc["question_id"], "image_id": doc["image_id"]}
-    row = {**ids, "prediction": prediction, "target": doc["answer"]}
-    rows = {f"robustvqa_choice_{metric}": row for metric in METRICS}
-    return {**rows, "robustvqa_choice_accuracy": {**row, "score": float(prediction == doc["answer"])}}
+    return questions.rows_of(doc, prediction, "robustvqa_choice", METRICS)
 
 
 def truth_first(rows: list[dict]) -> float:

@@ -1,12 +1,13 @@
 """Runs lmms-eval as its users do, and finds out whether it worked: it exits with 0 even when it failed."""
 
+import argparse
 import json
 import os
 import re
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +22,22 @@ class EvaluationError(RuntimeError):
 
 def evaluate(
     pretrained: str | Path,
-    tasks: str | Iterable[str],
-    output_dir: str | Path,
+    arguments: Sequence[str] = (),
     *,
-    batch_size: int = 16,
-    device: str | None = None,
-    dtype: str | None = None,
-    limit: int | None = None,
+    num_processes: int = 1,
     env: Mapping[str, str] | None = None,
-    use_cache: str | Path | None = None,
 ) -> dict[str, Any]:
     """
     Evaluates a checkpoint with lmms-eval's model `deem`.
 
     Args:
         pretrained (`str` or `Path`): Checkpoint folder, hub id, or folder of a peft adapter.
-        tasks (`str` or `Iterable[str]`): Tasks or groups; a string may list several, separated by commas.
-        output_dir (`str` or `Path`): Where lmms-eval writes its results and sample logs.
-        batch_size (`int`): Prompts answered at once.
-        device (`str`, *optional*): Device, by default the best there is.
-        dtype (`str`, *optional*): `float32`, `bfloat16` or `float16`; by default the checkpoint's.
-        limit (`int`, *optional*): Only so many samples of each task; an even number keeps pairs of questions whole.
+        arguments (`Sequence[str]`, *optional*):
+            Any arguments of lmms-eval. Where they are left out, `--tasks robustvqa,pope --batch_size 16
+            --output_path out/eval`; `--model_args` go with the checkpoint. Below the folder of `--use_cache` each
+            checkpoint with its data has one of its own, so that no answer is stale, see `fingerprint`.
+        num_processes (`int`, *optional*, defaults to 1): Processes on this machine that share the questions.
         env (`Mapping[str, str]`, *optional*): Environment variables on top of this process's.
-        use_cache (`str` or `Path`, *optional*):
-            Folder of lmms-eval's response cache: questions that were answered before are not asked again, unless the
-            checkpoint or the data has changed since.
 
     Returns:
         `dict`: lmms-eval's results file; `["results"][task]["metric,none"]` is a score.
@@ -53,47 +45,36 @@ def evaluate(
     Raises:
         EvaluationError: If lmms-eval failed or a task has no results.
     """
-    if use_cache is not None:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--tasks", default="robustvqa,pope")
+    parser.add_argument("--batch_size", "-b", default="16")
+    parser.add_argument("--output_path", default="out/eval")
+    parser.add_argument("--model_args", default="")
+    parser.add_argument("--use_cache", "-c")
+    given, others = parser.parse_known_args(arguments)
+    if "," in str(pretrained):
+        raise EvaluationError(f"The checkpoint is {str(pretrained)!r}; lmms-eval takes no comma in a model argument.")
+    model_args = ",".join(filter(None, [f"pretrained={pretrained}", given.model_args]))
+    command = ["--model", "deem", "--model_args", model_args, "--tasks", given.tasks, "--batch_size", given.batch_size]
+    if given.use_cache is not None:
         from deem_plugin.evaluation.fingerprint import fingerprint
 
-        use_cache = Path(use_cache).expanduser() / fingerprint(pretrained)
-    model_args = {"pretrained": str(pretrained), "device": device, "dtype": dtype}
-    return run_lmms_eval(
-        {name: value for name, value in model_args.items() if value is not None},
-        tasks,
-        output_dir,
-        batch_size=batch_size,
-        limit=limit,
-        env=env,
-        use_cache=use_cache,
-    )
+        command += ["--use_cache", str(Path(given.use_cache).expanduser() / fingerprint(pretrained))]
+    command += ["--output_path", given.output_path, *others]
+    return run_lmms_eval(command, num_processes=num_processes, env=env)
 
 
 def run_lmms_eval(
-    model_args: str | Mapping[str, Any],
-    tasks: str | Iterable[str],
-    output_dir: str | Path,
-    *,
-    batch_size: int,
-    model: str = "deem",
-    env: Mapping[str, str] | None = None,
-    limit: int | None = None,
-    use_cache: str | Path | None = None,
+    arguments: Sequence[str], *, num_processes: int = 1, env: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
     """
-    Runs `python -m lmms_eval` in a process of its own, passes its output on to standard error, and returns its
-    results. Sample logs are written beside the results file in `output_dir`.
+    Runs `python -m lmms_eval` in processes of their own, passes its output on to standard error, and returns its
+    results. Sample logs are written beside the results file.
 
     Args:
-        model_args (`str` or `Mapping`): Arguments of the model, as `name=value,...` or as a mapping.
-        tasks (`str` or `Iterable[str]`): Tasks or groups; a string may list several, separated by commas.
-        output_dir (`str` or `Path`): Folder of the results; it is made where it is missing.
-        batch_size (`int`): Prompts answered at once.
-        model (`str`): Name of the model in lmms-eval.
+        arguments (`Sequence[str]`): Of lmms-eval, `--tasks` and `--output_path` among them.
+        num_processes (`int`, *optional*, defaults to 1): Processes on this machine that share the questions.
         env (`Mapping[str, str]`, *optional*): Environment variables on top of this process's.
-        limit (`int`, *optional*): Only so many samples of each task.
-        use_cache (`str` or `Path`, *optional*):
-            Folder of lmms-eval's response cache, which does not notice a changed checkpoint: see `fingerprint`.
 
     Returns:
         `dict`: The results file of this run.
@@ -101,10 +82,14 @@ def run_lmms_eval(
     Raises:
         EvaluationError: If the output folder cannot be written, lmms-eval failed, or a task has no results.
     """
-    names = [name.strip() for name in (tasks.split(",") if isinstance(tasks, str) else tasks) if name.strip()]
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--tasks", default="")
+    parser.add_argument("--output_path", required=True)
+    given, others = parser.parse_known_args(arguments)
+    names = [name.strip() for name in given.tasks.split(",") if name.strip()]
     if not names:
         raise EvaluationError("No task was given. `lmms-eval --tasks list` shows those that there are.")
-    output = Path(output_dir).expanduser()
+    output = Path(given.output_path).expanduser()
     try:
         output.mkdir(parents=True, exist_ok=True)
         (probe := output / f".{os.getpid()}.probe").touch()
@@ -113,13 +98,10 @@ def run_lmms_eval(
         # lmms-eval would notice only after hours of work, and say so in a line of its log.
         raise EvaluationError(f"Cannot write to the output folder {output}: {error}.") from error
 
-    command = [sys.executable, "-m", "lmms_eval", "--model", model, "--model_args", _joined(model_args)]
-    command += ["--tasks", ",".join(names), "--batch_size", str(batch_size)]
-    command += ["--log_samples", "--output_path", str(output)]
-    if limit is not None:
-        command += ["--limit", str(limit)]
-    if use_cache is not None:
-        command += ["--use_cache", str(use_cache)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    command = [sys.executable, *(launcher if num_processes > 1 else []), "-m", "lmms_eval", *others]
+    command += ["--tasks", ",".join(names), "--output_path", str(output)]
+    command += [] if "--log_samples" in others else ["--log_samples"]
     before = set(output.rglob("*_results.json"))
     code, log = _stream(command, {**os.environ, **(env or {})})
 
@@ -127,18 +109,11 @@ def run_lmms_eval(
     if code != 0 or not written:
         raise EvaluationError(f"lmms-eval failed on {', '.join(names)} (exit code {code}):\n{_explain(log)}")
     results = json.loads(written[-1].read_text(encoding="utf-8"))
-    if absent := [name for name in names if not _has_results(results, name)]:
+    # What matches a pattern or stands in a file has another name in the results.
+    exact = [name for name in names if re.fullmatch(r"[\w+-]+", name)]
+    if absent := [name for name in exact if not _has_results(results, name)]:
         raise EvaluationError(f"lmms-eval gave no results for {', '.join(absent)}:\n{_explain(log)}")
     return results
-
-
-def _joined(model_args: str | Mapping[str, Any]) -> str:
-    if isinstance(model_args, str):
-        return model_args
-    for name, value in model_args.items():
-        if "," in str(value):
-            raise EvaluationError(f"{name} is {str(value)!r}; lmms-eval cannot take a comma in a model argument.")
-    return ",".join(f"{name}={value}" for name, value in model_args.items())
 
 
 def _stream(command: list[str], env: Mapping[str, str]) -> tuple[int, list[str]]:

@@ -12,6 +12,8 @@ _NO_METRICS = {
     "doc_id", "doc", "doc_hash", "target", "arguments", "input", "input_media", "resps", "filtered_resps",
     "token_counts",
 }  # fmt: skip
+# What tasks call the score of a question, where a metric's entry is a dictionary.
+_SCORES = ("score", "is_correct", "correct", "exact_match", "acc", "accuracy")
 _REMEDY = "Run `deem eval`, or lmms-eval with `--log_samples --output_path DIR`."
 
 
@@ -28,15 +30,17 @@ class Answer:
         doc_id (`int`): Place of the question in the task's data.
         question_id (`str`, *optional*): Where the task tells it. POPE's are not unique.
         image_id (`str`, *optional*): Where the task tells it.
+        pair (`str`, *optional*): What the questions of one pair share: their number, or their image (and category).
         prompt (`str`): The question as it was asked.
         target (`str`): The right answer.
         answer (`str`): What the model said.
-        scores (`dict[str, float]`): The metrics that are 0 or 1 for this question.
+        scores (`dict[str, float]`): What each metric logs of this question.
     """
 
     doc_id: int
     question_id: str | None
     image_id: str | None
+    pair: str | None
     prompt: str
     target: str
     answer: str
@@ -51,17 +55,14 @@ class TaskLog:
     Args:
         path (`Path`): The sample log.
         answers (`list[Answer]`): In order of `doc_id`, which is not that of the file when several processes wrote it.
-        config (`dict`): The task's configuration in the results file; empty without one.
+        config (`dict`): The task's configuration in the results file.
+        results (`dict[str, float]`): What lmms-eval reports of each metric.
     """
 
     path: Path
     answers: list[Answer]
     config: dict[str, Any]
-
-    def metric(self) -> str | None:
-        """Returns the name of the metric that is 0 or 1 for every question, an accuracy before others, or `None`."""
-        names = [name for name in self.answers[0].scores if all(name in answer.scores for answer in self.answers)]
-        return min(names, key=lambda name: not re.search(r"acc(uracy)?$|exact_match", name), default=None)
+    results: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,13 @@ def read_run(folder: str | Path) -> RunLog:
     results = {date: _read_results(places[0] / f"{date}_results.json") for date in dates}
     tasks, groups = {}, {}
     for task, path in sorted(newest.items()):
-        config = results[_NAME.fullmatch(path.name)["date"]].get("configs", {}).get(task, {})
-        tasks[task] = TaskLog(path, _read_answers(path), config)
+        run = results[_NAME.fullmatch(path.name)["date"]]
+        reported = {
+            name.split(",")[0]: value
+            for name, value in run.get("results", {}).get(task, {}).items()
+            if isinstance(value, int | float) and "_stderr" not in name
+        }
+        tasks[task] = TaskLog(path, _read_answers(path), run.get("configs", {}).get(task, {}), reported)
     for date in dates:
         groups.update({name: members for name, members in results[date].get("group_subtasks", {}).items() if members})
     config = results[dates[-1]].get("config", {})
@@ -119,11 +125,10 @@ def read_run(folder: str | Path) -> RunLog:
 
 
 def _read_results(path: Path) -> dict[str, Any]:
-    """Reads a results file; without one, as after a run that was cut off, the sample logs must do."""
-    if not path.is_file():
-        return {}
     try:
         return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SampleLogError(f"{path} is missing, which lmms-eval writes before the sample logs. {_REMEDY}") from error
     except ValueError as error:
         raise SampleLogError(f"{path} is no whole JSON file ({error}). Evaluate again, or delete it.") from error
 
@@ -153,10 +158,12 @@ def _read_answers(path: Path) -> list[Answer]:
 def _read_answer(line: dict[str, Any]) -> Answer:
     metrics = {name: value for name, value in line.items() if name not in _NO_METRICS}
     rows = [value for value in metrics.values() if isinstance(value, dict)]
-    values = {name: value.get("score") if isinstance(value, dict) else value for name, value in metrics.items()}
-    scores = {
-        name: float(value) for name, value in values.items() if isinstance(value, int | float) and value in (0, 1)
-    }
+    scores = {}
+    for name, value in metrics.items():
+        if isinstance(value, dict):
+            value = next((value[key] for key in _SCORES if key in value), None)
+        if isinstance(value, int | float):
+            scores[name] = float(value)
 
     def first(key: str) -> str | None:
         return next((str(row[key]) for row in rows if row.get(key) is not None), None)
@@ -168,6 +175,9 @@ def _read_answer(line: dict[str, Any]) -> Answer:
         doc_id=int(line["doc_id"]),
         question_id=first("question_id"),
         image_id=first("image_id"),
+        pair=first("pair_index")
+        or (image := first("image_id"))
+        and " ".join(filter(None, [image, first("category")])),
         prompt=str(line.get("input", "")),
         target=str(line["target"]),
         answer=answer,

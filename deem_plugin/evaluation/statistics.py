@@ -1,4 +1,4 @@
-"""How far a score, or the difference of two, may be trusted: a bootstrap over images, and McNemar's exact test."""
+"""How far a score, or the difference of two, may be trusted: a bootstrap over images, and the exact sign test."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -96,23 +96,18 @@ def estimate(*sets: np.ndarray, confidence: float = CONFIDENCE, resamples: int =
     return Estimate(value, float(means.std(ddof=1)), float(low), float(high))
 
 
-def mcnemar(lost: int, gained: int) -> float:
+def sign_test(lost: int, gained: int) -> float:
     """
-    Returns the two-sided p-value of McNemar's exact test: could as many answers have flipped either way by chance?
+    Returns the two-sided p-value of the exact sign test, which is McNemar's where scores are 0 or 1: could as many
+    have changed either way by chance?
 
-    Answers that did not flip say nothing about it; with no flip at all the value is 1. The test takes questions for
+    Those that did not change say nothing about it; with no change at all the value is 1. Questions are taken for
     independent.
 
     Args:
-        lost (`int`): Questions that only the first of two runs answered right.
-        gained (`int`): Questions that only the second answered right.
+        lost (`int`): Questions (or pairs) that the first of two runs answered better.
+        gained (`int`): Questions (or pairs) that the second answered better.
     """
-    if lost < 0 or gained < 0:
-        raise ValueError(f"Flips are {lost} and {gained}; numbers of questions are not negative.")
-    flips = lost + gained
-    tail, ways = 0, 1  # ways: flips over count
-    for count in range(min(lost, gained) + 1):
-        tail += ways
-        ways = ways * (flips - count) // (count + 1)
-    # Whole numbers until here: the ratio is exact to a float's precision for any number of flips.
-    return min(1.0, 2 * tail / 2**flips)
+    from scipy.stats import binomtest
+
+    return float(binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0

@@ -1,6 +1,7 @@
 """What the RobustVQA task files refer to; lmms-eval runs this file anew for each reference."""
 
 from deem_plugin.evaluation.questions import (  # noqa: F401
+    CHOICES,
     accuracy,
     auc,
     content_hash,
@@ -14,6 +15,8 @@ from deem_plugin.evaluation.questions import (  # noqa: F401
 )
 from deem_plugin.evaluation.robustvqa import (  # noqa: F401
     doc_to_text,
+    paper_messages,
+    process_likelihoods,
     process_results,
     reworded_text,
     robustvqa_file,

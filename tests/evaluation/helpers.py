@@ -9,6 +9,7 @@ from deem_plugin.evaluation.details import write_details
 from deem_plugin.evaluation.mmvp import CORRECTIONS, NUM_QUESTIONS
 from deem_plugin.evaluation.pope import CATEGORIES
 from deem_plugin.evaluation.robustvqa import SPLITS, write_robustvqa
+from deem_plugin.evaluation.run import run_lmms_eval
 
 from ..tiny import tiny_image
 
@@ -84,6 +85,13 @@ def write_all_questions(home: Path) -> Path:
 def offline_env(folder: Path) -> dict[str, str]:
     """Returns the environment of a process that has no network and caches below `folder`."""
     return {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "OMP_NUM_THREADS": "1"}
+
+
+def evaluated(model_args: dict, tasks: str, out: Path, *, model: str = "deem", env=None, more=(), **options) -> dict:
+    """Runs lmms-eval; `options` are those of its arguments that have a value, `more` are other arguments."""
+    options = {"model": model, "model_args": ",".join(f"{k}={v}" for k, v in model_args.items()), **options}
+    arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return run_lmms_eval(["--tasks", tasks, "--output_path", str(out), *arguments, *more], env=env)
 
 
 def request(*args) -> SimpleNamespace:

@@ -5,7 +5,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from deem_plugin.evaluation import robustvqa
+from lmms_eval.tasks.mmvp import utils as mmvp
+from lmms_eval.tasks.pope import utils as pope
+
+from deem_plugin.evaluation import questions, robustvqa
 
 DATE = "20260101_000000"
 
@@ -40,6 +43,47 @@ def pope_log(questions: Iterable[tuple[str, str]], answer: str) -> list[dict]:
     return lines
 
 
+# How each metric is aggregated: by lmms-eval's own code and by ours.
+AGGREGATIONS = {
+    **{
+        f"robustvqa_{name}": getattr(questions, name)
+        for name in ("accuracy", "precision", "recall", "f1", "yes_ratio")
+    },
+    "robustvqa_pair_acc": questions.pair_accuracy,
+    **{f"pope_{name}": getattr(pope, f"pope_aggregate_{name}") for name in ("accuracy", "precision", "recall")},
+    "mmvp_accuracy": mmvp.mmvp_aggregate_results,
+    "mmvp_pair_accuracy": mmvp.mmvp_aggregate_pair_results,
+}
+
+
+def mmvp_log(answers: list[str]) -> list[dict]:
+    """Returns the lines of a sample log of the stock task `mmvp`, whose right answers are A and B in turn."""
+    lines = []
+    for index, answer in enumerate(answers):
+        doc = {
+            "Index": index + 1,
+            "Question": "Open?",
+            "Options": "(a) Yes (b) No",
+            "Correct Answer": "(a)(b)"[3 * (index % 2) :][:3],
+        }
+        head = {"doc_id": index, "target": mmvp.mmvp_doc_to_target(doc), "filtered_resps": answer, "input": "Open?"}
+        lines.append({**head, **mmvp.mmvp_process_results(doc, [answer])})
+    return lines
+
+
+def aggregate(lines: list[dict]) -> dict[str, float]:
+    """Returns what a results file reports of a task; a metric that is a number is averaged."""
+    reported = {}
+    for metric in lines[0]:
+        if metric in AGGREGATIONS:
+            reported[f"{metric},none"] = AGGREGATIONS[metric]([line[metric] for line in lines])
+        elif metric in ("exact_match", "anls"):
+            reported[f"{metric},none"] = sum(line[metric] for line in lines) / len(lines)
+        elif metric == "rating":
+            reported[f"{metric},none"] = 100.0
+    return reported
+
+
 def write_run(
     folder: Path,
     logs: dict[str, list[dict]],
@@ -48,7 +92,7 @@ def write_run(
     model: str = "model",
     date: str = DATE,
 ) -> Path:
-    """Writes a run directory: the sample logs, and a results file with what is read of it."""
+    """Writes a run directory: the sample logs, and a results file with what is read of it, aggregated by the tasks."""
     place = folder / model
     place.mkdir(parents=True, exist_ok=True)
     for task, lines in logs.items():
@@ -58,6 +102,7 @@ def write_run(
         "config": {"model": "deem", "model_args": f"pretrained={model}"},
         "configs": configs or {},
         "group_subtasks": groups or {task: [] for task in logs},
+        "results": {task: aggregate(lines) for task, lines in logs.items()},
     }
     (place / f"{date}_results.json").write_text(json.dumps(results))
     return folder

@@ -3,10 +3,19 @@
 import numpy as np
 import pytest
 
-from deem_plugin.evaluation.chats import about_region, asks_for_a_region, read_messages
-from deem_plugin.evaluation.drawing import drawing_prompt, split_wish, with_drawing
+from deem_plugin.data.region_sources import DESCRIBE_QUESTION
+from deem_plugin.data.tokens import tokenize
+from deem_plugin.evaluation import refcoco, robustvqa
+from deem_plugin.evaluation.chats import read_messages
+from deem_plugin.evaluation.drawing import split_wish, with_drawing
+from deem_plugin.vision.regions import region_mask
 
-from ..tiny import tiny_image
+from ..models.tiny_deem import tiny_deem
+from ..tiny import tiny_image, tiny_processor
+
+
+def tiny_deem_processor():
+    return tiny_deem()[1]
 
 
 def question(text, images=()):
@@ -15,42 +24,58 @@ def question(text, images=()):
     ]
 
 
-def test_tasks_about_a_region_are_known_and_those_that_ask_for_one_are_not():
-    known = (
-        "refcoco_bbox_val",
-        "refcoco_bbox_val_lite",
-        "refcoco+_seg_testA",
-        "refcocog_bbox_test",
-        "refcoco_seg_test",
-    )
-    others = ("refcoco_bbox_rec_val", "refcoco+_bbox_rec_testB", "refcocog_bbox_rec_test", "pope", "refcoco_grounding")
-
-    assert all(map(asks_for_a_region, known))
-    assert not any(map(asks_for_a_region, others))
-
-
-@pytest.mark.parametrize("task", ["refcoco_bbox_val", "refcocog_seg_test"])
-def test_the_region_of_a_document_is_meant_and_nothing_is_drawn_on_its_picture(task):
+@pytest.mark.parametrize("outline", [None, [20, 10, 30, 10, 30, 20, 20, 20]])
+def test_the_region_of_a_document_is_meant_and_nothing_is_drawn_on_its_picture(outline):
     image = tiny_image(0, (40, 30))
-    doc = {"image": image, "bbox": [4.0, 6.0, 10.0, 8.0], "segmentation": [20, 10, 30, 10, 30, 20, 20, 20]}
-    drawn_on = tiny_image(1, (40, 30))
+    doc = {"image": image, "bbox": [4.0, 6.0, 10.0, 8.0], "segmentation": outline, "question_id": "1"}
 
-    chat = about_region(read_messages(question("What is it?", [drawn_on]), task, 3), doc)
+    chat = read_messages(refcoco.doc_to_messages(doc), "deem_refcoco_val", 3)
 
-    assert chat.render(processor=None) == "<image>\nWhat is it?\n"
+    assert chat.about_regions
+    assert chat.render(tiny_deem_processor()) == f"<image>{DESCRIBE_QUESTION}"  # as stage 3 learns it
     assert np.array_equal(np.asarray(chat.images[0]), np.asarray(image))
     expected = np.zeros((30, 40), bool)
-    if "bbox" in task:
+    if outline is None:
         expected[6:14, 4:14] = True
     else:
         expected[10:20, 20:30] = True
-    assert np.array_equal(chat.regions[0], expected)
+    assert np.array_equal(region_mask(chat.regions[0], *image.size), expected)
 
 
-def test_a_document_to_draw_ends_where_the_picture_begins():
+@pytest.mark.parametrize("make", [tiny_processor, tiny_deem_processor])
+@pytest.mark.parametrize("text", ["USER: <image>\nWhat?", "What does <image_start> mean?", "a <video> of it"])
+def test_marks_in_a_question_are_text(make, text):
+    """Tasks write them by themselves, or a text holds them by chance: the picture's own mark is the only one."""
+    processor = make()
+    chat = read_messages(question(text, [tiny_image(0)]), "task", 0)
+
+    inputs, _ = tokenize(processor, [chat.render(processor)], [chat.images])
+
+    special = [token for token in processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0]) if "<" in token]
+    empty = read_messages(question("", chat.images), "task", 0)
+    plain, _ = tokenize(processor, [empty.render(processor)], [chat.images])
+    expected = [token for token in processor.tokenizer.convert_ids_to_tokens(plain["input_ids"][0]) if "<" in token]
+    assert [token for token in special if token != "<"] == expected
+    assert text.split()[-1] in processor.tokenizer.decode(inputs["input_ids"][0]).replace("< ", "<")
+
+
+def test_an_answer_that_the_task_begins_is_gone_on_with():
+    doc = {"image": tiny_image(0), "caption": "tabby"}
+    chat = read_messages(robustvqa.paper_messages(doc), "robustvqa_paper_a", 0)
+
+    prompt = chat.render(tiny_processor())
+
+    assert prompt == (
+        "<s><|im_start|>user\nBased on the image, please answer the question. <image>\n"
+        "Is tabby the main object in this image? Please anwser yes or no<|im_end|>\n"
+        "<|im_start|>assistant\nThe answer is"
+    )
+
+
+def test_a_document_to_draw_has_no_template():
     chat = read_messages([{"role": "system", "content": "Draw."}, *question("a red cat", [tiny_image(0)])], "task", 0)
 
-    assert drawing_prompt(chat) == "Draw.\n<image>a red cat<image_start>"
+    assert chat.as_document(tiny_deem_processor()) == "Draw.\n<image>a red cat"
 
 
 def test_a_wish_and_a_question_are_told_apart_and_the_drawing_comes_last():

@@ -10,12 +10,11 @@ from deem_plugin.evaluation import compare_report, robustvqa
 from deem_plugin.evaluation.compare import CompareError, compare_runs
 from deem_plugin.evaluation.pope import import_pope
 from deem_plugin.evaluation.questions import content_hash
-from deem_plugin.evaluation.run import run_lmms_eval
 from deem_plugin.evaluation.sample_logs import SampleLogError
 from deem_plugin.evaluation.statistics import cluster_totals, estimate
 
-from .helpers import offline_env, robustvqa_rows, write_all_questions, write_pope_files
-from .runs import DATE, pope_log, robustvqa_log, write_run
+from .helpers import evaluated, offline_env, robustvqa_rows, write_all_questions, write_pope_files
+from .runs import DATE, mmvp_log, pope_log, robustvqa_log, write_run
 
 
 def yes(index, row):
@@ -83,11 +82,42 @@ def test_a_group_counts_its_tasks_alike(tmp_path):
 
     comparisons = compare_runs(*runs)
 
-    (group,) = comparisons.groups
-    assert [result.task for result in comparisons.tasks] == ["robustvqa_a", "robustvqa_r"]
+    group, pairs = comparisons.groups
+    assert (group.metric, pairs.metric) == ("robustvqa_accuracy", "robustvqa_pair_acc")
+    assert [result.task for result in comparisons.tasks] == ["robustvqa_a"] * 2 + ["robustvqa_r"] * 2
     assert (group.questions, group.images, len(group.gained)) == (24, 12, 10)
     assert group.difference.value == pytest.approx((0.5 + 0) / 2)
-    assert (group.base, group.new) == (0.5, 0.75)
+    assert (group.base, group.new, group.p_value) == (0.5, 0.75, None)
+    assert "| robustvqa (mean of 2) | robustvqa_pair_acc | 12 |" in compare_report.to_markdown(comparisons)
+
+
+def test_mmvp_is_compared_by_question_and_by_pair(tmp_path):
+    """Three pairs, right with A and B: the base gets one pair, the new run all but the last question."""
+    answers = {"base": "ABAAAA", "new": "ABABAA"}
+    runs = [write_run(tmp_path / name, {"mmvp": mmvp_log(list(said))}) for name, said in answers.items()]
+
+    questions, pairs = compare_runs(*runs).tasks
+
+    assert (questions.metric, questions.questions, questions.base, questions.new) == ("mmvp_accuracy", 6, 4 / 6, 5 / 6)
+    assert [flip.question for flip in questions.gained] == ["doc_id 3"] and not questions.lost
+    assert (pairs.metric, pairs.questions, pairs.base, pairs.new) == ("mmvp_pair_accuracy", 3, 1 / 3, 2 / 3)
+    [flip] = pairs.gained
+    assert (flip.question, flip.target, flip.base_answer, flip.new_answer) == ("pair 1", "A / B", "A", "A / B")
+
+
+def test_a_metric_between_0_and_1_is_compared_by_what_rose_and_fell(tmp_path):
+    def lines(scores):
+        head = {"target": "cat", "filtered_resps": "cats", "input": "What?"}
+        return [{"doc_id": index, **head, "anls": score} for index, score in enumerate(scores)]
+
+    runs = [
+        write_run(tmp_path / name, {"docvqa": lines(scores)})
+        for name, scores in (("base", [0.5, 0.0, 1.0, 0.25]), ("new", [0.75, 1.0, 1.0, 0.0]))
+    ]
+    (result,) = compare_runs(*runs).tasks
+
+    assert result.difference.value == pytest.approx((0.25 + 1 + 0 - 0.25) / 4)
+    assert (len(result.lost), len(result.gained), result.p_value) == (1, 2, 1.0)
 
 
 def test_pope_whose_ids_are_not_unique_is_joined_by_place(tmp_path):
@@ -206,14 +236,16 @@ def test_runs_without_a_task_or_score_in_common_are_refused(tmp_path):
         compare_runs(base, other)
     line = {"doc_id": 0, "target": "?", "filtered_resps": "-", "input": "Rate it.", "rating": 3.5}
     rated = [write_run(tmp_path / name, {"rating": [line]}) for name in ("one", "two")]
-    with pytest.raises(CompareError, match="None of the common tasks rating has a metric that is 0 or 1"):
+    with pytest.raises(CompareError, match="None of the common tasks rating has a metric that is the mean of "):
         compare_runs(*rated)
 
     both = write_run(tmp_path / "both", {"pope": pope_log(questions, "yes"), "rating": [line]})
     third = write_run(tmp_path / "third", {"pope": pope_log(questions, "no"), "rating": [line]})
     comparisons = compare_runs(both, third)
     assert [result.task for result in comparisons.tasks] == ["pope"]
-    assert comparisons.left_out == {"rating": "no metric that is 0 or 1 for every question"}
+    assert comparisons.left_out == dict.fromkeys(
+        ("pope, pope_precision", "pope, pope_recall", "rating, rating"), "no mean over questions or pairs"
+    )
 
 
 def test_the_newest_log_of_a_task_counts(tmp_path):
@@ -245,23 +277,27 @@ def test_the_command_writes_everything_with_images_where_the_data_is(tmp_path, c
     text = (new / "compare.md").read_text()
     assert capsys.readouterr().out.strip() == text.strip()
     assert "| robustvqa_a | robustvqa_accuracy | 6 | 3 | 0.500 | 0.833 | +0.333 [" in text
-    assert "robustvqa_a: right in the base, wrong now (1)" in text
+    assert "robustvqa_a, robustvqa_accuracy: better in the base (1)" in text
     assert (
         "| a-2-yes | Is <i> the main object in this image? Please anwser yes or no | yes | Yes. | (nothing) |" in text
     )
     assert "no content hash" not in text
     numbers = json.loads((new / "compare.json").read_text())
-    assert numbers["tasks"]["robustvqa_a"]["difference"]["value"] == pytest.approx(1 / 3)
-    assert [flip["question"] for flip in numbers["tasks"]["robustvqa_a"]["gained"]] == ["a-0-no", "a-1-no", "a-2-no"]
+    assert numbers["tasks"]["robustvqa_a"]["robustvqa_accuracy"]["difference"]["value"] == pytest.approx(1 / 3)
+    assert [flip["question"] for flip in numbers["tasks"]["robustvqa_a"]["robustvqa_accuracy"]["gained"]] == [
+        "a-0-no",
+        "a-1-no",
+        "a-2-no",
+    ]
     assert (new / "compare.png").stat().st_size > 1000
     page = (new / "compare.html").read_text()
-    assert page.count("data:image/jpeg;base64") == 4 and "not found" not in page
+    assert page.count("data:image/jpeg;base64") == 6 and "not found" not in page
     assert "Is &lt;i&gt; the main object" in page and "<i>" not in page
 
     # Without the data, the same but the images.
     path.unlink()
     assert cli.main(["compare", str(base), str(new), "--html", "--out", str(tmp_path / "out")]) == 0
-    assert (tmp_path / "out" / "compare.html").read_text().count("<td>not found</td>") == 4
+    assert (tmp_path / "out" / "compare.html").read_text().count("<td>not found</td>") == 6
 
 
 def test_long_lists_of_flips_are_cut_in_the_text_and_whole_in_the_numbers(tmp_path):
@@ -270,7 +306,10 @@ def test_long_lists_of_flips_are_cut_in_the_text_and_whole_in_the_numbers(tmp_pa
     text = compare_report.main(base, new, out).read_text()
 
     assert text.count("| Yes. | no |") == 20 and "5 more are in compare.json" in text
-    assert len(json.loads((out / "compare.json").read_text())["tasks"]["robustvqa_a"]["gained"]) == 25
+    assert (
+        len(json.loads((out / "compare.json").read_text())["tasks"]["robustvqa_a"]["robustvqa_accuracy"]["gained"])
+        == 25
+    )
     assert not (out / "compare.html").exists()
 
 
@@ -279,7 +318,12 @@ def test_one_image_alone_has_no_interval(tmp_path):
     text = compare_report.main(base, new).read_text()
 
     assert "+0.500 [one image only]" in text
-    assert json.loads((new / "compare.json").read_text())["tasks"]["robustvqa_a"]["difference"]["low"] is None
+    assert (
+        json.loads((new / "compare.json").read_text())["tasks"]["robustvqa_a"]["robustvqa_accuracy"]["difference"][
+            "low"
+        ]
+        is None
+    )
 
 
 def test_missing_matplotlib_says_what_to_install(tmp_path, monkeypatch, capsys):
@@ -296,18 +340,16 @@ def test_runs_of_lmms_eval_itself_are_compared(tmp_path):
     env = {**offline_env(tmp_path), "DEEM_HOME": str(tmp_path / "home")}
     for answer in ("yes", "no"):
         options = {"batch_size": 1, "model": "dummy", "env": env}
-        run_lmms_eval({"response": answer}, "robustvqa,deem_details", tmp_path / answer, **options)
+        evaluated({"response": answer}, "robustvqa,deem_details", tmp_path / answer, **options)
 
     comparisons = compare_runs(tmp_path / "yes", tmp_path / "no")
 
-    assert [result.task for result in comparisons.tasks] == [
-        "deem_details",
-        "robustvqa_a",
-        "robustvqa_r",
-        "robustvqa_v2",
-    ]
-    assert [group.task for group in comparisons.groups] == ["robustvqa"]
+    kinds = ("accuracy", "pair_acc")
+    expected = [f"deem_details_{kind}" for kind in kinds] + [f"robustvqa_{kind}" for _ in "arv" for kind in kinds]
+    assert [result.metric for result in comparisons.tasks] == expected
+    assert [group.task for group in comparisons.groups] == ["robustvqa"] * 2
     for result in comparisons.tasks:
         assert result.same_data and result.documents is not None
-        assert len(result.lost) == len(result.gained) == result.questions // 2
+        half = 0 if "pair" in result.metric else result.questions // 2  # of no pair are both answers right
+        assert len(result.lost) == len(result.gained) == half
         assert result.difference.value == 0.0 and result.p_value == 1.0

@@ -14,10 +14,16 @@ from .helpers import offline_env
 
 OUR_TASKS = {"deem_details"} | {
     f"{group}{split}"
-    for group in ("robustvqa", "robustvqa_reworded", "robustvqa_choice")
+    for group in ("robustvqa", *(f"robustvqa_{kind}" for kind in ("reworded", "choice", "loglikelihood", "paper")))
     for split in ("", "_a", "_r", "_v2")
 }
-OUR_TASKS |= {f"deem_pope{split}" for split in ("", "_random", "_popular", "_adversarial")}
+OUR_TASKS |= {
+    f"deem_pope{kind}{split}"
+    for kind in ("", "_loglikelihood")
+    for split in ("", "_random", "_popular", "_adversarial")
+}
+OUR_TASKS |= {f"deem_refcoco{split}" for split in ("_val", "_test", "_testA", "_testB", "+_val", "+_testA", "+_testB")}
+OUR_TASKS |= {"deem_refcocog_val", "deem_refcocog_test"}
 
 
 def python(code: str, tmp_path) -> str:

@@ -92,7 +92,7 @@ def test_an_import_anew_counts(checkpoint, tmp_path):
     assert len({first, second, fingerprint(checkpoint)}) == 3
 
 
-def test_evaluations_use_the_cache_of_that_name(checkpoint, tmp_path, monkeypatch, capsys):
+def test_evaluations_use_the_cache_of_that_name(checkpoint, tmp_path, monkeypatch):
     commands = []
 
     def stream(command, env):
@@ -101,15 +101,15 @@ def test_evaluations_use_the_cache_of_that_name(checkpoint, tmp_path, monkeypatc
         return 0, []
 
     monkeypatch.setattr(run, "_stream", stream)
-    arguments = ["eval", str(checkpoint), "--tasks", "pope", "--out", str(tmp_path), "--use-cache", "answers"]
-    assert cli.main(arguments) == 0
-    assert cli.main(["fingerprint", str(checkpoint)]) == 0
-    printed = capsys.readouterr().out.strip()
-    assert commands[0][commands[0].index("--use_cache") + 1] == f"answers/{printed}"
+    arguments = ["--tasks", "pope", "--output_path", str(tmp_path), "--use_cache", "answers", "--limit", "4"]
+    assert cli.main(["eval", str(checkpoint), "--", *arguments]) == 0
+    [command] = commands
+    assert command[command.index("--use_cache") + 1] == f"answers/{fingerprint(checkpoint)}"
+    assert command[command.index("--limit") + 1] == "4"
 
 
 def test_a_missing_checkpoint_is_an_error(tmp_path, capsys):
-    assert cli.main(["fingerprint", str(tmp_path / "nowhere")]) == 1
+    assert cli.main(["eval", str(tmp_path / "nowhere"), "--", "--use_cache", str(tmp_path / "answers")]) == 1
     assert "No such checkpoint folder" in capsys.readouterr().err
 
 
@@ -122,8 +122,8 @@ def test_lmms_eval_asks_again_after_a_change_of_checkpoint_or_data(tmp_path, cap
     env = {**offline_env(tmp_path), "DEEM_HOME": str(tmp_path / "home")}
 
     def hits() -> int:
-        options = {"batch_size": 4, "env": env, "use_cache": tmp_path / "answers"}
-        evaluate(tmp_path / "llava", "robustvqa_a", tmp_path / "out", **options)
+        arguments = ["--tasks", "robustvqa_a", "--output_path", str(tmp_path / "out"), "--batch_size", "4"]
+        evaluate(tmp_path / "llava", [*arguments, "--use_cache", str(tmp_path / "answers")], env=env)
         return int(re.search(r"ResponseCache stats: (\d+) hits", capfd.readouterr().err)[1])
 
     tiny_llava(tmp_path / "llava")

@@ -13,12 +13,11 @@ from datasets import Dataset, Features, Image, List, Value
 from datasets.packaged_modules.parquet.parquet import Parquet
 
 from deem_plugin.evaluation.offline import write_to_cache
-from deem_plugin.evaluation.run import run_lmms_eval
 
 from ..feedback.tiny_diffusion_models import save_diffusion_model
 from ..models.tiny_deem import tiny_deem
 from ..tiny import tiny_image
-from .helpers import offline_env
+from .helpers import evaluated, offline_env
 
 STOCK_TASKS = Path(lmms_eval.tasks.__file__).parent
 
@@ -70,7 +69,7 @@ def test_refcoco_is_asked_about_regions(workplace):
     builder.download_and_prepare(output_dir=str(folder / "cache/lmms-lab-encoder___ref_coco/default/0.0.0/local"))
 
     tasks = ["refcoco_bbox_val", "refcoco_seg_val"]
-    results = run_lmms_eval({"pretrained": folder / "deem"}, tasks, folder / "refcoco", batch_size=2, env=env)
+    results = evaluated({"pretrained": folder / "deem"}, tasks, folder / "refcoco", batch_size=2, env=env)
 
     for task in tasks:
         assert 0 <= results["results"][task]["refcoco_METEOR,none"] <= 1
@@ -118,7 +117,7 @@ def test_wise_judges_the_pictures_that_were_drawn(workplace):
     model_args = {"pretrained": folder / "deem", "answer_by": "drawing", "diffusion_model": folder / "diffusion_model"}
     model_args |= {"image_dir": folder / "images", "steps": 2}
 
-    results = run_lmms_eval(model_args, "WISE", folder / "wise", batch_size=2, env=env | judge)
+    results = evaluated(model_args, "WISE", folder / "wise", batch_size=2, env=env | judge)
 
     server.shutdown()
     assert results["results"]["WISE"]["WISE_culture_score,none"] == pytest.approx(1.0)

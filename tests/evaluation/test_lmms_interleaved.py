@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from deem_plugin.evaluation.chats import read_messages
 from deem_plugin.evaluation.drawing import split_wish
 from deem_plugin.evaluation.lmms import DeemChat, DeemSimple
 from deem_plugin.models import generate_images
@@ -28,24 +29,14 @@ def checkpoint(tmp_path_factory):
 
 
 def test_a_batch_answers_what_each_prompt_alone_does(checkpoint, docs):  # noqa: F811
-    model = chat(checkpoint, docs, batch_size=3, raw_answers=True)
+    model = chat(checkpoint, docs, batch_size=3)
 
     together = model.generate_until(chat_requests(docs))
 
-    assert type(model.model).__name__ == "DeemForConditionalGeneration"
-    alone = chat(checkpoint, docs, batch_size=1, raw_answers=True)
+    assert type(model.vlm.model).__name__ == "DeemForConditionalGeneration"
+    alone = chat(checkpoint, docs, batch_size=1)
     assert together == alone.generate_until(chat_requests(docs))
     assert len(set(together)) > 1
-
-
-def test_it_answers_yes_or_no_by_log_likelihood(checkpoint, docs):  # noqa: F811
-    questions = [{**doc, "question": f"Is it {index}? Answer yes or no."} for index, doc in enumerate(docs)]
-
-    answers = chat(checkpoint, questions, batch_size=2, answer_by="loglikelihood").generate_until(
-        chat_requests(questions, **GREEDY)
-    )
-
-    assert set(answers) <= {"yes", "no"}
 
 
 @pytest.fixture(scope="module")
@@ -53,43 +44,41 @@ def diffusion_model(tmp_path_factory):
     return str(save_diffusion_model(tmp_path_factory.mktemp("diffusion_model"), "sd1"))
 
 
-REGION = {"question": "What is this?", "bbox": [2, 3, 20, 30], "segmentation": [30, 0, 60, 0, 60, 60, 30, 60]}
+def region_messages(doc):
+    """One message with a region, in the form of the tasks `deem_refcoco*`."""
+    parts = [{"type": "image", "url": doc["image"], "region": (2, 3, 22, 33)}, {"type": "text", "text": "\nWhat?\n"}]
+    return [{"role": "user", "content": parts}]
 
 
-@pytest.mark.parametrize(("task", "box"), [("refcoco_bbox_val", (2, 3, 22, 33)), ("refcoco_seg_val", (30, 0, 60, 60))])
-def test_it_is_asked_about_the_region_itself(checkpoint, task, box):
+def test_it_is_asked_about_the_region_itself(checkpoint):
     """Next to a question about a whole picture, in one call; the answer is that of the model by itself."""
     image = tiny_image(5, (80, 64))
-    rows = {task: [{**REGION, "images": [tiny_image(6)], "image": image}], "other": [docs_of_one(image)]}
-    model = DeemChat(pretrained=checkpoint, device="cpu", batch_size=2, raw_answers=True)
-    model.task_dict = {name: {"test": each} for name, each in rows.items()}
-    requests = [request("", to_messages, dict(GREEDY), 0, name, "test") for name in rows]
+    model = DeemChat(pretrained=checkpoint, device="cpu", batch_size=2)
+    model.task_dict = {"task": {"test": [{"image": image, "images": [image], "question": "What?"}]}}
+    requests = [request("", messages, dict(GREEDY), 0, "task", "test") for messages in (region_messages, to_messages)]
 
     about, whole = model.generate_until(requests)
 
-    inputs = model.processor(text="<image>\nWhat is this?\n", images=[image], regions=[box], return_tensors="pt")
-    output = model.model.generate(**inputs, do_sample=False, max_new_tokens=6)
-    answer = model.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert about == answer.strip().split("\n\n")[0].strip()
+    inputs = model.vlm.processor(
+        text="<image>\nWhat?\n", images=[image], regions=[(2, 3, 22, 33)], return_tensors="pt"
+    )
+    output = model.vlm.model.generate(**inputs, do_sample=False, max_new_tokens=6)
+    answer = model.vlm.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert about == answer.split("\n\n")[0]
     assert whole == model.generate_until(requests[1:])[0]
 
 
-def docs_of_one(image):
-    return {"question": "What is this?", "images": [image]}
-
-
-def test_a_model_without_regions_gets_what_the_task_has_drawn(tmp_path):
+def test_a_model_without_regions_is_told_of_the_task_that_draws_them(tmp_path):
     tiny_llava(tmp_path)
-    rows = [{**REGION, "images": [tiny_image(6)], "image": tiny_image(5)}]
-    model = DeemChat(pretrained=str(tmp_path), device="cpu", raw_answers=True)
-    model.task_dict = {"refcoco_bbox_val": {"test": rows}, "other": {"test": rows}}
-    requests = [request("", to_messages, dict(GREEDY), 0, task, "test") for task in ("refcoco_bbox_val", "other")]
+    model = DeemChat(pretrained=str(tmp_path), device="cpu")
+    model.task_dict = {"deem_refcoco_val": {"test": [{"image": tiny_image(5)}]}}
 
-    assert len(set(model.generate_until(requests))) == 1
+    with pytest.raises(ValueError, match="deem_refcoco_val asks about regions, which LlavaProcessor does not read"):
+        model.generate_until([request("", region_messages, dict(GREEDY), 0, "deem_refcoco_val", "test")])
 
 
 def test_it_answers_by_pictures_of_the_prompts_in_a_batch_or_alone(checkpoint, diffusion_model, tmp_path, docs):  # noqa: F811
-    options = {"answer_by": "drawing", "diffusion_model": diffusion_model, "steps": 2, "guidance": 2.0}
+    options = {"diffusion_model": diffusion_model, "steps": 2, "guidance": 2.0}
     model = chat(checkpoint, docs, batch_size=3, image_dir=str(tmp_path / "one"), **options)
 
     answers = [json.loads(answer) for answer in model.generate_until(chat_requests(docs))]
@@ -98,10 +87,10 @@ def test_it_answers_by_pictures_of_the_prompts_in_a_batch_or_alone(checkpoint, d
     paths = [Path(path) for answer in answers for path in answer["images"]]
     assert paths == [tmp_path / "one" / "task" / f"{index:06d}.png" for index in range(len(docs))]
     # By the definition: what generate_images draws of the document, with the document's number as its seed.
-    inputs = model.processor(
+    inputs = model.vlm.processor(
         text=f"<image>{docs[3]['question']}<image_start>", images=docs[3]["images"], return_tensors="pt"
     )
-    [picture] = generate_images(model.model, inputs, [3], steps=2, guidance=2.0)
+    [picture] = generate_images(model.vlm.model, inputs, [3], steps=2, guidance=2.0)
     difference = np.asarray(picture, int) - np.asarray(Image.open(paths[3]), int)
     assert abs(difference).max() <= 1  # batched sums differ in their last bits
     assert len({path.read_bytes() for path in paths}) == len(docs)
@@ -114,7 +103,6 @@ def test_it_draws_first_and_then_answers_with_the_drawing_before_it(checkpoint, 
         pretrained=checkpoint,
         device="cpu",
         batch_size=2,
-        raw_answers=True,
         diffusion_model=diffusion_model,
         steps=2,
         guidance=1.0,
@@ -127,7 +115,10 @@ def test_it_draws_first_and_then_answers_with_the_drawing_before_it(checkpoint, 
 
     answers = model.generate_visual_cot(requests)
 
-    drawn = model._draw([split_wish(model._chat(each))[0] for each in requests[:2]])
+    wishes = [
+        split_wish(read_messages(model._messages(each), "task", index))[0] for index, each in enumerate(requests)
+    ]
+    drawn = model.vlm.draw(wishes[:2], steps=2, guidance=1.0)
     model.task_dict = {
         "task": {
             "test": [
@@ -142,8 +133,6 @@ def test_it_draws_first_and_then_answers_with_the_drawing_before_it(checkpoint, 
 
 
 def test_drawing_needs_a_model_that_draws_and_something_to_draw_with(checkpoint, diffusion_model, tmp_path):
-    with pytest.raises(ValueError, match="answer_by=drawing needs diffusion_model=.* and image_dir="):
-        DeemChat(pretrained=checkpoint, answer_by="drawing", diffusion_model=diffusion_model)
     with pytest.raises(ValueError, match="takes the interleaved model and what it draws with: .*diffusion_model="):
         DeemSimple(pretrained=checkpoint, device="cpu").generate_visual_cot([])
     tiny_llava(tmp_path)

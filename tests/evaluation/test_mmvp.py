@@ -8,10 +8,9 @@ from lmms_eval.tasks.mmvp import utils as stock
 
 from deem_plugin.evaluation.mmvp import CORRECTIONS, DATASET, NUM_QUESTIONS, import_mmvp
 from deem_plugin.evaluation.questions import QuestionDataError
-from deem_plugin.evaluation.run import run_lmms_eval
 
 from ..tiny import tiny_llava
-from .helpers import offline_env, write_mmvp_files
+from .helpers import evaluated, offline_env, write_mmvp_files
 
 
 @pytest.fixture
@@ -110,7 +109,7 @@ def test_the_stock_task_runs_offline(source, tmp_path):
     import_mmvp(source, tmp_path / "hf" / "datasets")
     arguments = {"pretrained": str(tmp_path / "model"), "device": "cpu"}
 
-    results = run_lmms_eval(arguments, "mmvp", tmp_path / "out", batch_size=8, env=env, limit=8)
+    results = evaluated(arguments, "mmvp", tmp_path / "out", batch_size=8, env=env, limit=8)
 
     scores = results["results"]["mmvp"]
     assert 0 <= scores["mmvp_pair_accuracy,none"] <= scores["mmvp_accuracy,none"] <= 1

@@ -11,10 +11,10 @@ from deem_plugin.evaluation import run
 from deem_plugin.evaluation.mmvp import import_mmvp
 from deem_plugin.evaluation.pope import import_pope
 from deem_plugin.evaluation.robustvqa import SPLITS
-from deem_plugin.evaluation.run import EvaluationError, evaluate, run_lmms_eval
+from deem_plugin.evaluation.run import EvaluationError, evaluate
 
 from ..tiny import tiny_llava
-from .helpers import offline_env, write_all_questions, write_mmvp_files, write_pope_files
+from .helpers import evaluated, offline_env, write_all_questions, write_mmvp_files, write_pope_files
 
 FAILED_QUIETLY = """
 Traceback (most recent call last):
@@ -44,14 +44,14 @@ def test_a_run_without_results_fails_with_the_reason_although_the_exit_code_is_z
     monkeypatch.setattr(run, "_stream", lambda command, env: (0, FAILED_QUIETLY))
 
     with pytest.raises(EvaluationError, match=r"failed on robustvqa \(exit code 0\):\nKeyError: 'test'$"):
-        evaluate("checkpoint", "robustvqa", tmp_path)
+        evaluate("checkpoint", ["--tasks", "robustvqa", "--output_path", str(tmp_path)])
 
 
 def test_the_cause_behind_a_retry_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "_stream", lambda command, env: (0, FAILED_AFTER_RETRIES))
 
     with pytest.raises(EvaluationError, match="Couldn't reach 'lmms-lab-encoder/POPE'"):
-        evaluate("checkpoint", ["pope"], tmp_path)
+        evaluate("checkpoint", ["--tasks", "pope", "--output_path", str(tmp_path)])
 
 
 def test_a_crash_shows_the_last_lines_without_progress_bars(tmp_path, monkeypatch):
@@ -59,7 +59,7 @@ def test_a_crash_shows_the_last_lines_without_progress_bars(tmp_path, monkeypatc
     monkeypatch.setattr(run, "_stream", lambda command, env: (137, log))
 
     with pytest.raises(EvaluationError, match=r"\(exit code 137\):\nloading\nKilled$"):
-        evaluate("checkpoint", "robustvqa", tmp_path)
+        evaluate("checkpoint", ["--tasks", "robustvqa", "--output_path", str(tmp_path)])
 
 
 def test_a_task_without_results_is_named(tmp_path, monkeypatch):
@@ -69,11 +69,11 @@ def test_a_task_without_results_is_named(tmp_path, monkeypatch):
     }
     monkeypatch.setattr(run, "_stream", write_results(tmp_path, results))
     with pytest.raises(EvaluationError, match="no results for robustvqa:"):
-        evaluate("checkpoint", "pope,robustvqa", tmp_path)
+        evaluate("checkpoint", ["--tasks", "pope,robustvqa", "--output_path", str(tmp_path)])
 
     results["results"]["robustvqa_a"]["robustvqa_f1,none"] = 1.0
     (tmp_path / "model" / "20260101_000000_results.json").unlink()
-    assert evaluate("checkpoint", "pope, robustvqa", tmp_path) == results
+    assert evaluate("checkpoint", ["--tasks", "pope, robustvqa", "--output_path", str(tmp_path)]) == results
 
 
 def test_results_of_an_earlier_run_are_not_taken_for_those_of_this_one(tmp_path, monkeypatch):
@@ -83,17 +83,17 @@ def test_results_of_an_earlier_run_are_not_taken_for_those_of_this_one(tmp_path,
     monkeypatch.setattr(run, "_stream", lambda command, env: (0, ["nothing happened"]))
 
     with pytest.raises(EvaluationError, match="nothing happened"):
-        evaluate("checkpoint", "pope", tmp_path)
+        evaluate("checkpoint", ["--tasks", "pope", "--output_path", str(tmp_path)])
 
 
 def test_bad_arguments_are_refused_before_anything_runs(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(EvaluationError, match="Cannot write to the output folder .*file/out"):
-        evaluate("checkpoint", "pope", tmp_path / "file" / "out")
+        evaluate("checkpoint", ["--tasks", "pope", "--output_path", str(tmp_path / "file" / "out")])
     with pytest.raises(EvaluationError, match="No task was given"):
-        evaluate("checkpoint", " , ", tmp_path)
-    with pytest.raises(EvaluationError, match="cannot take a comma"):
-        evaluate("a,b", "pope", tmp_path)
+        evaluate("checkpoint", ["--tasks", " , ", "--output_path", str(tmp_path)])
+    with pytest.raises(EvaluationError, match="takes no comma"):
+        evaluate("a,b")
 
 
 def test_output_is_passed_on_and_kept(capfd):
@@ -135,7 +135,7 @@ def test_every_task_runs_offline_by_name_alone_with_any_model(workplace, model):
     tasks, out = f"{BENCHMARKS},{OUR_VARIANTS}", folder / model
     model_args = {"pretrained": folder / "llava"} if model == "deem" else {"response": "yes"}
 
-    results = run_lmms_eval(model_args, tasks, out, batch_size=4, model=model, env=env)
+    results = evaluated(model_args, tasks, out, batch_size=4, model=model, env=env)
 
     groups = ("robustvqa", "robustvqa_reworded", "robustvqa_choice")
     single = set(tasks.split(",")) - set(groups) | {f"{group}_{split}" for group in groups for split in SPLITS}
@@ -163,7 +163,7 @@ def test_by_log_likelihood_the_auc_is_that_of_the_margins_in_the_log(workplace):
     folder, env = workplace
     model_args = {"pretrained": folder / "llava", "answer_by": "loglikelihood", "raw_answers": True}
 
-    results = run_lmms_eval(model_args, "robustvqa_a", folder / "margins", batch_size=4, env=env)
+    results = evaluated(model_args, "robustvqa_a", folder / "margins", batch_size=4, env=env)
 
     log = next((folder / "margins").rglob("*_samples_robustvqa_a.jsonl")).read_text().splitlines()
     rows = [json.loads(line)["robustvqa_accuracy"] for line in log]
@@ -178,7 +178,7 @@ def test_missing_data_fails_the_run_with_the_remedy(workplace, tmp_path):
     folder, env = workplace
 
     with pytest.raises(EvaluationError, match="Question file not found: .*robustvqa_.*Or point DEEM_ROBUSTVQA"):
-        run_lmms_eval(
+        evaluated(
             {"pretrained": folder / "llava"},
             "robustvqa",
             tmp_path,

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from deem_plugin.data.collator import IGNORE_INDEX, ConversationCollator
 from deem_plugin.evaluation.details import write_details
-from deem_plugin.evaluation.run import run_lmms_eval
+from deem_plugin.evaluation.run import evaluate
 from deem_plugin.feedback.reconstruction import reconstruct_files
 from deem_plugin.training.arguments import ModelArguments
 from deem_plugin.training.cache import cache_latents
@@ -219,9 +219,9 @@ def test_a_trained_family_answers_through_lmms_eval(checkpoint, trained, name, t
     ]
     write_details(rows, tmp_path / "details" / "details.parquet")
     env = {**offline_env(tmp_path), "DEEM_DETAILS": str(tmp_path / "details")}
-    model_args = {"pretrained": trained(name), "device": "cpu", "raw_answers": True}
+    arguments = ["--tasks", "deem_details", "--output_path", str(tmp_path / "out"), "--batch_size", "3"]
 
-    results = run_lmms_eval(model_args, "deem_details", tmp_path / "out", batch_size=3, env=env)
+    results = evaluate(trained(name), [*arguments, "--model_args", "device=cpu"], env=env)
 
     assert results["n-samples"]["deem_details"]["effective"] == 4
     log = next((tmp_path / "out").rglob("*_samples_deem_details.jsonl")).read_text().splitlines()

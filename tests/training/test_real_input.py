@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 from deem_plugin.cli import main
 from deem_plugin.evaluation.robustvqa import SPLITS, write_robustvqa
-from deem_plugin.evaluation.run import run_lmms_eval
+from deem_plugin.evaluation.run import evaluate
 
 from ..tiny import tiny_full_clip, tiny_sd_folder
 from .helpers import TINY_FEEDBACK
@@ -112,12 +112,7 @@ def test_a_real_language_model_trains_on_photographs_and_is_evaluated(smollm2, p
     rows = list(questions(photographs[:4]))
     for split in SPLITS:
         write_robustvqa(rows, tmp_path / "robustvqa" / f"robustvqa_{split}.parquet")
-    results = run_lmms_eval(
-        {"pretrained": str(final), "device": "cpu"},
-        "robustvqa",
-        tmp_path / "eval",
-        batch_size=4,
-        env={"DEEM_ROBUSTVQA": str(tmp_path / "robustvqa")},
-    )
+    arguments = ["--tasks", "robustvqa", "--output_path", str(tmp_path / "eval"), "--model_args", "device=cpu"]
+    results = evaluate(final, arguments, env={"DEEM_ROBUSTVQA": str(tmp_path / "robustvqa")})
     for split in SPLITS:
         assert 0.0 <= results["results"][f"robustvqa_{split}"]["robustvqa_accuracy,none"] <= 1.0
