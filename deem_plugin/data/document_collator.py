@@ -41,7 +41,7 @@ class DocumentCollator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """
-        Collates examples with `parts` and `learn_from`, as `load_documents` returns them.
+        Collates examples with `parts` and `learn_from`, as the readers of documents, shards and regions give them.
 
         Returns:
             `dict`: `input_ids`, `attention_mask`, `labels` and `document_ids` of shape `(rows, tokens)`, padded on the

@@ -69,6 +69,9 @@ class Examples(Dataset):
     def __len__(self) -> int:
         return self._ends[-1]
 
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[index] for index in range(len(self)))
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         """
         Opens a sample.

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from deem_plugin.data.scenes import render_scenes, sample_scenes
+from deem_plugin.demo.scenes import render_scenes, sample_scenes
 
 IMAGE_SIZE = 16  # pixels
 CONTEXT_TOKENS = 8

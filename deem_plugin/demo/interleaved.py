@@ -14,7 +14,7 @@ import torch
 from torchvision.transforms.functional import to_pil_image
 
 from deem_plugin.data.document_files import write_documents
-from deem_plugin.data.scenes import (
+from deem_plugin.demo.scenes import (
     COLOR_NAMES,
     MAX_SCALE,
     MIN_SCALE,

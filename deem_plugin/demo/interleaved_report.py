@@ -10,7 +10,7 @@ from torchvision.transforms.functional import to_pil_image, to_tensor
 from tqdm.auto import tqdm
 
 from deem_plugin.data.chat import render_chat
-from deem_plugin.data.scenes import captions, detail_questions, render_scenes, sample_scenes
+from deem_plugin.demo.scenes import captions, detail_questions, render_scenes, sample_scenes
 from deem_plugin.evaluation.statistics import cluster_totals, estimate
 from deem_plugin.evaluation.yes_no import parse_yes_no
 from deem_plugin.feedback.diffusion_model import load_diffusion_model

@@ -15,7 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from deem_plugin.data.scenes import COLOR_NAMES, SHAPES, TEXTURES, Scenes
+from deem_plugin.demo.scenes import COLOR_NAMES, SHAPES, TEXTURES, Scenes
 from deem_plugin.vision import DeemVisionConfig, DeemVisionTower
 from deem_plugin.vision.llava import assemble_llava
 

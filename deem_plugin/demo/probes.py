@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from sklearn.linear_model import Ridge, RidgeClassifier
 
-from deem_plugin.data.scenes import Scenes
+from deem_plugin.demo.scenes import Scenes
 from deem_plugin.feedback.diffusion_feedback import DiffusionFeedback
 from deem_plugin.feedback.diffusion_model import DiffusionModel
 from deem_plugin.vision.towers import find_tower

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torchvision.transforms.functional import to_pil_image
 
-from deem_plugin.data.scenes import (
+from deem_plugin.demo.scenes import (
     COLOR_NAMES,
     RENDITIONS,
     SHAPES,

@@ -74,28 +74,26 @@ class DeemProcessor(ProcessorMixin):
             regions (`list`): For each picture its region, see `region_mask`, or `None` for all of it.
 
         Returns:
-            `tuple[list[Image.Image], list]`: Pictures and regions, the regions of pictures that were cut as masks.
+            `tuple[list[Image.Image], list]`: Pictures, and for each the boolean mask of its region or `None`.
         """
-        shown_images, shown_regions = list(images), list(regions)
+        shown, masks = list(images), [None] * len(images)
         for index, (image, region) in enumerate(zip(images, regions, strict=True)):
-            if region is None or not self.image_processor.do_center_crop:
+            if region is None:
                 continue
-            mask = region_mask(region, *image.size)
-            square = square_around(mask)
-            left, top, right, bottom = square
+            mask = masks[index] = region_mask(region, *image.size)
+            left, top, right, bottom = square = square_around(mask)
             middle = ((image.width - (right - left)) // 2, (image.height - (bottom - top)) // 2)
-            if (left, top) != middle:
-                shown_images[index] = image.crop(square)
-                shown_regions[index] = mask[top:bottom, left:right]
-        return shown_images, shown_regions
+            if self.image_processor.do_center_crop and (left, top) != middle:
+                shown[index], masks[index] = image.crop(square), mask[top:bottom, left:right]
+        return shown, masks
 
-    def region_masks(self, images, regions) -> torch.Tensor:
+    def region_masks(self, images, masks) -> torch.Tensor:
         """
-        Brings regions into the geometry of `pixel_values`.
+        Brings the masks of regions into the geometry of `pixel_values`.
 
         Args:
             images (`list[Image.Image]`): The pictures.
-            regions (`list`): For each picture its region, see `region_mask`, or `None` for all of it.
+            masks (`list`): For each picture the mask of its region, or `None` for all of it.
 
         Returns:
             `torch.Tensor`: Ones and zeros, shape `(images, 1, height, width)`.
@@ -103,15 +101,14 @@ class DeemProcessor(ProcessorMixin):
         Raises:
             ValueError: If a region does not meet the visible part of its picture.
         """
-        masks = []
-        for image, region in zip(images, regions, strict=True):
-            width, height = image.size
-            inside = torch.ones(height, width) if region is None else region_mask(region, width, height)
-            masks.append(self.image_processor.process_regions([inside])[0])
-        cut = [index for index, mask in enumerate(masks) if not mask.any()]
+        seen = []
+        for image, mask in zip(images, masks, strict=True):
+            inside = torch.ones(image.height, image.width) if mask is None else mask
+            seen.append(self.image_processor.process_regions([inside])[0])
+        cut = [index for index, mask in enumerate(seen) if not mask.any()]
         if cut:
             raise ValueError(
                 f"The regions of pictures {cut} lie outside of what is left of them after resizing and cropping. "
                 f"Leave these samples out, or crop the pictures around the regions beforehand."
             )
-        return torch.stack(masks)
+        return torch.stack(seen)

@@ -4,6 +4,7 @@ import itertools
 from collections import Counter
 
 import pytest
+from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler, DataLoader
 
 from deem_plugin.data.examples import CountSkipped, EpochSampler, Examples
@@ -38,23 +39,27 @@ def captions(examples):
 
 def read(examples, ranks=1, workers=0, steps=None, first=0, **options):
     """
-    Reads steps of all ranks, as the Trainer's loaders do: batches go round the ranks.
+    Reads steps of all ranks, as the Trainer's loaders do.
 
     Returns:
         `tuple[list, Counter]`: Captions of each step in order, and what was skipped.
     """
     seen, skipped = [], Counter()
     sampler = EpochSampler(len(examples), BATCH * ranks, seed=3)
-    batches = []
+    batches = [[] for _ in range(ranks)]
     for epoch in itertools.count():
         sampler.set_epoch(epoch)
-        batches += list(BatchSampler(sampler, BATCH, drop_last=False))
-        if len(batches) >= steps * ranks:
+        for rank, own in enumerate(batches):
+            own += BatchSamplerShard(BatchSampler(sampler, BATCH, drop_last=False), ranks, rank)
+        if len(batches[0]) >= steps:
             break
     for rank in range(ranks):
-        own = batches[rank::ranks][first:steps]
         loader = DataLoader(
-            examples, batch_sampler=own, collate_fn=CountSkipped(captions), num_workers=workers, **options
+            examples,
+            batch_sampler=batches[rank][first:steps],
+            collate_fn=CountSkipped(captions),
+            num_workers=workers,
+            **options,
         )
         for step, batch in enumerate(loader):
             skipped.update(batch["skipped"])

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import torch
 
-from deem_plugin.data.scenes import SHAPES, TEXTURES, render_scenes, sample_scenes
 from deem_plugin.demo.diffusion_model import (
     CONTEXT_DIM,
     CONTEXT_TOKENS,
@@ -18,6 +17,7 @@ from deem_plugin.demo.diffusion_model import (
     shipped_diffusion_model,
     train_diffusion_model,
 )
+from deem_plugin.demo.scenes import SHAPES, TEXTURES, render_scenes, sample_scenes
 from deem_plugin.feedback.diffusion_feedback import DiffusionFeedback
 from deem_plugin.feedback.diffusion_model import load_diffusion_model
 

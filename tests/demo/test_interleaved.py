@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from deem_plugin.data.scenes import sample_scenes
 from deem_plugin.demo.interleaved import STAGES, long_captions, main, mosaics, tile_box, write_data
 from deem_plugin.demo.interleaved_report import ABILITIES
 from deem_plugin.demo.models import IMAGE_SIZE, build_tokenizer
+from deem_plugin.demo.scenes import sample_scenes
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def test_a_long_caption_says_what_its_scene_shows_in_words_that_the_tokenizer_kn
 
 
 def test_each_box_of_a_mosaic_holds_its_own_scene(scenes):
-    from deem_plugin.data.scenes import render_scenes
+    from deem_plugin.demo.scenes import render_scenes
 
     pictures, tiles = mosaics(scenes), render_scenes(scenes, IMAGE_SIZE // 2)
 

@@ -5,8 +5,8 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from deem_plugin.data.chat import render_chat
-from deem_plugin.data.scenes import captions, detail_questions, sample_scenes
 from deem_plugin.demo.models import IMAGE_SIZE, build_tokenizer, build_tower, pretrain_tower, save_start
+from deem_plugin.demo.scenes import captions, detail_questions, sample_scenes
 from deem_plugin.demo.sets import POPE_SUFFIX, pope_question, training_scenes
 from deem_plugin.evaluation.robustvqa import PROMPT
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from deem_plugin.data.scenes import SHAPES, TEXTURES
 from deem_plugin.demo.diffusion_model import load_code, shipped_diffusion_model
 from deem_plugin.demo.models import build_vlm
 from deem_plugin.demo.probes import SHOWN, look_into, probe, read_context, reconstruct, visual_tokens
+from deem_plugin.demo.scenes import SHAPES, TEXTURES
 from deem_plugin.demo.sets import probe_scenes
 from deem_plugin.feedback.diffusion_model import load_diffusion_model
 

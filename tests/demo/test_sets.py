@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deem_plugin.data.conversations import list_conversations
-from deem_plugin.data.scenes import COLOR_NAMES, SHAPES
+from deem_plugin.demo.scenes import COLOR_NAMES, SHAPES
 from deem_plugin.demo.sets import (
     POPE_SUFFIX,
     pope_question,

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from pycocotools import mask as mask_api
 
+from deem_plugin.models import processing
 from deem_plugin.vision.regions import region_mask, square_around
 
 from ..tiny import tiny_image
@@ -39,7 +41,7 @@ def test_a_mask_goes_through_the_geometry_of_its_picture(processor):
 
     assert torch.equal(masks[0, 0, :, :31], torch.zeros(SIZE, 31)) and masks[0, 0, :, 33:].min() == 1
     with pytest.raises(ValueError, match=r"regions of pictures \[0\] lie outside of what is left"):
-        processor.region_masks([tiny_image(0, size=(2 * SIZE, SIZE))], [[0, 0, 20, 64]])
+        processor.region_masks([tiny_image(0, size=(2 * SIZE, SIZE))], [~mask & (np.arange(2 * SIZE) < 20)])
 
 
 @pytest.mark.parametrize(
@@ -92,3 +94,20 @@ def test_a_region_longer_than_the_square_is_cut_alike_on_both_sides():
 
     assert square_around(mask) == (15, 0, 25, 10)
     assert square_around(mask.T) == (0, 15, 10, 25)
+
+
+def test_a_region_is_drawn_once_whatever_becomes_of_its_picture(processor, monkeypatch):
+    drawn = []
+
+    def draw(region, *size):
+        drawn.append(region)
+        return region_mask(region, *size)
+
+    monkeypatch.setattr(processing, "region_mask", draw)
+    images = [tiny_image(index, size=(2 * SIZE, SIZE)) for index in range(3)]
+    encoded = mask_api.encode(np.asfortranarray(np.eye(SIZE, 2 * SIZE, dtype=np.uint8)))
+    regions = [[0, 0, 20, 64], encoded, None]
+
+    processor(text="<image><image><image>", images=images, regions=regions)
+
+    assert drawn == regions[:2]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from deem_plugin.data.scenes import (
+from deem_plugin.demo.scenes import (
     BACKGROUND_SHIFT,
     COLOR_NAMES,
     COLORS,
