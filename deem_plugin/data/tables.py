@@ -180,8 +180,8 @@ class Checked:
         files, notes, left_out, problem = (table.data.column(column) for column in fate)
         reasons, problems = left_out.to_pylist(), problem.drop_null().to_pylist()
         there = Files()
-        for index, paths in enumerate(files):
-            lost = [path for path in paths.as_py() or () if path not in there]
+        for index, paths in enumerate(paths for chunk in files.chunks for paths in chunk.to_pylist()):
+            lost = [path for path in paths or () if path not in there]
             if lost:
                 reasons[index] = "without its picture"
                 problems.append(

@@ -1,16 +1,22 @@
 """What a run reads: every document once an epoch, in an order of its own, whoever reads it; and again after a stop."""
 
 import itertools
+import pickle
 from collections import Counter
 
 import pytest
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler, DataLoader
 
+from deem_plugin.data.collator import ConversationCollator
+from deem_plugin.data.document_collator import DocumentCollator
 from deem_plugin.data.examples import CountSkipped, EpochSampler, Examples
+from deem_plugin.data.image_collator import ImageCollator
 from deem_plugin.data.shards import list_pairs
 from deem_plugin.data.tables import BrokenSample
 
+from ..models.tiny_deem import tiny_deem
+from ..tiny import tiny_processor
 from .shard_files import jpeg, write_tar
 
 BATCH = 2
@@ -154,3 +160,13 @@ def test_a_sample_that_cannot_be_opened_is_refused_or_the_next_stands_in():
         Examples(sources)[1]
     with pytest.raises(ValueError, match="`on_error` is 'ignore'; expected one of raise, skip"):
         Examples(sources, on_error="ignore")
+
+
+def test_the_collators_travel_to_workers():
+    processor = tiny_processor()
+    for collate in (
+        ConversationCollator(processor),
+        DocumentCollator(tiny_deem()[1]),
+        ImageCollator(processor.image_processor, crop_area=0.9),
+    ):
+        assert type(pickle.loads(pickle.dumps(CountSkipped(collate))).collate) is type(collate)

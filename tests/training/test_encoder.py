@@ -94,3 +94,17 @@ def test_in_stage_two_the_adapters_learn_and_nothing_else_moves(name, parts, tmp
     ):
         was, is_now = part(untouched).state_dict(), part(callback).state_dict()
         assert all(torch.equal(is_now[key], value) for key, value in was.items())
+
+
+@pytest.mark.slow
+def test_a_resumed_run_draws_the_crops_that_it_would_have_drawn(parts, tmp_path):
+    settings = {"training__max_steps": 3, "training__save_steps": 2, "feedback__condition__num_patches": 7}
+    whole = train(recipe_for("diva", parts, tmp_path / "whole", **settings))
+    stop = {"training__resume_from_checkpoint": tmp_path / "whole" / "checkpoint-2"}
+
+    resumed = train(recipe_for("diva", parts, tmp_path / "parts", **settings, **stop))
+
+    expected, given = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
+    before = load_file(tmp_path / "whole" / "checkpoint-2" / "model.safetensors")
+    assert all(torch.equal(given[name], value) for name, value in expected.items())
+    assert not all(torch.equal(before[name], given[f"{name}"]) for name in before if name in given)
