@@ -1,7 +1,7 @@
 """RefCOCO's questions as the tasks `deem_refcoco*` ask them: about the region itself, drawn on no picture."""
 
 from deem_plugin.data.region_sources import DESCRIBE_QUESTION, coco_region
-from deem_plugin.data.regions import to_mask
+from deem_plugin.data.regions import compact_region
 
 
 def doc_to_text(doc: dict, lmms_eval_specific_kwargs: dict | None = None) -> str:
@@ -17,7 +17,7 @@ def doc_to_messages(doc: dict, lmms_eval_specific_kwargs: dict | None = None) ->
         doc (`dict`): `image`, `bbox` (left, top, width, height) and `segmentation` (one polygon).
     """
     image = doc["image"].convert("RGB")
-    region = coco_region({"bbox": doc["bbox"], "segmentation": doc["segmentation"] and [list(doc["segmentation"])]})
-    mask = to_mask(region, *image.size, f"question {doc['question_id']}")
-    content = [{"type": "image", "url": image, "region": mask}, {"type": "text", "text": doc_to_text(doc)}]
+    given = coco_region({"bbox": doc["bbox"], "segmentation": doc["segmentation"] and [list(doc["segmentation"])]})
+    (region,) = compact_region(given, *image.size, f"question {doc['question_id']}").values()
+    content = [{"type": "image", "url": image, "region": region}, {"type": "text", "text": doc_to_text(doc)}]
     return [{"role": "user", "content": content}]
