@@ -26,8 +26,10 @@ _BAR = re.compile(r"\| *(\d+)/(\d+) \[")
 def child_environment(out: Path) -> dict[str, str]:
     """Returns the environment of an arm: one thread, no hub, and data and caches of the demo's own."""
     cache = str(out / "cache")
+    # Either of these would win over `DEEM_HOME`.
+    inherited = {name: value for name, value in os.environ.items() if name not in ("DEEM_ROBUSTVQA", "DEEM_DETAILS")}
     return {
-        **os.environ,
+        **inherited,
         **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",

@@ -7,6 +7,7 @@ from PIL import Image
 from transformers import AddedToken, PaliGemmaProcessor
 
 from deem_plugin.data.chat import render_chat
+from deem_plugin.data.images import load_image
 
 
 @dataclass
@@ -98,8 +99,7 @@ def read_messages(messages: list[dict], task: str, doc_id: int) -> Chat:
             if part["type"] == "text":
                 parts.append({"type": "text", "text": part["text"]})
             elif part["type"] == "image":
-                image = part["url"]
-                images.append((image if isinstance(image, Image.Image) else Image.open(image)).convert("RGB"))
+                images.append(load_image(part["url"]))  # as in training
                 regions.append(part.get("region"))
                 parts.append({"type": "image"})
             else:

@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from deem_plugin.data.images import load_image
 from deem_plugin.evaluation import yes_no
 
 # What is scored where likelihoods answer; lmms-eval writes a space before each.
@@ -185,7 +186,7 @@ def _image_bytes(image: Any, index: int) -> bytes:
 
 def doc_to_visual(doc: dict) -> list:
     """Returns the images of a question, as lmms-eval wants them."""
-    return [doc["image"].convert("RGB")]
+    return [load_image(doc["image"])]
 
 
 def score(doc: dict, results: list[str], name: str, metrics: Iterable[str]) -> dict[str, dict]:

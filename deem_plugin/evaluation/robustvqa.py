@@ -62,7 +62,7 @@ def reworded_text(doc: dict, lmms_eval_specific_kwargs: dict | None = None) -> s
 
 def paper_messages(doc: dict, lmms_eval_specific_kwargs: dict | None = None) -> list[dict]:
     """Returns the authors' whole prompt but for their chat template, which is the checkpoint's."""
-    picture, opening = {"type": "image", "url": doc["image"].convert("RGB")}, {"type": "text", "text": PAPER_OPENING}
+    picture, opening = {"type": "image", "url": doc["image"]}, {"type": "text", "text": PAPER_OPENING}
     content = [opening, picture, {"type": "text", "text": doc_to_text(doc)}]
     answer = {"role": "assistant", "content": [{"type": "text", "text": PAPER_ANSWER}]}
     return [{"role": "user", "content": content}, answer]

@@ -105,7 +105,8 @@ def _text(recipe: Recipe, source: str, diffusion_models: dict[str, str], log_his
             for name in NAMED_LOSSES
             if name in logged[0] and name in logged[-1]
         ]
-        lines += ["", "These are training losses. What it can do is measured by `lmms-eval --model deem`.", ""]
+        command = "deem eval-encoder" if recipe.model.encoder else "deem eval"
+        lines += ["", f"These are training losses. What it can do is measured by `{command}`.", ""]
     lines += ["## Recipe", "", "```yaml", yaml.safe_dump(_sections(recipe), sort_keys=False).rstrip(), "```"]
     return "\n".join(lines) + "\n"
 

@@ -23,8 +23,10 @@ def main(name: str, overrides: Sequence[str] = ()) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if int(os.environ.get("RANK", 0)) == 0:
         logging.getLogger("deem_plugin").setLevel(logging.INFO)
-    final = train(load_recipe(name, overrides))
-    logger.info("Saved %s; evaluate it with `lmms-eval --model deem --model_args pretrained=%s`.", final, final)
+    recipe = load_recipe(name, overrides)
+    final = train(recipe)
+    command = f"deem eval-encoder {final} --zero-shot IMAGES" if recipe.model.encoder else f"deem eval {final}"
+    logger.info("Saved %s; evaluate it with `%s`.", final, command)
     return 0
 
 

@@ -4,11 +4,15 @@ import json
 
 import pytest
 import torch
+from torchvision.transforms.functional import to_pil_image
 
+from deem_plugin.demo import interleaved_report as report
 from deem_plugin.demo.interleaved import STAGES, long_captions, main, mosaics, tile_box, write_data
 from deem_plugin.demo.interleaved_report import ABILITIES
 from deem_plugin.demo.models import IMAGE_SIZE, build_tokenizer
-from deem_plugin.demo.scenes import sample_scenes
+from deem_plugin.demo.scenes import captions, render_scenes, sample_scenes
+
+from ..models.tiny_deem import tiny_deem
 
 
 @pytest.fixture
@@ -27,8 +31,6 @@ def test_a_long_caption_says_what_its_scene_shows_in_words_that_the_tokenizer_kn
 
 
 def test_each_box_of_a_mosaic_holds_its_own_scene(scenes):
-    from deem_plugin.demo.scenes import render_scenes
-
     pictures, tiles = mosaics(scenes), render_scenes(scenes, IMAGE_SIZE // 2)
 
     assert pictures.shape == (2, 3, IMAGE_SIZE, IMAGE_SIZE)
@@ -47,6 +49,50 @@ def test_the_data_of_the_three_stages_is_written(tmp_path):
     assert len(regions) == 8 + 8  # two mosaics of four tiles, and a question about each scene
     assert sum("box" in document["parts"][0] for document in regions) == 8
     assert {document["parts"][2] for document in regions if len(document["parts"]) == 3} <= {"yes", "no"}
+
+
+class _Marks:
+    """In the place of a processor: the last image start of each text, which is where a picture begins."""
+
+    def __call__(self, text, **kwargs):
+        assert all(each.endswith("<image_start>") for each in text)
+        return {"text": text}
+
+
+def test_an_answer_is_right_where_it_says_what_is_true_of_the_scene(monkeypatch):
+    """Always yes: right for the first of each pair of questions. The other way round, and with no verdict at all."""
+    for answers, expected in (
+        (("yes",) * 2, [True, False]),
+        (("no", "yes"), [False] * 2),
+        (("red",) * 2, [False] * 2),
+    ):
+        monkeypatch.setattr(report, "_generate", lambda *args, said=answers: list(said) * (len(args[2]) // 2))
+
+        right, rows = report.ask(None, tiny_deem()[1], 2)
+
+        assert right == expected * report.QUESTIONS_A_SCENE
+        assert [truth for _, _, truth in rows] == ["yes", "no"] * report.QUESTIONS_A_SCENE
+
+
+def test_a_description_is_right_where_it_is_the_caption_of_its_own_tile(monkeypatch):
+    texts = captions(report.held_out(8, 1))
+    said = [texts[0].replace(texts[0].split()[0], "no"), *texts[1:7], texts[6]]
+    monkeypatch.setattr(report, "_generate", lambda *args: said)
+
+    right, _ = report.describe(None, None, 2)
+
+    assert right == [False] + [True] * 6 + [texts[6] == texts[7]]
+
+
+def test_a_drawing_is_right_where_no_other_caption_is_nearer(monkeypatch):
+    """The pictures of the captions themselves, the first two exchanged."""
+    pictures = [to_pil_image(picture) for picture in render_scenes(report.held_out(6, 2), 32)]
+    drawn = [pictures[1], pictures[0], *pictures[2:]]
+    monkeypatch.setattr(report, "generate_images", lambda model, inputs, seeds, **kwargs: drawn)
+
+    right, _ = report.draw(None, _Marks(), 6)
+
+    assert right == [False, False, True, True, True, True]
 
 
 @pytest.mark.slow

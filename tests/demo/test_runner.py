@@ -7,13 +7,25 @@ import pytest
 from deem_plugin.demo.arms import ARMS, CONTROL_ARMS
 from deem_plugin.demo.run import main
 from deem_plugin.demo.runner import child_environment, run_arms
+from deem_plugin.evaluation.offline import cache_dir
+from deem_plugin.evaluation.robustvqa import robustvqa_file, write_robustvqa
+
+from ..evaluation.helpers import robustvqa_rows
 
 
-def test_arms_get_one_thread_and_caches_of_the_demo(tmp_path):
+def test_an_arm_finds_the_sets_of_the_demo_and_no_others(tmp_path, monkeypatch):
+    """As the evaluation of an arm looks for them, whatever the user's own environment says."""
+    monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", "elsewhere")
+    monkeypatch.setenv("DEEM_HOME", "elsewhere")
+    monkeypatch.setenv("DEEM_ROBUSTVQA", "elsewhere")
+    written = write_robustvqa(robustvqa_rows(images=1), tmp_path / "sets" / "robustvqa" / "robustvqa_a.parquet")
+
     environment = child_environment(tmp_path)
-    assert environment["OMP_NUM_THREADS"] == "1"
-    assert environment["LMMS_EVAL_DATASETS_CACHE"] == str(tmp_path / "cache")
-    assert environment["DEEM_HOME"] == str(tmp_path / "sets")
+
+    for name in ("LMMS_EVAL_DATASETS_CACHE", "DEEM_HOME", "DEEM_ROBUSTVQA"):
+        monkeypatch.delenv(name) if environment.get(name) is None else monkeypatch.setenv(name, environment[name])
+    assert robustvqa_file("a") == str(written)
+    assert cache_dir() == tmp_path / "cache"
 
 
 def test_failing_arm_is_reported_with_the_end_of_its_log(tmp_path):

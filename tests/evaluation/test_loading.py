@@ -33,6 +33,15 @@ def test_an_adapter_is_put_on_the_base_model_it_names(base, tmp_path):
     assert not loaded.training
 
 
+def test_a_home_folder_is_found_though_no_shell_has_written_it_out(base, tmp_path, monkeypatch):
+    """As in `--model_args pretrained=~/base`, where bash leaves the tilde alone."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    model, processor = load_vlm("~/base")
+
+    assert model.config._name_or_path == str(base) and processor.tokenizer.pad_token
+
+
 def test_missing_folders_are_not_taken_for_hub_names(tmp_path):
     with pytest.raises(ValueError, match="No such checkpoint folder: .*/gone"):
         load_vlm(str(tmp_path / "gone"))

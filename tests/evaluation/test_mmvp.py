@@ -9,8 +9,7 @@ from lmms_eval.tasks.mmvp import utils as stock
 from deem_plugin.evaluation.mmvp import CORRECTIONS, DATASET, NUM_QUESTIONS, import_mmvp
 from deem_plugin.evaluation.questions import QuestionDataError
 
-from ..tiny import tiny_llava
-from .helpers import evaluated, offline_env, write_mmvp_files
+from .helpers import write_mmvp_files
 
 
 @pytest.fixture
@@ -100,17 +99,3 @@ def test_missing_and_unreadable_images_are_counted_and_named(source, tmp_path):
         import_mmvp(source, tmp_path / "cache")
     with pytest.raises(QuestionDataError, match="Cannot read .*gone.*Give the folder of MMVP as published"):
         import_mmvp(tmp_path / "gone", tmp_path / "cache")
-
-
-@pytest.mark.slow
-def test_the_stock_task_runs_offline(source, tmp_path):
-    tiny_llava(tmp_path / "model")
-    env = offline_env(tmp_path)
-    import_mmvp(source, tmp_path / "hf" / "datasets")
-    arguments = {"pretrained": str(tmp_path / "model"), "device": "cpu"}
-
-    results = evaluated(arguments, "mmvp", tmp_path / "out", batch_size=8, env=env, limit=8)
-
-    scores = results["results"]["mmvp"]
-    assert 0 <= scores["mmvp_pair_accuracy,none"] <= scores["mmvp_accuracy,none"] <= 1
-    assert results["n-samples"]["mmvp"]["effective"] == 8

@@ -123,7 +123,7 @@ def workplace(tmp_path_factory):
 
 BENCHMARKS = "pope,pope_adv,pope_pop,pope_random,robustvqa,mmvp"
 POPE_SPLITS = ("random", "popular", "adversarial")
-OUR_VARIANTS = "robustvqa_reworded,robustvqa_choice,deem_details,deem_pope," + ",".join(
+OUR_VARIANTS = "robustvqa_reworded,robustvqa_choice,robustvqa_paper,deem_details,deem_pope," + ",".join(
     f"deem_pope_{split}" for split in POPE_SPLITS
 )
 
@@ -137,7 +137,7 @@ def test_every_task_runs_offline_by_name_alone_with_any_model(workplace, model):
 
     results = evaluated(model_args, tasks, out, batch_size=4, model=model, env=env)
 
-    groups = ("robustvqa", "robustvqa_reworded", "robustvqa_choice")
+    groups = ("robustvqa", "robustvqa_reworded", "robustvqa_choice", "robustvqa_paper")
     single = set(tasks.split(",")) - set(groups) | {f"{group}_{split}" for group in groups for split in SPLITS}
     samples = {path.name.split("_samples_")[1] for path in out.rglob("*_samples_*.jsonl")}
     assert samples == {f"{task}.jsonl" for task in single}
@@ -153,24 +153,40 @@ def test_every_task_runs_offline_by_name_alone_with_any_model(workplace, model):
             name = "robustvqa" if "robustvqa" in task else "deem_pope"
             scores = results["results"][task]
             assert (scores[f"{name}_accuracy,none"], scores[f"{name}_yes_ratio,none"]) == (0.5, 1.0), task
-            assert (scores[f"{name}_unknown_rate,none"], scores[f"{name}_auc,none"]) == (0.0, 0.5)
+            assert scores[f"{name}_unknown_rate,none"] == 0.0 and f"{name}_auc,none" not in scores
         assert results["results"]["pope"]["pope_yes_ratio,none"] == 0.5  # lmms-eval's own counts the labels
         assert results["results"]["robustvqa_choice_a"]["robustvqa_choice_unknown_rate,none"] == 1.0
 
 
 @pytest.mark.slow
-def test_by_log_likelihood_the_auc_is_that_of_the_margins_in_the_log(workplace):
+def test_likelihoods_are_scored_by_the_tasks_that_ask_for_them(workplace):
+    """The AUC is that of the margins in the log, and those are differences of the log's own likelihoods."""
     folder, env = workplace
-    model_args = {"pretrained": folder / "llava", "answer_by": "loglikelihood", "raw_answers": True}
+    tasks = {"robustvqa_loglikelihood_a": "robustvqa", "deem_pope_loglikelihood_random": "deem_pope"}
 
-    results = evaluated(model_args, "robustvqa_a", folder / "margins", batch_size=4, env=env)
+    results = evaluated(
+        {"pretrained": folder / "llava"},
+        ",".join(tasks),
+        folder / "margins",
+        batch_size=4,
+        env=env,
+        more=["--force_simple"],
+    )["results"]
 
-    log = next((folder / "margins").rglob("*_samples_robustvqa_a.jsonl")).read_text().splitlines()
-    rows = [json.loads(line)["robustvqa_accuracy"] for line in log]
-    yes, no = ([row["margin"] for row in rows if row["target"] == target] for target in ("yes", "no"))
-    assert len({row["margin"] for row in rows} - {1.0, -1.0}) > 1
-    expected = sum((y > n) + (y == n) / 2 for y in yes for n in no) / (len(yes) * len(no))
-    assert results["results"]["robustvqa_a"]["robustvqa_auc,none"] == pytest.approx(expected)
+    for task, name in tasks.items():
+        log = next((folder / "margins").rglob(f"*_samples_{task}.jsonl")).read_text().splitlines()
+        lines = list(map(json.loads, log))
+        rows = [line[f"{name}_auc"] for line in lines]
+        for line, row in zip(lines, rows, strict=True):
+            (yes, _), (no, _) = line["filtered_resps"]
+            assert row["margin"] == pytest.approx(no - yes) and yes > 0  # costs
+            assert row["prediction"] == ("yes" if yes < no else "no")
+        assert len({row["margin"] for row in rows}) > 1
+        yes, no = ([row["margin"] for row in rows if row["target"] == target] for target in ("yes", "no"))
+        expected = sum((y > n) + (y == n) / 2 for y in yes for n in no) / (len(yes) * len(no))
+        assert results[task][f"{name}_auc,none"] == pytest.approx(expected)
+        right = sum(row["prediction"] == row["target"] for row in rows)
+        assert results[task][f"{name}_accuracy,none"] == pytest.approx(right / len(rows))
 
 
 @pytest.mark.slow

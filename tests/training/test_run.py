@@ -7,6 +7,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, CLIPModel, TrainerCallback
 
+from deem_plugin.training import run
 from deem_plugin.training.recipes import list_recipes, load_recipe, read_sections
 from deem_plugin.training.report import MovementCheck
 from deem_plugin.training.run import main, train
@@ -285,7 +286,15 @@ def test_the_command_reports_the_parts_and_where_the_model_is(parts, tmp_path, c
         assert main("tiny-tune", overrides) == 0
 
     assert "vision_tower" in caplog.text and "trainable" in caplog.text
-    assert f"pretrained={tmp_path / 'final'}" in caplog.text
+    assert f"Saved {tmp_path / 'final'}; evaluate it with `deem eval {tmp_path / 'final'}`." in caplog.text
+
+
+def test_an_encoder_alone_is_evaluated_by_another_command(monkeypatch, caplog):
+    monkeypatch.setattr(run, "train", lambda recipe: "runs/deem/final")
+    with caplog.at_level(logging.INFO, logger="deem_plugin"):
+        assert main("deem", ["training.bf16=false", "training.tf32=null"]) == 0
+
+    assert "evaluate it with `deem eval-encoder runs/deem/final --zero-shot IMAGES`" in caplog.text
 
 
 def test_without_feedback_the_data_and_the_new_weights_are_the_same(parts, tmp_path):
