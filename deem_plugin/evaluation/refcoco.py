@@ -16,8 +16,8 @@ def doc_to_messages(doc: dict, lmms_eval_specific_kwargs: dict | None = None) ->
     Args:
         doc (`dict`): `image`, `bbox` (left, top, width, height) and `segmentation` (one polygon).
     """
-    image = doc["image"].convert("RGB")
-    given = coco_region({"bbox": doc["bbox"], "segmentation": doc["segmentation"] and [list(doc["segmentation"])]})
-    (region,) = compact_region(given, *image.size, f"question {doc['question_id']}").values()
+    image = doc["image"].convert("RGB")  # not turned: regions are in the pixels as stored
+    region = coco_region({"bbox": doc["bbox"], "segmentation": doc["segmentation"] and [list(doc["segmentation"])]})
+    [region] = compact_region(region, *image.size, f"question {doc['question_id']}").values()
     content = [{"type": "image", "url": image, "region": region}, {"type": "text", "text": doc_to_text(doc)}]
     return [{"role": "user", "content": content}]

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from deem_plugin.data.region_sources import DESCRIBE_QUESTION
 from deem_plugin.data.tokens import tokenize
@@ -57,6 +58,21 @@ def test_marks_in_a_question_are_text(make, text):
     expected = [token for token in processor.tokenizer.convert_ids_to_tokens(plain["input_ids"][0]) if "<" in token]
     assert [token for token in special if token != "<"] == expected
     assert text.split()[-1] in processor.tokenizer.decode(inputs["input_ids"][0]).replace("< ", "<")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "I;16"])
+def test_pictures_are_read_as_in_training(mode):
+    """What is transparent is laid on white, and 16 bits of grey stay grey."""
+    if mode == "RGBA":
+        image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    else:
+        image = Image.fromarray(np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8))
+
+    [read] = read_messages(question("What?", [image]), "task", 0).images
+
+    values = np.asarray(read)
+    assert read.mode == "RGB"
+    assert (values == 255).all() if mode == "RGBA" else len(np.unique(values)) > 32
 
 
 def test_an_answer_that_the_task_begins_is_gone_on_with():
