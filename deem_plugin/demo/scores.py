@@ -1,6 +1,5 @@
 """Reads lmms-eval's own files, and says how far a score may be trusted."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import numpy as np
 
 from deem_plugin.evaluation.pope import CATEGORIES
 from deem_plugin.evaluation.robustvqa import SPLITS
+from deem_plugin.evaluation.sample_logs import Answer, TaskLog, read_run
 from deem_plugin.evaluation.statistics import bootstrap_means, cluster_totals
 
 from .sets import DETAIL_CATEGORIES
@@ -57,60 +57,45 @@ def read_metrics(folder: Path) -> dict[str, Metric]:
         `dict[str, Metric]`: Scores by name, headlines first.
 
     Raises:
+        SampleLogError: If there are no files of an evaluation, or damaged ones.
         RuntimeError: If the sample logs do not add up to the results file.
     """
-    results = json.loads(_newest(folder, "_results.json").read_text(encoding="utf-8"))["results"]
-    details = _samples(folder, "deem_details", "deem_details_accuracy")
-    pope = _samples(folder, "pope", "pope_accuracy")
-    robust = {split: _samples(folder, f"robustvqa_{split}", "robustvqa_accuracy") for split in SPLITS}
-
-    def scored(rows: list[dict]) -> list[tuple[str, float]]:
-        return [(_image(row), row["score"]) for row in rows]
-
+    tasks = read_run(folder).tasks
+    details, pope = (_scored(tasks[name], f"{name}_accuracy") for name in ("deem_details", "pope"))
+    robust = {split: _scored(tasks[f"robustvqa_{split}"], "robustvqa_accuracy") for split in SPLITS}
     metrics = {
-        "details": Metric.of(scored(details)),
-        "POPE": Metric.of(scored(pope)),
-        "RobustVQA": Metric.of(*(scored(rows) for rows in robust.values())),
+        "details": Metric.of(_by_image(details)),
+        "POPE": Metric.of(_by_image(pope)),
+        "RobustVQA": Metric.of(*map(_by_image, robust.values())),
     }
-    for name, reported in (
-        ("details", results["deem_details"]["deem_details_accuracy,none"]),
-        ("POPE", results["pope"]["pope_accuracy,none"]),
-        ("RobustVQA", results["robustvqa"]["robustvqa_accuracy,none"]),
-    ):
-        if abs(metrics[name].value - reported) > 1e-6:
-            raise RuntimeError(
-                f"lmms-eval reports {reported} for {name}, but its sample logs in {folder} add up to "
-                f"{metrics[name].value}. The folder holds files of different runs: delete it and evaluate again."
-            )
-    metrics["details, both of a pair right"] = Metric.of(_pairs(details))
+    pairs: dict[str, list[tuple[Answer, float]]] = {}
+    for answer, score in details:
+        pairs.setdefault(answer.pair, []).append((answer, score))
+    worse = [min(rows, key=lambda row: row[1]) for rows in pairs.values()]
+    metrics["details, both of a pair right"] = Metric.of(_by_image(worse))
     for category in DETAIL_CATEGORIES:
-        metrics[f"details: {category}"] = Metric.of(scored([row for row in details if row["category"] == category]))
+        rows = [row for row in details if row[0].pair.split()[1] == category]
+        metrics[f"details: {category}"] = Metric.of(_by_image(rows))
     for category in CATEGORIES:
-        chosen = [row for row in pope if row["question_id"].startswith(category)]
-        metrics[f"POPE: {category}"] = Metric.of(scored(chosen))
+        rows = [row for row in pope if row[0].question_id.startswith(category)]
+        metrics[f"POPE: {category}"] = Metric.of(_by_image(rows))
     for split, rows in robust.items():
-        metrics[f"RobustVQA-{split.upper()}"] = Metric.of(scored(rows))
+        metrics[f"RobustVQA-{split.upper()}"] = Metric.of(_by_image(rows))
     return metrics
 
 
-def _newest(folder: Path, ending: str) -> Path:
-    return max(folder.rglob(f"*{ending}"), key=lambda path: path.name)
+def _scored(log: TaskLog, metric: str) -> list[tuple[Answer, float]]:
+    """Returns the answers with their scores."""
+    rows = [(answer, answer.scores[metric]) for answer in log.answers]
+    mean, reported = float(np.mean([score for _, score in rows])), log.results[metric]
+    if abs(mean - reported) > 1e-6:
+        raise RuntimeError(
+            f"lmms-eval reports a {metric} of {reported}, but its sample log {log.path} adds up to {mean}. The folder "
+            f"holds files of different runs: delete it and evaluate again."
+        )
+    return rows
 
 
-def _samples(folder: Path, task: str, metric: str) -> list[dict]:
-    lines = _newest(folder, f"_samples_{task}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)[metric] for line in lines]
-
-
-def _image(row: dict) -> str:
-    """Returns the image that a question is about; POPE's logs tell it only within the demo's question ids."""
-    return row.get("image_id") or row["question_id"].split("-")[1]
-
-
-def _pairs(rows: list[dict]) -> list[tuple[str, float]]:
-    """Returns for each pair of questions its image and whether both answers are right."""
-    pairs: dict[tuple[str, str], float] = {}
-    for row in rows:
-        key = (row["image_id"], row["category"])
-        pairs[key] = min(pairs.get(key, 1.0), row["score"])
-    return [(image, score) for (image, _), score in pairs.items()]
+def _by_image(rows: list[tuple[Answer, float]]) -> list[tuple[str, float]]:
+    """Returns the image of each answer with its score; POPE's logs tell it only within the demo's question ids."""
+    return [(answer.image_id or answer.question_id.split("-")[1], score) for answer, score in rows]

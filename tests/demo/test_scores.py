@@ -47,12 +47,13 @@ def evaluation(tmp_path):
             row = {"question_id": f"{split}-{image}-yes", "image_id": f"{split}-{image}", "score": float(split == "a")}
             logs[f"robustvqa_{split}"].append({"robustvqa_accuracy": row})
     for task, entries in logs.items():
-        lines = "\n".join(json.dumps(entry) for entry in entries)
+        head = {"target": "yes", "filtered_resps": "yes"}
+        lines = "\n".join(json.dumps({"doc_id": index, **head, **entry}) for index, entry in enumerate(entries))
         (tmp_path / f"20260101_000000_samples_{task}.jsonl").write_text(lines)
     results = {
         "deem_details": {"deem_details_accuracy,none": 0.75},
         "pope": {"pope_accuracy,none": 1 / 3},
-        "robustvqa": {"robustvqa_accuracy,none": 1 / 3},
+        **{f"robustvqa_{split}": {"robustvqa_accuracy,none": float(split == "a")} for split in ("a", "r", "v2")},
     }
     (tmp_path / "20260101_000000_results.json").write_text(json.dumps({"results": results}))
     return tmp_path
@@ -72,5 +73,7 @@ def test_scores_are_read_by_task_category_and_pair(evaluation):
 def test_logs_that_do_not_add_up_to_the_results_are_refused(evaluation):
     file = evaluation / "20260101_000000_results.json"
     file.write_text(file.read_text().replace("0.75", "0.76"))
-    with pytest.raises(RuntimeError, match="reports 0.76 for details, but its sample logs .* add up to 0.75"):
+    with pytest.raises(
+        RuntimeError, match="reports a deem_details_accuracy of 0.76, but its sample log .* adds up to 0.75"
+    ):
         read_metrics(evaluation)
