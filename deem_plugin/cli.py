@@ -374,7 +374,11 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the `deem` command; errors that a user can mend are printed without a traceback, all others with it."""
     argv = sys.argv[1:] if argv is None else argv
     end = argv.index("--") if argv[:1] == ["eval"] and "--" in argv else len(argv)
-    arguments = build_parser().parse_args(argv[:end], argparse.Namespace(passed_on=argv[end + 1 :]))
+    parser = build_parser()
+    arguments, unknown = parser.parse_known_args(argv[:end], argparse.Namespace(passed_on=argv[end + 1 :]))
+    if unknown:
+        remedy = "; put what is for lmms-eval behind `--`" if arguments.command == "eval" else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{remedy}")
     try:
         return arguments.run(arguments)
     except ImportError as error:

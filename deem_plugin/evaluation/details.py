@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from deem_plugin.evaluation import questions
+from deem_plugin.evaluation import questions, yes_no
 
 COLUMNS = ("question_id", "image_id", "image", "question", "category", "answer")
 METRICS = ("accuracy", "pair_acc", "by_category", "yes_ratio", "unknown_rate")
@@ -44,4 +44,4 @@ def doc_to_text(doc: dict, lmms_eval_specific_kwargs: dict | None = None) -> str
 
 def process_results(doc: dict, results: list[str]) -> dict[str, dict]:
     """Returns the metric rows of one answer."""
-    return questions.score(doc, results, "deem_details", METRICS)
+    return yes_no.score(doc, results, "deem_details", METRICS)

@@ -1,6 +1,6 @@
 """POPE's questions as the tasks `deem_pope*` ask and score them (https://arxiv.org/abs/2305.10355)."""
 
-from deem_plugin.evaluation import questions
+from deem_plugin.evaluation import yes_no
 
 METRICS = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 # As lmms-eval's own POPE tasks ask, so that the accuracies compare.
@@ -14,16 +14,16 @@ def doc_to_text(doc: dict, lmms_eval_specific_kwargs: dict | None = None) -> str
 
 def process_results(doc: dict, results: list[str]) -> dict[str, dict]:
     """Returns the metric rows of one generated answer."""
-    return questions.score(_question(doc), results, "deem_pope", (*METRICS, "unknown_rate"))
+    return yes_no.score(_question(doc), results, "deem_pope", (*METRICS, "unknown_rate"))
 
 
 def process_likelihoods(doc: dict, results: list) -> dict[str, dict]:
     """Returns the metric rows of the likelihoods of yes and no."""
-    return questions.score_likelihoods(_question(doc), results, "deem_pope", (*METRICS, "auc"))
+    return yes_no.score_likelihoods(_question(doc), results, "deem_pope", (*METRICS, "auc"))
 
 
 def _question(doc: dict) -> dict:
-    """Returns ids and answer as `questions.score` takes them. POPE's own ids are unique in each split only."""
+    """Returns ids and answer as `yes_no.score` takes them. POPE's own ids are unique in each split only."""
     return {
         "question_id": f"{doc['category']}-{doc['question_id']}",
         "image_id": doc["image_source"],

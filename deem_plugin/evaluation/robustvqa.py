@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from deem_plugin.evaluation import questions
+from deem_plugin.evaluation import questions, yes_no
 from deem_plugin.evaluation.manifest import check_manifest
 
 # The three sets that the pictures are from: ImageNet-A, ImageNet-R and ImageNet-V2.
@@ -70,9 +70,9 @@ def paper_messages(doc: dict, lmms_eval_specific_kwargs: dict | None = None) -> 
 
 def process_results(doc: dict, results: list[str]) -> dict[str, dict]:
     """Returns the metric rows of one generated answer."""
-    return questions.score(doc, results, "robustvqa", (*METRICS, "unknown_rate"))
+    return yes_no.score(doc, results, "robustvqa", (*METRICS, "unknown_rate"))
 
 
 def process_likelihoods(doc: dict, results: list) -> dict[str, dict]:
     """Returns the metric rows of the likelihoods of yes and no."""
-    return questions.score_likelihoods(doc, results, "robustvqa", (*METRICS, "auc"))
+    return yes_no.score_likelihoods(doc, results, "robustvqa", (*METRICS, "auc"))

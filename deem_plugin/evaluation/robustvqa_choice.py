@@ -3,7 +3,7 @@
 import re
 from typing import TYPE_CHECKING
 
-from deem_plugin.evaluation import questions, yes_no
+from deem_plugin.evaluation import yes_no
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -69,19 +69,19 @@ def _plain(text: str) -> str:
 
 
 def choice_results(doc: dict, results: list[str]) -> dict[str, dict]:
-    """Returns the metric rows of one answer; see `questions.score`."""
+    """Returns the metric rows of one answer; see `yes_no.score`."""
     prediction = parse_choice(results[0], doc["first"], doc["second"])
-    return questions.rows_of(doc, prediction, "robustvqa_choice", METRICS)
+    return yes_no.rows_of(doc, prediction, "robustvqa_choice", METRICS)
 
 
 def truth_first(rows: list[dict]) -> float:
     """Aggregates rows of `choice_results` to the accuracy where the right class comes first."""
-    return questions.accuracy([row for row in rows if row["target"] == FIRST])
+    return yes_no.accuracy([row for row in rows if row["target"] == FIRST])
 
 
 def truth_second(rows: list[dict]) -> float:
     """Aggregates rows of `choice_results` to the accuracy where the right class comes second."""
-    return questions.accuracy([row for row in rows if row["target"] == SECOND])
+    return yes_no.accuracy([row for row in rows if row["target"] == SECOND])
 
 
 def order_bias(rows: list[dict]) -> float:

@@ -1,11 +1,10 @@
 """What the details task file refers to; lmms-eval runs this file anew for each reference."""
 
 from deem_plugin.evaluation.details import details_file, doc_to_text, process_results  # noqa: F401
-from deem_plugin.evaluation.questions import (  # noqa: F401
+from deem_plugin.evaluation.questions import content_hash, doc_to_visual  # noqa: F401
+from deem_plugin.evaluation.yes_no import (  # noqa: F401
     accuracy,
     accuracy_by_category,
-    content_hash,
-    doc_to_visual,
     pair_accuracy,
     unknown_rate,
     yes_ratio,

@@ -1,18 +1,6 @@
 """What the RobustVQA task files refer to; lmms-eval runs this file anew for each reference."""
 
-from deem_plugin.evaluation.questions import (  # noqa: F401
-    CHOICES,
-    accuracy,
-    auc,
-    content_hash,
-    doc_to_visual,
-    f1,
-    pair_accuracy,
-    precision,
-    recall,
-    unknown_rate,
-    yes_ratio,
-)
+from deem_plugin.evaluation.questions import content_hash, doc_to_visual  # noqa: F401
 from deem_plugin.evaluation.robustvqa import (  # noqa: F401
     doc_to_text,
     paper_messages,
@@ -28,6 +16,17 @@ from deem_plugin.evaluation.robustvqa_choice import (  # noqa: F401
     order_bias,
     truth_first,
     truth_second,
+)
+from deem_plugin.evaluation.yes_no import (  # noqa: F401
+    CHOICES,
+    accuracy,
+    auc,
+    f1,
+    pair_accuracy,
+    precision,
+    recall,
+    unknown_rate,
+    yes_ratio,
 )
 
 

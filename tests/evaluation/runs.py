@@ -8,7 +8,7 @@ from typing import Any
 from lmms_eval.tasks.mmvp import utils as mmvp
 from lmms_eval.tasks.pope import utils as pope
 
-from deem_plugin.evaluation import questions, robustvqa
+from deem_plugin.evaluation import robustvqa, yes_no
 
 DATE = "20260101_000000"
 
@@ -45,11 +45,8 @@ def pope_log(questions: Iterable[tuple[str, str]], answer: str) -> list[dict]:
 
 # How each metric is aggregated: by lmms-eval's own code and by ours.
 AGGREGATIONS = {
-    **{
-        f"robustvqa_{name}": getattr(questions, name)
-        for name in ("accuracy", "precision", "recall", "f1", "yes_ratio")
-    },
-    "robustvqa_pair_acc": questions.pair_accuracy,
+    **{f"robustvqa_{name}": getattr(yes_no, name) for name in ("accuracy", "precision", "recall", "f1", "yes_ratio")},
+    "robustvqa_pair_acc": yes_no.pair_accuracy,
     **{f"pope_{name}": getattr(pope, f"pope_aggregate_{name}") for name in ("accuracy", "precision", "recall")},
     "mmvp_accuracy": mmvp.mmvp_aggregate_results,
     "mmvp_pair_accuracy": mmvp.mmvp_aggregate_pair_results,

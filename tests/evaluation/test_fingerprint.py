@@ -108,6 +108,12 @@ def test_evaluations_use_the_cache_of_that_name(checkpoint, tmp_path, monkeypatc
     assert command[command.index("--limit") + 1] == "4"
 
 
+def test_arguments_of_lmms_eval_in_the_wrong_place_are_told_the_right_one(checkpoint, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["eval", str(checkpoint), "--tasks", "pope"])
+    assert "unrecognized arguments: --tasks pope; put what is for lmms-eval behind `--`" in capsys.readouterr().err
+
+
 def test_a_missing_checkpoint_is_an_error(tmp_path, capsys):
     assert cli.main(["eval", str(tmp_path / "nowhere"), "--", "--use_cache", str(tmp_path / "answers")]) == 1
     assert "No such checkpoint folder" in capsys.readouterr().err

@@ -2,7 +2,6 @@
 
 import io
 import json
-import math
 import os
 import random
 
@@ -11,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from deem_plugin.evaluation import details, pope_task, questions, robustvqa
+from deem_plugin.evaluation import details, questions, robustvqa
 from deem_plugin.evaluation.questions import QuestionDataError
 
 from ..tiny import tiny_image
@@ -173,114 +172,3 @@ def test_questions_are_the_authors_in_the_order_of_their_shuffle(shared_dir):
         ]
         random.Random(official["shuffle_seed"]).shuffle(ours)
         assert ours == [(row["file_name"], row["question"], row["answer"]) for row in official["datasets"][split]]
-
-
-def test_metric_rows_carry_ids_and_only_the_accuracy_a_score():
-    doc = details_rows()[0]
-
-    rows = details.process_results(doc, ["Yes, it is."])
-
-    assert set(rows) == {f"deem_details_{metric}" for metric in details.METRICS}
-    for name, row in rows.items():
-        assert (row["question_id"], row["image_id"], row["category"]) == ("0-left-yes", "0", "left")
-        assert ("score" in row) == (name == "deem_details_accuracy") and row["is_correct"]
-    assert rows["deem_details_accuracy"]["score"] == 1.0
-
-
-def answered(pairs: list[tuple[str, str]], images: str = "") -> list[dict]:
-    """Makes the rows of predictions and targets, of one image each or of the images named by letters."""
-    docs = [
-        {"question_id": str(index), "image_id": image, "answer": target}
-        for index, (image, (_, target)) in enumerate(zip(images or map(str, range(len(pairs))), pairs, strict=True))
-    ]
-    return [
-        robustvqa.process_results(doc, [prediction])["robustvqa_accuracy"]
-        for doc, (prediction, _) in zip(docs, pairs, strict=True)
-    ]
-
-
-def test_scores_follow_their_definitions_and_count_unknown_as_wrong():
-    rows = answered([("yes", "yes"), ("maybe", "yes"), ("no", "yes"), ("yes", "no"), ("no", "no")])
-
-    assert questions.accuracy(rows) == pytest.approx(2 / 5)
-    assert questions.precision(rows) == pytest.approx(1 / 2)  # 1 of the 2 yes predictions
-    assert questions.recall(rows) == pytest.approx(1 / 3)  # 1 of the 3 yes targets
-    assert questions.f1(rows) == pytest.approx(2 * (1 / 2) * (1 / 3) / (1 / 2 + 1 / 3))
-    assert questions.yes_ratio(rows) == pytest.approx(2 / 5)
-    assert questions.unknown_rate(rows) == pytest.approx(1 / 5)
-
-
-def test_a_pair_counts_when_both_answers_are_right_and_half_a_pair_not_at_all():
-    rows = answered([("yes", "yes"), ("no", "no"), ("yes", "yes"), ("yes", "no"), ("yes", "yes")], "aabbc")
-
-    assert questions.pair_accuracy(rows) == pytest.approx(1 / 2)
-
-
-def test_always_yes_scores_half_but_no_pair():
-    rows = answered([("yes", "yes"), ("yes", "no")] * 4, "aabbccdd")
-
-    assert (questions.accuracy(rows), questions.pair_accuracy(rows), questions.yes_ratio(rows)) == (0.5, 0.0, 1.0)
-    assert (questions.recall(rows), questions.recall(answered([("no", "yes")]))) == (1.0, 0.0)
-
-
-def likelihoods(pairs: list[tuple[float, str]]) -> list[dict]:
-    """Makes the rows of margins, log P(yes) - log P(no), and targets; lmms-eval hands over costs."""
-    return [
-        robustvqa.process_likelihoods(
-            {"question_id": str(index), "image_id": str(index), "answer": target}, [(3.0 - margin, True), (3.0, False)]
-        )["robustvqa_auc"]
-        for index, (margin, target) in enumerate(pairs)
-    ]
-
-
-def test_the_likelier_of_yes_and_no_is_the_answer_and_no_preference_is_a_no():
-    rows = likelihoods([(1.25, "yes"), (-0.5, "yes"), (0.0, "no")])
-
-    assert [row["prediction"] for row in rows] == ["yes", "no", "no"]
-    assert [row["margin"] for row in rows] == [1.25, -0.5, 0.0]
-    assert questions.accuracy(rows) == pytest.approx(2 / 3)
-
-
-def test_auc_is_the_share_of_pairs_in_the_right_order_wherever_the_threshold_lies():
-    targets = ("yes", "yes", "no", "no")
-
-    def auc(*margins):
-        return questions.auc(likelihoods(list(zip(margins, targets, strict=True))))
-
-    assert auc(-1.0, -3.0, -4.0, -5.0) == 1.0  # every answer a no, accuracy one half
-    assert auc(2.0, -1.0, 1.0, -2.0) == pytest.approx(3 / 4)  # of four pairs only (-1, 1) is wrong
-    assert auc(0.0, 0.0, 0.0, 0.0) == 0.5
-    assert math.isnan(questions.auc(likelihoods([(1.0, "yes"), (2.0, "yes")])))
-
-
-def test_pope_tells_the_models_own_yes_ratio_and_the_answers_it_could_not_read():
-    docs = [
-        {"question_id": str(number), "category": "random", "image_source": "COCO_1", "answer": answer}
-        for number, answer in enumerate(("yes", "no", "yes", "no"))
-    ]
-    answers = ["Yes, there is.", "yes", "I cannot tell", "No."]
-    rows = [pope_task.process_results(doc, [answer]) for doc, answer in zip(docs, answers, strict=True)]
-
-    def metric(name, aggregate):
-        return aggregate([row[f"deem_pope_{name}"] for row in rows])
-
-    assert metric("accuracy", questions.accuracy) == 0.5
-    assert metric("yes_ratio", questions.yes_ratio) == 0.5
-    assert metric("unknown_rate", questions.unknown_rate) == 0.25
-    assert metric("precision", questions.precision) == metric("recall", questions.recall) == 0.5
-    first = rows[0]["deem_pope_accuracy"]
-    assert (first["question_id"], first["image_id"], first["score"]) == ("random-0", "COCO_1", 1.0)
-    by_likelihood = pope_task.process_likelihoods(docs[0], [(0.5, True), (2.0, False)])
-    assert by_likelihood["deem_pope_auc"]["margin"] == 1.5 and "deem_pope_unknown_rate" not in by_likelihood
-
-
-def test_categories_are_scored_apart_and_pair_within_one():
-    docs = details_rows(images=1)  # left yes, left no, big yes, big no
-    answers = ["yes", "no", "yes", "yes"]
-    rows = [
-        details.process_results(doc, [answer])["deem_details_accuracy"]
-        for doc, answer in zip(docs, answers, strict=True)
-    ]
-
-    assert questions.accuracy_by_category(rows) == {"big": 0.5, "left": 1.0}
-    assert questions.pair_accuracy(rows) == 0.5

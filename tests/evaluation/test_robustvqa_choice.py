@@ -5,7 +5,7 @@ import json
 import datasets
 import pytest
 
-from deem_plugin.evaluation import questions, robustvqa
+from deem_plugin.evaluation import robustvqa, yes_no
 from deem_plugin.evaluation import robustvqa_choice as choice
 
 from .helpers import robustvqa_rows
@@ -59,7 +59,7 @@ def test_a_model_that_favours_a_place_shows_in_the_order_bias_and_not_in_the_acc
     def score(answers):
         rows = [choice.choice_results(doc, [answer]) for doc, answer in zip(docs, answers, strict=True)]
         rows = [row["robustvqa_choice_accuracy"] for row in rows]
-        return questions.accuracy(rows), questions.pair_accuracy(rows), choice.order_bias(rows)
+        return yes_no.accuracy(rows), yes_no.pair_accuracy(rows), choice.order_bias(rows)
 
     assert score([doc["first"] for doc in docs]) == (0.5, 0, 1)
     assert score([doc["second"] for doc in docs]) == (0.5, 0, -1)

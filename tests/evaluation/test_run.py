@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from ast import literal_eval
 
 import pytest
 
@@ -178,7 +179,7 @@ def test_likelihoods_are_scored_by_the_tasks_that_ask_for_them(workplace):
         lines = list(map(json.loads, log))
         rows = [line[f"{name}_auc"] for line in lines]
         for line, row in zip(lines, rows, strict=True):
-            (yes, _), (no, _) = line["filtered_resps"]
+            yes, no = (literal_eval(result)[0] for result in line["filtered_resps"])
             assert row["margin"] == pytest.approx(no - yes) and yes > 0  # costs
             assert row["prediction"] == ("yes" if yes < no else "no")
         assert len({row["margin"] for row in rows}) > 1
