@@ -178,7 +178,7 @@ def _import_mmvp(arguments) -> int:
 
 
 def _reconstruct(arguments) -> int:
-    from .feedback.reconstruction import reconstruct_files
+    from .evaluation.reconstruction import reconstruct_files
 
     reconstruct_files(
         arguments.checkpoint, arguments.images, arguments.out, arguments.diffusion_model, arguments.steps

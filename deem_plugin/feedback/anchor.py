@@ -40,12 +40,7 @@ class Anchor:
         os.replace(f"{path}.partial", path)
 
     def load(self, folder):
-        """
-        Takes the copy that a run kept in `folder` when it began.
-
-        Raises:
-            FileNotFoundError: If it kept none.
-        """
+        """Takes the copy that a run kept in `folder` when it began; raises a `FileNotFoundError` without one."""
         path = Path(folder) / FILE_NAME
         if not path.is_file():
             raise FileNotFoundError(
@@ -56,16 +51,10 @@ class Anchor:
 
     def distance(self, views, args, kwargs, source, state):
         """
-        Args:
-            views (`list[View]`): What the tower gives now, on the autograd graph.
-            args, kwargs: Arguments of the tower's call.
-            source (`TowerSource`): Takes the call of the copy apart.
-            state (`StepState`): As in the call.
-
-        Returns:
-            `torch.Tensor`: 1 - cosine to what the tower gave at first, the mean over the tokens (and the pooled
-            vector, where there is one) of each view and over the views of each image, summed over the images, float32.
-            The copy is in evaluation mode: with stochastic depth or dropout it is not 0 at the start.
+        Returns how far the views of a call (with its arguments, source and state) are from what the tower gave at
+        first: 1 - cosine, the mean over the tokens (and the pooled vector, where there is one) of each view and over
+        the views of each image, summed over the images, float32. With stochastic depth or dropout it is not 0 at the
+        start, for the copy is in evaluation mode.
         """
         with torch.no_grad():
             output = self.tower(*args, **kwargs)

@@ -8,10 +8,10 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..vision.towers import without_peft
-from .checkpoint import read_conditioner, save_conditioner
+from .checkpoint import load_by_class, read_conditioner, save_conditioner
 from .config import FeedbackConfig, RossConfig
 from .factory import build_feedback
-from .offload import pin
+from .optimizations import pin
 from .reporting import Reporter
 from .state import StepState, Sums
 
@@ -83,9 +83,9 @@ class DiffusionFeedbackCallback(TrainerCallback):
         Args:
             model (`nn.Module`): The VLM, or the PEFT model around it, or a vision encoder alone.
             processing_class (`ProcessorMixin`, *optional*): Tells the normalisation of `pixel_values`.
-            returns_loss (`bool`, *optional*, defaults to `False`):
-                For trainings that own their loop: the output of an encoder alone then holds `feedback_loss`, its share
-                of the step's loss with its graph, and nothing is injected.
+            returns_loss (`bool`, *optional*, defaults to `False`): For trainings that own their loop: the output of an
+                encoder alone then holds `feedback_loss`, its share of the step's loss with its graph, and nothing is
+                injected.
 
         Raises:
             ValueError: If the model cannot have feedback (no vision tower or an unknown one, frozen, normalisation
@@ -129,10 +129,9 @@ class DiffusionFeedbackCallback(TrainerCallback):
 
     def load(self, folder):
         """
-        Loads the conditioner of a run to resume from the `feedback.safetensors` in `folder`.
-
-        A resumed run does so by itself for the checkpoints of its own `output_dir`; call it before `trainer.train`
-        when you resume from elsewhere.
+        Loads the conditioner of a run to resume from the `feedback.safetensors` in `folder`. A resumed run does so by
+        itself for the checkpoints of its own `output_dir`; call it before `trainer.train` when you resume from
+        elsewhere.
         """
         self.start_from(folder)
         self._resume_from = folder
@@ -203,10 +202,10 @@ class DiffusionFeedbackCallback(TrainerCallback):
     def on_step_begin(self, args, state, control, optimizer=None, train_dataloader=None, **kwargs):
         """Makes the state of the next optimizer step: the factor on the feedback's gradient and the seed."""
         # Not multiplied by the ranks: their gradients are averaged, as is that of the language model's loss.
-        conversations = _conversations(args, state, train_dataloader)
+        micro_batches, conversations = _of_next_step(args, state, train_dataloader)
         loss_scale = 1.0
         if self.hook.returns_loss:  # the Trainer divides what is returned by the micro-batches, and scales it
-            conversations /= _micro_batches(args, state, train_dataloader)
+            conversations /= micro_batches
         else:
             scaler = getattr(optimizer, "scaler", None)
             # Under fp16 the gradients of the loss are scaled; those of the feedback must be scaled alike.
@@ -222,10 +221,7 @@ class DiffusionFeedbackCallback(TrainerCallback):
         """
         Adds to `logs`, in place, what a training or an evaluation has summed up since the last log: `feedback_loss`
         (mean per image over all ranks), `anchor_loss`, and, where there are any, the numbers of views that were left
-        out. All ranks must call.
-
-        Returns:
-            `dict[str, float]`: What was added.
+        out; returns it. All ranks must call.
 
         Raises:
             RuntimeError: If more than a small share of the views had no finite loss or gradient.
@@ -268,8 +264,9 @@ class DiffusionFeedbackCallback(TrainerCallback):
         """
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self.start_from(state.best_model_checkpoint)
-            if not args.fsdp and not args.deepspeed:
-                _load_best_weights(self.model, state.best_model_checkpoint)
+            weights = os.path.join(state.best_model_checkpoint, "config.json")  # else an adapter, loaded by name
+            if not args.fsdp and not args.deepspeed and os.path.isfile(weights):
+                load_by_class(self.model, state.best_model_checkpoint)
         save_conditioner(self.conditioner, self.config, args.output_dir, write=args.should_save)
         self.hook.reset()
         self.detach()
@@ -311,11 +308,7 @@ def _training_values(hook, sums):
 
 class Attachment:
     """
-    What of a feedback is on a model: hooks, the conditioner as its module, and the keys that a save leaves out.
-
-    Args:
-        model (`nn.Module`): The VLM.
-        feedback (`Feedback`): What is attached.
+    What of a [`Feedback`] is on a model: hooks, the conditioner as its module, and the keys that a save leaves out.
     """
 
     def __init__(self, model, feedback):
@@ -372,24 +365,6 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return ((seed * 1_000_003 + step) * 4_099 + rank) * 1_024 % 2**63
 
 
-def _load_best_weights(model, folder):
-    """
-    Loads a checkpoint's weights by the model's own `from_pretrained`, where a Trainer finds them under other names.
-
-    LLaVA and its kin are stored under other names than they have in memory. `Trainer` loads the best checkpoint by
-    name, finds none of them and only warns, so that the last weights would stay (seen with transformers 5.24).
-    """
-    if not isinstance(model, PreTrainedModel) or not os.path.isfile(os.path.join(folder, "config.json")):
-        return  # an adapter, which is loaded by its own names
-    stored = type(model).from_pretrained(folder, dtype=model.dtype).state_dict()
-    missing, unexpected = model.load_state_dict(stored, strict=False)
-    missing = [name for name in missing if not name.startswith(f"{CONDITIONER_NAME}.")]
-    if missing or unexpected:
-        raise ValueError(
-            f"The best checkpoint {folder} is not of this model: missing {missing[:3]}, unexpected {unexpected[:3]}."
-        )
-
-
 def _check_run(args):
     """Raises on ways to train that the feedback cannot follow."""
     if args.n_gpu > 1:
@@ -404,30 +379,23 @@ def _check_run(args):
         raise ValueError("The feedback cannot see DeepSpeed's loss scale for fp16. Set `bf16: true`.")
 
 
-def _micro_batches(args, state, train_dataloader) -> int:
-    """Returns how many micro-batches the next optimizer step accumulates; the last one of an epoch may have fewer."""
-    accumulation = args.gradient_accumulation_steps
+def _of_next_step(args, state, train_dataloader) -> tuple[int, int]:
+    """
+    Returns how many micro-batches the next optimizer step accumulates and how many conversations a process reads in
+    it. The last step of an epoch may have fewer of both; of conversations on a single process only, for accelerate
+    fills the batches of several up. A stream has no length, and Trainer cuts its epochs at whole steps.
+    """
+    micro_batches, size = args.gradient_accumulation_steps, state.train_batch_size or args.train_batch_size
     try:
         batches = len(train_dataloader)
-    except TypeError:  # a streamed data set has no length, and Trainer cuts its epochs at whole steps
-        return accumulation
-    steps = -(-batches // accumulation)
-    is_last = (state.global_step + 1) % steps == 0
-    return (batches % accumulation or accumulation) if is_last else accumulation
-
-
-def _conversations(args, state, train_dataloader) -> int:
-    """
-    Returns how many conversations a process reads in the next optimizer step. The last one of an epoch may have fewer
-    on a single process; several get equally many, for accelerate fills their batches up.
-    """
-    size = state.train_batch_size or args.train_batch_size
-    conversations = _micro_batches(args, state, train_dataloader) * size
+    except TypeError:
+        return micro_batches, micro_batches * size
+    steps = -(-batches // micro_batches)
+    if (state.global_step + 1) % steps:
+        return micro_batches, micro_batches * size
+    micro_batches = batches % micro_batches or micro_batches
     try:
-        batches, examples = len(train_dataloader), len(train_dataloader.dataset)
-    except (TypeError, AttributeError):  # a stream, or a loader of another library
-        return conversations
-    steps = -(-batches // args.gradient_accumulation_steps)
-    if args.world_size > 1 or (state.global_step + 1) % steps or not 0 < batches * size - examples < size:
-        return conversations
-    return conversations - (batches * size - examples)
+        empty = batches * size - len(train_dataloader.dataset)
+    except (TypeError, AttributeError):  # a loader of another library
+        empty = 0
+    return micro_batches, micro_batches * size - (empty if args.world_size == 1 and 0 < empty < size else 0)

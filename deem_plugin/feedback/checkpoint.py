@@ -8,6 +8,7 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from ..settings import build_settings
 from .conditioner import Conditioner
@@ -21,13 +22,8 @@ _KINDS = {"feedback": (FeedbackConfig, Conditioner), "ross": (RossConfig, TokenD
 
 def save_conditioner(conditioner, config, folder, write=True):
     """
-    Writes `feedback.safetensors` into `folder`: the conditioner's weights, its arguments and the feedback's settings.
-
-    Args:
-        conditioner (`Conditioner` or `TokenDenoiser`): What to write.
-        config (`FeedbackConfig` or `RossConfig`): Kept as metadata.
-        folder (`str` or `Path`): An existing folder.
-        write (`bool`): Whether this process writes. All ranks must call, since sharded weights are gathered here.
+    Writes `feedback.safetensors` into an existing folder: the weights of a [`Conditioner`] or [`TokenDenoiser`], its
+    arguments and the feedback's settings. All ranks must call, since sharded weights are gathered; one may `write`.
     """
     weights = {
         name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu().contiguous()
@@ -48,14 +44,8 @@ def save_conditioner(conditioner, config, folder, write=True):
 
 def load_conditioner(folder):
     """
-    Reads `feedback.safetensors` from `folder`.
-
-    Returns:
-        `tuple[Conditioner, FeedbackConfig]`: The conditioner and the feedback's settings as it was trained; of ROSS a
-        [`TokenDenoiser`] and a [`RossConfig`].
-
-    Raises:
-        FileNotFoundError: If the folder holds no such file.
+    Reads `feedback.safetensors` from `folder`: a [`Conditioner`] and the [`FeedbackConfig`] that it was trained with,
+    of ROSS a [`TokenDenoiser`] and a [`RossConfig`]. Raises a `FileNotFoundError` if there is none.
     """
     path = Path(folder) / FILE_NAME
     if not path.is_file():
@@ -77,10 +67,6 @@ def read_conditioner(folder, conditioner):
     """
     Returns the weights in a folder's `feedback.safetensors`, for a conditioner of the same kind.
 
-    Args:
-        folder (`str` or `Path`): Of an earlier run.
-        conditioner (`Conditioner` or `TokenDenoiser`): What they are for.
-
     Raises:
         FileNotFoundError: If the folder holds no such file.
         ValueError: If they are of a conditioner that was made with other settings.
@@ -93,3 +79,25 @@ def read_conditioner(folder, conditioner):
             f"of that folder."
         )
     return loaded.state_dict()
+
+
+def load_by_class(model, folder):
+    """
+    Loads a checkpoint's weights by the model's own `from_pretrained`; what a save leaves out stays as it is.
+
+    A Trainer loads them by name and only warns about names that do not match. LLaVA and its kin are stored under other
+    names than they have in memory, so that none would match (seen with transformers 5.24).
+
+    Raises:
+        ValueError: If they are of another model.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return
+    stored = type(model).from_pretrained(folder, dtype=model.dtype).state_dict()
+    missing, unexpected = model.load_state_dict(stored, strict=False)
+    missing = sorted(set(missing) - set(model._keys_to_ignore_on_save or ()))
+    if missing or unexpected:
+        raise ValueError(
+            f"The checkpoint {folder} is not of this model: missing {missing[:3]}, unexpected {unexpected[:3]}. "
+            f"Use one that was written with these settings."
+        )

@@ -58,20 +58,9 @@ class Conditioner(nn.Module):
         synchroniser=None,
         positions=False,
     ):
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
-        self.arguments = {
-            "input_dim": input_dim,
-            "context_dim": context_dim,
-            "num_queries": num_queries,
-            "resampler_dim": resampler_dim,
-            "resampler_layers": resampler_layers,
-            "resampler_heads": resampler_heads,
-            "mlp": mlp,
-            "vector_dim": vector_dim,
-            "prompt_tokens": prompt_tokens,
-            "synchroniser": synchroniser,
-            "positions": positions,
-        }
+        self.arguments = arguments  # what a checkpoint needs to make it again
         self.positions = nn.Linear(POSITION_DIM, input_dim) if positions else None
         self.resampler = None
         if num_queries:
@@ -109,16 +98,14 @@ class Conditioner(nn.Module):
 
     def forward(self, tokens, token_mask=None, positions=None):
         """
+        Makes the context `(batch, queries, context_dim)` of tokens.
+
         Args:
             tokens (`torch.Tensor`): Visual tokens, shape `(batch, tokens, input_dim)`.
             token_mask (`torch.Tensor`, *optional*): True where a token counts, shape `(batch, tokens)`. Pictures of
                 one batch may have different numbers of tokens only where there is a resampler.
-
-            positions (`torch.Tensor`, *optional*): Row and column of each token as fractions of its picture,
-                `(batch, tokens, 2)`; read where the conditioner was made with `positions`.
-
-        Returns:
-            `torch.Tensor`: Context, shape `(batch, queries, context_dim)`.
+            positions (`torch.Tensor`, *optional*): Row and column of each token as fractions of its picture, `(batch,
+                tokens, 2)`; read where the conditioner was made with `positions`.
         """
         tokens = tokens.to(self.dtype)
         if self.positions is not None and positions is not None:

@@ -13,17 +13,8 @@ from .config import ConditionConfig
 
 def condition_of(views: list[View], config: ConditionConfig, conditioner, generator=None):
     """
-    Makes the denoiser's context of views.
-
-    Args:
-        views (`list[View]`): Images may differ in their number of tokens.
-        config (`ConditionConfig`): Which tokens.
-        conditioner (`Conditioner`): Makes the context of them.
-        generator (`torch.Generator`, *optional*): Draws patches, where a number of them is set; without gradients all
-            are shown.
-
-    Returns:
-        `tuple`: The context `(views, queries, context_dim)`, and the vector `(views, vector_dim)` or None.
+    Makes the denoiser's context `(views, queries, context_dim)` of views, and the vector `(views, vector_dim)` or
+    None. Without gradients all patches are shown; else `generator` draws them where a number of them is set.
     """
     num_patches = config.num_patches if torch.is_grad_enabled() else None
     tokens, mask, positions = condition_tokens(views, config.kind, num_patches, generator)
@@ -38,13 +29,8 @@ def condition_tokens(views: list[View], kind: str, num_patches=None, generator=N
     - `queries+dense`: the same as `queries`; what is dense comes by another way, see [`dense_maps`];
     - `cls`: the tower's pooled vector alone (GenHancer, https://arxiv.org/abs/2503.19480; DCR). A tower that is asked
       for a summary only keeps its patches as they are, and there is little that the condition could leak;
-    - `cls+patches`: the pooled vector and then patches (DIVA, https://arxiv.org/abs/2407.20171).
-
-    Args:
-        views (`list[View]`): What the tower gave.
-        kind (`str`): One of the five.
-        num_patches (`int`, *optional*): Of `cls+patches`: so many, drawn anew for each picture; all by default.
-        generator (`torch.Generator`, *optional*): Draws them.
+    - `cls+patches`: the pooled vector and then patches (DIVA, https://arxiv.org/abs/2407.20171), `num_patches` of them
+      drawn anew for each picture; all by default.
 
     Returns:
         `tuple`: The tokens `(views, tokens, dim)`, their mask `(views, tokens)`, None if none is padded, and their
@@ -97,9 +83,7 @@ def padded(rows: list[torch.Tensor]):
 
 
 def attached_maps(views: list[View], config: ConditionConfig, conditioner, objective):
-    """
-    Returns a context in which the denoiser's UNet sees the maps of `views`; without a synchroniser it does nothing.
-    """
+    """Returns a context in which the denoiser's UNet sees the maps of `views`, where the settings say so."""
     if not config.shows_maps:
         return nullcontext()
     return conditioner.attached_to(objective.denoiser.model, views)
@@ -108,16 +92,11 @@ def attached_maps(views: list[View], config: ConditionConfig, conditioner, objec
 def dense_maps(views: list[View]):
     """
     Returns the maps that `queries+dense` lets the denoiser see while it runs, each place for itself, as DEEM's
-    official code does: the tower's own at several scales, or else its patches as one map.
+    official code does, `(views, dim, height, width)` each: the tower's own at several scales, or else its patches as
+    one map.
 
-    They are off by default, and no other method has them: maps of the very picture that is to be restored give the
-    answer away, so that the queries need not say it.
-
-    Args:
-        views (`list[View]`): What the tower gave.
-
-    Returns:
-        `list[torch.Tensor]`: Maps with their positions, each `(views, dim, height, width)`.
+    No other method has them: maps of the very picture that is to be restored give the answer away, so that the queries
+    need not say it.
 
     Raises:
         ValueError: If there are no maps and the tokens are no square grid of patches.

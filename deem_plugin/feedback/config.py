@@ -4,9 +4,8 @@ import math
 from dataclasses import dataclass, field
 
 from .quantization import QUANTIZATIONS
+from .timesteps import LOSS_WEIGHTINGS, TIMESTEP_SAMPLERS
 
-TIMESTEP_SAMPLINGS = ("shrink", "uniform", "logit_normal")
-LOSS_WEIGHTINGS = ("uniform", "min_snr")
 CONDITIONS = ("queries", "queries+dense", "patches", "cls", "cls+patches")
 OBJECTIVES = ("mse", "contrastive")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -123,7 +122,7 @@ class ObjectiveConfig:
             One of `shrink`, `uniform`, `logit_normal` (see `deem_plugin.feedback.timesteps`).
         loss_weighting (`str`, *optional*, defaults to `"uniform"`):
             How much the error counts at each timestep: `uniform` or `min_snr` (DDPM alone), see
-            `deem_plugin.feedback.weighting`.
+            `deem_plugin.feedback.timesteps`.
         draws_per_image (`int`, *optional*, defaults to `1`):
             Noises and timesteps drawn for each picture, whose errors are averaged.
         num_negatives (`int`, *optional*):
@@ -138,7 +137,7 @@ class ObjectiveConfig:
 
     def __post_init__(self):
         _check_choice("objective.kind", self.kind, OBJECTIVES)
-        _check_choice("timestep_sampling", self.timestep_sampling, TIMESTEP_SAMPLINGS)
+        _check_choice("timestep_sampling", self.timestep_sampling, TIMESTEP_SAMPLERS)
         _check_choice("loss_weighting", self.loss_weighting, LOSS_WEIGHTINGS)
         for name in ("draws_per_image", "num_negatives"):
             _check_at_least_1(name, getattr(self, name))

@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
+from ..vision.seeding import cpu_seed
 from .diffusion_feedback import Objective
 from .timesteps import uniform
 
@@ -79,15 +80,8 @@ class ContrastiveFeedback(Objective):
 
     def second_views(self, views, eyes, generator):
         """
-        Shows an augmented version of each view's picture to the tower: what `second_view` is made of.
-
-        Args:
-            views (`list[View]`): Of a call.
-            eyes (`Eyes`): Show pictures to the tower.
-            generator (`torch.Generator`): Seeds the augmentation.
-
-        Returns:
-            `list[View]`: One for each, in the same order.
+        Shows an augmented version of each view's picture to the tower, in the same order: what `second_view` is made
+        of. `generator` seeds the augmentation.
         """
         again = eyes.look([self.augment(view.picture, eyes, generator) for view in views])
         return [replace(new, image=view.image, weight=view.weight) for new, view in zip(again, views, strict=True)]
@@ -113,7 +107,5 @@ def augmentation(size):
 def seeded(transform, picture, generator):
     """Returns a random transform of a picture, drawn from `generator`; torch's global ones stay as they were."""
     seed = torch.randint(2**31, (), generator=generator, device=generator.device).item()
-    with torch.random.fork_rng(devices=[]):
-        # The CPU's generator alone: `torch.manual_seed` would seed every GPU, too.
-        torch.random.default_generator.manual_seed(seed)
+    with cpu_seed(seed):
         return transform(picture)

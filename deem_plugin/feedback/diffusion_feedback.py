@@ -4,8 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from .denoisers import check_context_dim
-from .timesteps import uniform
-from .weighting import uniform_weight
+from .timesteps import uniform, uniform_weight
 
 
 class Objective:
@@ -14,9 +13,8 @@ class Objective:
 
     Args:
         denoiser (`Denoiser`): The frozen network.
-        sample_timesteps (`Callable`, *optional*):
-            `(batch_size, num_train_timesteps, *, generator, device) -> (batch,)`, one of `TIMESTEP_SAMPLERS`.
-            Defaults to uniform over the whole schedule.
+        sample_timesteps (`Callable`, *optional*): `(batch_size, num_train_timesteps, *, generator, device) ->
+            (batch,)`, one of `TIMESTEP_SAMPLERS`. Defaults to uniform over the whole schedule.
     """
 
     def __init__(self, denoiser, sample_timesteps=uniform):
@@ -96,14 +94,9 @@ class DiffusionFeedback(Objective):
 
 def masked_mean(error, mask=None):
     """
-    Averages an error over each sample's channels and, where a mask is given, over its masked cells alone.
-
-    Args:
-        error (`torch.Tensor`): Per-element error, shape `(batch, channels, height, width)`.
-        mask (`torch.Tensor`, *optional*): Cells that count, shape `(batch, 1, height, width)`, zero or one.
-
-    Returns:
-        `torch.Tensor`: Shape `(batch,)`. A true mean: the size of a region does not change its weight.
+    Averages an error `(batch, channels, height, width)` over each sample's channels and, with a mask `(batch, 1,
+    height, width)` of zeros and ones, over its masked cells alone: `(batch,)`. A true mean: the size of a region does
+    not change its weight.
 
     Raises:
         ValueError: If a mask is empty; the mean over nothing is not a loss of zero.

@@ -8,51 +8,13 @@ import torch
 from .denoisers import DENOISERS, Denoiser, torch_dtype
 from .latent_cache import LatentCache
 from .latents import CODECS, PixelCodec, VaeCodec
-from .offload import onloaded
+from .optimizations import onloaded
 from .pictures import fit
 from .quantization import quantization_config
 
 
-class PictureEncoder:
-    """
-    Encodes pictures of any size to latents. What inherits it has a `codec`, a `latent_cache` and a `picture_size`.
-    """
-
-    def resize(self, pictures):
-        """Resizes pictures `(batch, 3, height, width)` in [0, 1] to what is restored, see [`fit`]."""
-        return torch.cat([fit(picture, None, self.picture_size)[0] for picture in pictures])
-
-    def posterior(self, pictures):
-        """
-        Resizes pictures `(batch, 3, height, width)` in [0, 1] and returns their [`VaeCodec.posterior`], or looks up
-        what the encoder once said of them.
-        """
-        if self.latent_cache is not None:
-            return self.latent_cache.look_up(pictures)
-        return self.codec.posterior(self.resize(pictures) * 2 - 1)
-
-    def encode(self, pictures, *, noise=None, generator=None):
-        """
-        Encodes pictures to scaled latents: drawn from their [`posterior`].
-
-        Args:
-            pictures (`torch.Tensor`): Shape `(batch, 3, height, width)`, in [0, 1].
-            noise, generator: As in [`VaeCodec.encode`].
-
-        Returns:
-            `torch.Tensor`: Latents, shape `(batch, channels, h, w)`, float32.
-        """
-        return self.codec.draw(*self.posterior(pictures), noise=noise, generator=generator)
-
-    @contextmanager
-    def on_device(self, device):
-        """A context in which all that the feedback needs is on `device`; here it stays there."""
-        self.to(device)
-        yield
-
-
 @dataclass
-class DiffusionModel(PictureEncoder):
+class DiffusionModel:
     """
     The two frozen halves of a diffusion model, and the size of the pictures that they restore.
 
@@ -76,10 +38,25 @@ class DiffusionModel(PictureEncoder):
         """Height and width of the pictures that are restored, in pixels."""
         return self.restored_size or self.denoiser.sample_size * self.codec.downscale
 
-    @property
-    def picture_size(self) -> tuple[int, int]:
-        """Height and width of what is restored: a square."""
-        return self.image_size, self.image_size
+    def resize(self, pictures):
+        """Resizes pictures `(batch, 3, height, width)` in [0, 1] to what is restored, see [`fit`]."""
+        return torch.cat([fit(picture, None, self.image_size)[0] for picture in pictures])
+
+    def posterior(self, pictures):
+        """
+        Returns the [`VaeCodec.posterior`] of pictures `(batch, 3, height, width)` in [0, 1], resized, or what the
+        cache has of it.
+        """
+        if self.latent_cache is not None:
+            return self.latent_cache.look_up(pictures)
+        return self.codec.posterior(self.resize(pictures) * 2 - 1)
+
+    def encode(self, pictures, *, noise=None, generator=None):
+        """
+        Encodes pictures `(batch, 3, height, width)` in [0, 1] to scaled latents `(batch, channels, h, w)`, float32,
+        drawn from their [`posterior`]; `noise` and `generator` as in [`VaeCodec.draw`].
+        """
+        return self.codec.draw(*self.posterior(pictures), noise=noise, generator=generator)
 
     def modules(self):
         """Returns the networks that the feedback needs: denoiser and, unless latents are cached, autoencoder."""
@@ -106,24 +83,27 @@ class DiffusionModel(PictureEncoder):
 
 
 @dataclass
-class Autoencoder(PictureEncoder):
+class Autoencoder:
     """
-    The codec of a diffusion model without its denoiser, for targets of another size.
+    The codec of a diffusion model without its denoiser.
 
     Args:
         codec (`VaeCodec` or `PixelCodec`): Pictures in [-1, 1] to latents and back.
-        picture_size (`tuple[int, int]`, *optional*): Height and width of what is restored, in pixels.
     """
 
     codec: VaeCodec | PixelCodec
-    picture_size: tuple[int, int] | None = None
-    latent_cache = None
     cpu_offload = False
 
     def to(self, device):
         """Moves the codec to `device` and returns the autoencoder."""
         self.codec.to(device)
         return self
+
+    @contextmanager
+    def on_device(self, device):
+        """A context in which the codec is on `device`; it stays there."""
+        self.to(device)
+        yield
 
 
 def load_diffusion_model(
@@ -138,17 +118,13 @@ def load_diffusion_model(
     Loads the frozen diffusion model that gives the feedback.
 
     Args:
-        path_or_id (`str`):
-            A folder or hub id in diffusers' layout. Known networks are those of `DENOISERS`, with an autoencoder of
-            `CODECS`, or without one for a pixel-space diffusion model.
-        dtype (`str`, *optional*, defaults to `"float32"`):
-            Precision of the denoiser. The VAE stays in float32: in half precision it overflows on some pictures.
-        weights (`bool`, *optional*, defaults to `True`):
-            `False` reads the configs alone and puts both networks on the meta device, to plan a run with.
-        image_size (`int`, *optional*):
-            Side in pixels of the pictures that it restores; by default that of those it was trained on.
-        quantization (`str`, *optional*):
-            One of `QUANTIZATIONS`: how the denoiser's linear layers are held in fewer bits.
+        path_or_id (`str`): A folder or hub id in diffusers' layout. Known networks are those of `DENOISERS`, with an
+            autoencoder of `CODECS`, or without one for a pixel-space diffusion model.
+        dtype (`str`, *optional*, defaults to `"float32"`): Precision of the denoiser. The VAE stays in float32: in
+            half precision it overflows on some pictures.
+        weights (`bool`, *optional*, defaults to `True`): `False` reads the configs alone and puts both networks on the
+            meta device, to plan a run with.
+        image_size, quantization: As in [`DiffusionModelConfig`].
 
     Raises:
         ValueError: If the package of a quantization is missing, the folder holds no known network, VAE or scheduler
@@ -186,10 +162,7 @@ def load_diffusion_model(
 
 
 def load_autoencoder(path_or_id: str, *, weights: bool = True) -> Autoencoder:
-    """
-    Loads the autoencoder alone of a diffusion model, as [`load_diffusion_model`] does: all that feedback at the
-    language model needs of it.
-    """
+    """Loads the autoencoder alone of a diffusion model, as [`load_diffusion_model`] does."""
     return Autoencoder(_load_codec(path_or_id, _load_index(path_or_id), weights))
 
 

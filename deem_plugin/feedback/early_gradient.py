@@ -6,10 +6,8 @@ import torch
 def early_gradient(errors_of, weights, scale, *inputs):
     """
     Computes errors and at once the gradient of their weighted sum at the inputs; a later backward pass only multiplies
-    what is kept.
-
-    What a frozen network computed on the way to the errors is then free again before anything else runs, and so may be
-    the network itself. The gradient is the same as without, but for rows that are not finite: these are left out.
+    what is kept. What a frozen network computed on the way is then free again before anything else runs. The gradient
+    is the same as without, but for rows that are not finite: these are left out.
 
     Args:
         errors_of (`Callable`): `(*inputs) -> (batch,)`. Nothing else that it depends on gets a gradient.
@@ -19,7 +17,7 @@ def early_gradient(errors_of, weights, scale, *inputs):
         inputs (`torch.Tensor` or None): With their graph, `(batch, ...)`.
 
     Returns:
-        `tuple`: The weighted sum with a graph to the inputs, the errors `(batch,)` and which of them are finite and
+        `tuple`: The weighted sum with a graph to the inputs, the errors `(batch,)`, and which of them are finite and
         have a finite gradient, bool, `(batch,)`.
     """
     leaves = [None if value is None else value.detach().requires_grad_() for value in inputs]

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..vision.eyes import Eyes
-from ..vision.towers import find_tower
+from ..vision.seeding import cpu_seed
 from .anchor import Anchor
 from .checkpoint import read_conditioner
 from .conditioner import Conditioner
@@ -16,16 +16,15 @@ from .contrastive import ContrastiveFeedback
 from .denoisers import check_context_dim
 from .diffusion_feedback import DiffusionFeedback
 from .diffusion_model import load_autoencoder, load_diffusion_model
-from .hook import FeedbackHook, TowerSource
+from .hook import FeedbackHook, TowerSource, check_reached
 from .latent_cache import LatentCache, fingerprint
 from .loss import FeedbackLoss
 from .optimizations import apply_optimizations
 from .prompts import prompt_states
 from .ross import DecoderSource, RossLoss
 from .synchroniser import UNET_KEYS
-from .timesteps import TIMESTEP_SAMPLERS
+from .timesteps import LOSS_WEIGHTINGS, TIMESTEP_SAMPLERS
 from .token_denoiser import TokenBlocks, TokenDenoiser
-from .weighting import LOSS_WEIGHTINGS
 
 
 @dataclass
@@ -65,17 +64,11 @@ def build_feedback(
         ValueError: If the model has no eyes that the feedback knows, its tower is frozen, or settings do not fit.
     """
     # The eyes first: what cannot be trained is refused before the diffusion model is loaded.
-    if isinstance(config, FeedbackConfig) and not config.conditioner_only:
-        check_trainable(model)
     eyes = Eyes.of(model, processor, config.image_mean, config.image_std)
     if isinstance(config, RossConfig):
         return _build_ross(config, model, eyes, diffusion_model, objective, conditioner_ref)
-    if not config.conditioner_only and not eyes.read_parameters:
-        raise ValueError(
-            f"What is trainable of the vision tower ({type(eyes.tower).__name__}) does not influence the tokens that "
-            f"the language model reads: it lies behind the layer that is read. The feedback would train its "
-            f"conditioner alone. Train earlier layers too, or set `conditioner_only`."
-        )
+    if not config.conditioner_only:
+        check_reached(eyes)
     held = config.diffusion_model
     if diffusion_model is None:
         diffusion_model = load_configured(held)
@@ -121,11 +114,8 @@ def _build_ross(config, model, eyes, autoencoder, objective, conditioner_ref) ->
 
 def load_configured(config: DiffusionModelConfig, *, weights=True):
     """
-    Loads the frozen diffusion model of a feedback, in the precision and for the pictures that its settings ask for.
-
-    Args:
-        config (`DiffusionModelConfig`): The settings.
-        weights (`bool`, *optional*, defaults to `True`): As for [`load_diffusion_model`].
+    Loads the frozen diffusion model of a feedback, in the precision and for the pictures that its settings ask for;
+    `weights` as for [`load_diffusion_model`].
     """
     return load_diffusion_model(
         config.path,
@@ -134,19 +124,6 @@ def load_configured(config: DiffusionModelConfig, *, weights=True):
         image_size=config.image_size,
         quantization=config.quantization if weights else None,
     )
-
-
-def check_trainable(model):
-    """Raises a `ValueError` if the vision tower that a feedback is to train is frozen."""
-    tower = find_tower(model)
-    if not any(parameter.requires_grad for parameter in tower.parameters()):
-        raise ValueError(
-            f"The vision tower ({type(tower).__name__}) is frozen: all its parameters have requires_grad=False, so "
-            f"that there is nothing to feed back to. Unfreeze it (`tower.requires_grad_(True)`; no `freeze` pattern "
-            f"on it in a recipe; ms-swift: `--freeze_vit false`; LLaMA-Factory: `freeze_vision_tower: false`), put "
-            f"LoRA on it (axolotl: LoRA targets that include the tower), or leave the feedback out. To train the "
-            f"conditioner alone, set `conditioner_only`."
-        )
 
 
 def make_objective(config: ObjectiveConfig, denoiser):
@@ -183,9 +160,7 @@ def make_conditioner(condition: ConditionConfig, eyes: Eyes, scorer, *, seed=0, 
             "resampler_heads": condition.resampler_heads,
             "positions": eyes.layout.needs_positions,
         }
-    with torch.random.fork_rng(devices=[]):
-        # The CPU's generator alone: `torch.manual_seed` would seed every GPU, too.
-        torch.random.default_generator.manual_seed(seed)
+    with cpu_seed(seed):
         conditioner = Conditioner(
             (eyes.pooled_width or eyes.width) if pooled_only else eyes.width,
             scorer.context_dim,
@@ -202,16 +177,10 @@ def make_conditioner(condition: ConditionConfig, eyes: Eyes, scorer, *, seed=0, 
 
 def make_token_denoiser(config: RossConfig, decoder, width, channels) -> TokenDenoiser:
     """
-    Makes ROSS's denoiser, drawn from `config.seed`; the global random numbers stay as they are.
-
-    Args:
-        config (`RossConfig`): The settings.
-        decoder (`nn.Module`): The language model, whose device and dtype it gets.
-        width (`int`): Width of its hidden states.
-        channels (`int`): Of the latents.
+    Makes ROSS's denoiser for a language model `decoder` with hidden states of `width` and latents of so many channels,
+    drawn from `config.seed`; the global random numbers stay as they are.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(config.seed)
+    with cpu_seed(config.seed):
         denoiser = TokenDenoiser(
             width,
             channels * config.token_cells**2,

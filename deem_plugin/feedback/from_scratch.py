@@ -12,16 +12,14 @@ from .latents import PixelCodec
 
 def make_diffusion_model(network, config, codec, image_size):
     """
-    Makes a diffusion model with new weights, in training mode.
+    Makes a diffusion model with new weights, in training mode: of flow matching without shift, but for networks that
+    know DDPM only (epsilon).
 
     Args:
         network (`str`): Class of diffusers, one of `DENOISERS`.
         config (`dict`): Its arguments. `sample_size` and, where it is missing, `in_channels` are filled in.
         codec (`VaeCodec` or `PixelCodec`): Its autoencoder.
         image_size (`int`): Side of the pictures that it is trained on, in pixels.
-
-    Returns:
-        `DiffusionModel`: Of flow matching without shift, but for networks that know DDPM only (epsilon).
 
     Raises:
         ValueError: If the network is unknown, does not take its arguments, or does not fit the codec.
@@ -63,13 +61,7 @@ def make_diffusion_model(network, config, codec, image_size):
 
 
 def save_diffusion_model(diffusion_model, folder):
-    """
-    Writes a diffusion model as a diffusers folder, which `load_diffusion_model` reads.
-
-    Args:
-        diffusion_model (`DiffusionModel`): Of any kind; its autoencoder is written with it.
-        folder (`str` or `Path`): An existing or a new folder.
-    """
+    """Writes a diffusion model, its autoencoder too, as a folder that `load_diffusion_model` reads."""
     folder = Path(folder)
     denoiser, codec = diffusion_model.denoiser, diffusion_model.codec
     parts = {

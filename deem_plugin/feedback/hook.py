@@ -37,19 +37,32 @@ class TowerSource:
         Checks the first views of a training.
 
         Raises:
-            RuntimeError: If nothing that the tokens depend on trains.
-            ValueError: If the pictures, un-normalised, do not lie in [0, 1].
+            ValueError: If nothing that the tokens depend on trains, or the pictures, un-normalised, do not lie in
+                [0, 1].
         """
-        parameters = dict(self.eyes.tower.named_parameters())
-        reached = [name for name in self.eyes.read_parameters if name in parameters]
-        if not any(parameters[name].requires_grad for name in reached):
-            raise RuntimeError(
-                f"No trainable parameter of the vision tower ({type(self.eyes.tower).__name__}) influences the tokens "
-                f"that the language model reads: it was frozen after the feedback was attached, or what trains lies "
-                f"behind the layer that is read. The feedback would train its conditioner alone. Unfreeze the tower "
-                f"or put LoRA on its earlier layers; to train the conditioner alone, set `conditioner_only`."
-            )
+        check_reached(self.eyes)
         check_range(views)
+
+
+def check_reached(eyes):
+    """Raises a `ValueError` if no trainable parameter of the tower influences the tokens that are read."""
+    trainable = {name for name, value in eyes.tower.named_parameters() if value.requires_grad}
+    if trainable & eyes.read_parameters:
+        return
+    what = f"The vision tower ({type(eyes.tower).__name__})"
+    if not trainable:
+        raise ValueError(
+            f"{what} is frozen: all its parameters have requires_grad=False, so that there is nothing to feed back "
+            f"to. Unfreeze it (`tower.requires_grad_(True)`; no `freeze` pattern on it in a recipe; ms-swift: "
+            f"`--freeze_vit false`; LLaMA-Factory: `freeze_vision_tower: false`) before the feedback is attached, put "
+            f"LoRA on it (axolotl: LoRA targets that include the tower), or leave the feedback out. To train the "
+            f"conditioner alone, set `conditioner_only`."
+        )
+    raise ValueError(
+        f"{what} has nothing trainable that influences the tokens that the language model reads: what trains lies "
+        f"behind the layer that is read. The feedback would train its conditioner alone. Train earlier layers too, or "
+        f"set `conditioner_only`."
+    )
 
 
 def check_range(views):

@@ -27,12 +27,9 @@ _AFTERWARDS = ("scaling_factor", "shift_factor")
 
 def picture_keys(pictures) -> list[str]:
     """
-    Returns a key of each picture: SHA-256 of its size and its pixels, rounded to 8 bits.
-
-    The rounding takes away what normalising and un-normalising adds in float32. A mirrored picture is another picture.
-
-    Args:
-        pictures (`torch.Tensor`): Shape `(batch, 3, height, width)`, in [0, 1].
+    Returns a key of each picture `(batch, 3, height, width)` in [0, 1]: SHA-256 of its size and its pixels, rounded to
+    8 bits, which takes away what normalising and un-normalising adds in float32. A mirrored picture is another
+    picture.
     """
     pixels = (pictures * 255).round().to(torch.uint8).contiguous().cpu().numpy()
     size = f"{tuple(pictures.shape[1:])}".encode()
@@ -42,12 +39,7 @@ def picture_keys(pictures) -> list[str]:
 def fingerprint(diffusion_model) -> dict:
     """
     Returns all that the cached values depend on but the pictures: the encoding half of the VAE, and the picture size.
-
-    Args:
-        diffusion_model (`DiffusionModel`): With its weights loaded.
-
-    Raises:
-        ValueError: If the diffusion model works on pixels, so that there is nothing to cache.
+    Raises a `ValueError` if the diffusion model works on pixels, so that there is nothing to cache.
     """
     vae = getattr(diffusion_model.codec, "vae", None)
     if vae is None:
@@ -106,13 +98,8 @@ class LatentCache:
 
     def look_up(self, pictures):
         """
-        Returns the posterior of each picture, as [`DiffusionModel.posterior`] would compute it.
-
-        Args:
-            pictures (`torch.Tensor`): Shape `(batch, 3, height, width)`, in [0, 1].
-
-        Returns:
-            `tuple[torch.Tensor, torch.Tensor | None]`: Mean and standard deviation on the pictures' device.
+        Returns the posterior of each picture `(batch, 3, height, width)` in [0, 1], as [`DiffusionModel.posterior`]
+        would.
 
         Raises:
             ValueError: If a picture is not in the cache, or what the cache holds of it is damaged.
@@ -152,9 +139,8 @@ class LatentCache:
 
 class LatentWriter:
     """
-    Adds entries to a cache of latents, shard by shard. One writer at a time for a folder.
-
-    As a context manager it writes the last, shorter shard too, also when it is left by an error or by Ctrl-C.
+    Adds entries to a cache of latents, shard by shard. One writer at a time for a folder. As a context manager it
+    writes the last, shorter shard too, also when it is left by an error or by Ctrl-C.
 
     Args:
         folder (`str` or `PathLike`): Made when it does not exist.

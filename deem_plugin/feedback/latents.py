@@ -42,13 +42,8 @@ class VaeCodec:
     @torch.no_grad()
     def posterior(self, pictures):
         """
-        Returns what the VAE says of pictures before anything is drawn, which is all that a cache must keep.
-
-        Args:
-            pictures (`torch.Tensor`): Shape `(batch, 3, height, width)`, in [-1, 1]. Never changed in place.
-
-        Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: Mean and standard deviation, float32, `(batch, channels, h, w)` each.
+        Returns what the VAE says of pictures `(batch, 3, height, width)` in [-1, 1] before anything is drawn, all that
+        a cache must keep: mean and standard deviation, float32, `(batch, channels, h, w)` each.
         """
         with torch.autocast(pictures.device.type, enabled=False):
             posterior = self.vae.encode(pictures.to(self.vae.dtype)).latent_dist
@@ -56,15 +51,8 @@ class VaeCodec:
 
     def draw(self, mean, std, *, noise=None, generator=None):
         """
-        Draws latents from a posterior, as the official code does.
-
-        Args:
-            mean, std (`torch.Tensor`): From [`posterior`].
-            noise (`torch.Tensor`, *optional*): The standard normal draw, shape of the latents.
-            generator (`torch.Generator`, *optional*): Source of the draw where `noise` is not given.
-
-        Returns:
-            `torch.Tensor`: `(mean + std * noise - shift) * scale`, float32, shape `(batch, channels, h, w)`.
+        Draws latents from a posterior, as the official code does: `(mean + std * noise - shift) * scale`, float32,
+        `(batch, channels, h, w)`. Without `noise`, a standard normal draw, `generator` is its source.
         """
         if noise is None:
             noise = torch.randn(mean.shape, generator=generator, device=mean.device)

@@ -118,7 +118,7 @@ class FeedbackLoss:
             ValueError: If there is not one target a view, or latents are given for views that are drawn.
         """
         if targets is not None:
-            views = _with_targets(views, targets)
+            views = with_targets(views, targets)
         given = len(views)
         views = sample_views(views, self.max_views_per_image, generator)
         if latents is not None and not given == len(views) == len(latents):
@@ -160,8 +160,7 @@ class FeedbackLoss:
         model = self.diffusion_model
         device = views[0].tokens.device
         model.to(device)
-        size = model.picture_size
-        fitted = [fit(view.picture.clamp(0, 1), view.mask, size) for view in views]
+        fitted = [fit(view.picture.clamp(0, 1), view.mask, model.image_size) for view in views]
         if latents is None and model.latent_cache is None:
             latents = model.encode(torch.cat([picture for picture, _ in fitted]).to(device), generator=generator)
         elif latents is None:
@@ -179,7 +178,7 @@ def _shows_nothing(view):
     return blank if view.mask is None else blank | ~view.mask.any()
 
 
-def _with_targets(views, targets):
+def with_targets(views, targets):
     """Gives views other pictures to be restored, on their device."""
     if len(targets) != len(views):
         raise ValueError(

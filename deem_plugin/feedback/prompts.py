@@ -6,20 +6,11 @@ import torch
 @torch.no_grad()
 def prompt_states(path_or_id, prompt, context_dim):
     """
-    Returns what a diffusion model's own text encoder says of a prompt.
-
-    The encoder is loaded, asked once and forgotten: a constant needs no network.
-
-    Args:
-        path_or_id (`str`): The diffusion model's folder or hub id, of Stable Diffusion 1.x or 2.x.
-        prompt (`str`): The text; `""` is the empty one.
-        context_dim (`int`): Width of the diffusion model's context.
-
-    Returns:
-        `torch.Tensor`: Shape `(77, context_dim)`, float32.
+    Returns what the text encoder of a Stable Diffusion 1.x or 2.x says of a prompt, `(77, context_dim)`, float32. It
+    is loaded, asked once and forgotten: a constant needs no network.
 
     Raises:
-        ValueError: If the diffusion model has no such text encoder.
+        ValueError: If the diffusion model has no text encoder whose states are `context_dim` wide.
     """
     from transformers import AutoTokenizer, CLIPTextModel
 

@@ -8,9 +8,9 @@ class Reporter:
     """
     Sends values to the trackers named in `args.report_to` (TensorBoard, W&B, ...), made once a run.
 
-    A Trainer calls its trackers before the callbacks of its user, so what a callback adds to `logs` comes too late
-    for them. They all attach to the run that is open in the process (W&B, MLflow, Comet), so that a second instance
-    of the stock tracker callback writes to the same run; TensorBoard, which reads one writer a folder, gets a folder
+    A Trainer calls its trackers before the callbacks of its user, so what a callback adds to `logs` comes too late for
+    them. They all attach to the run that is open in the process (W&B, MLflow, Comet), so that a second instance of the
+    stock tracker callback writes to the same run; TensorBoard, which reads one writer a folder, gets a folder
     `feedback` within that of the run.
     """
 

@@ -6,10 +6,11 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from ..vision.views import View
+from ..vision.patches import deal_out
+from ..vision.views import View, sample_views
 from .finite import FiniteGate
 from .hook import check_range
-from .loss import ImageLosses, summarise
+from .loss import ImageLosses, summarise, with_targets
 
 # How much wider than high, or higher than wide, a token's block of a picture may be.
 MOST_UNEVEN = 2.5
@@ -63,19 +64,17 @@ class DecoderSource:
             )
         states = output.last_hidden_state[(ids == self.eyes.image_token_id).to(output.last_hidden_state.device)]
         counts = [len(view.tokens) for view in pictures]
-        ratio = sum(counts) / max(len(states), 1)
-        lengths = [round(count / ratio) for count in counts] if ratio else []
-        if sum(lengths) != len(states) or any(
-            not math.isclose(count, length * ratio) for count, length in zip(counts, lengths, strict=True)
-        ):
+        try:
+            pieces = deal_out(states, counts, f"of the vision tower, {counts[:8]} for each picture")
+        except ValueError as error:
             raise ValueError(
                 f"The batch has {len(states)} image tokens, and its {len(pictures)} pictures have {counts[:8]} tokens "
                 f"of the vision tower. ROSS's feedback expects as many tokens of the language model for each token of "
                 f"the tower: models that write separators between rows or tiles are not known."
-            )
+            ) from error
         return [
             replace(view, tokens=own, positions=None, pooled=None, maps=None)
-            for view, own in zip(pictures, states.split(lengths), strict=True)
+            for view, own in zip(pictures, pieces, strict=True)
         ]
 
     def inject(self, output, through):
@@ -110,12 +109,7 @@ class RossLoss:
         self, views: list[View], denoiser, generator, *, scale=1.0, targets=None, on_nonfinite=None
     ) -> ImageLosses:
         """As [`FeedbackLoss`]; `denoiser` is the [`TokenDenoiser`]. Pictures of one size are restored together."""
-        if targets is not None:
-            views = [replace(view, picture=target) for view, target in zip(views, targets, strict=True)]
-        shares: dict[int, int] = {}
-        for view in views:
-            shares[view.image] = shares.get(view.image, 0) + 1
-        views = [replace(view, weight=1 / shares[view.image]) for view in views]
+        views = sample_views(views if targets is None else with_targets(views, targets), None)
         groups: dict[tuple[int, int], list[int]] = {}
         for index, view in enumerate(views):
             groups.setdefault(grid_of(view), []).append(index)
@@ -150,10 +144,8 @@ class RossLoss:
 
 def grid_of(view: View) -> tuple[int, int]:
     """
-    Returns rows and columns of a view's tokens: the grid nearest to the proportions of its picture.
-
-    Raises:
-        ValueError: If the tokens make no such grid.
+    Returns rows and columns of a view's tokens: the grid nearest to the proportions of its picture; raises a
+    `ValueError` if they make none.
     """
     count, (height, width) = len(view.tokens), view.picture.shape[-2:]
     grids = [(rows, count // rows) for rows in range(1, count + 1) if count % rows == 0]

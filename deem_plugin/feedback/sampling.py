@@ -18,24 +18,20 @@ def sample_pictures(
     generator=None,
 ):
     """
-    Samples pictures from context alone, starting at pure noise.
+    Samples pictures `(batch, 3, size, size)` in [0, 1] from context alone, starting at pure noise.
 
     Args:
         diffusion_model (`DiffusionModel`): The frozen diffusion model.
         context (`torch.Tensor`): Shape `(batch, tokens, context_dim)`.
         vector (`torch.Tensor`, *optional*): What modulates the denoiser, `(batch, vector_dim)`, where one does.
         steps (`int`, *optional*, defaults to `50`): Denoising steps.
-        scheduler (`SchedulerMixin`, *optional*):
-            A scheduler of diffusers for the diffusion model's kind of process; by default DDIM
-            (https://arxiv.org/abs/2010.02502), or Euler steps where the diffusion model was trained by flow matching.
-        guidance (`float`, *optional*, defaults to `1.0`):
-            Scale of classifier-free guidance (https://arxiv.org/abs/2207.12598); 1 is none.
+        scheduler (`SchedulerMixin`, *optional*): Of diffusers, for the model's kind of process; by default DDIM
+            (https://arxiv.org/abs/2010.02502), or Euler steps for flow matching.
+        guidance (`float`, *optional*, defaults to `1.0`): Scale of classifier-free guidance
+            (https://arxiv.org/abs/2207.12598); 1 is none.
         null_context (`torch.Tensor`, *optional*): What guidance leads away from, `(1, tokens, context_dim)`.
-        generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-            Source of the first noise and of the scheduler's, on the context's device: one for all, or one a picture.
-
-    Returns:
-        `torch.Tensor`: Pictures in [0, 1], shape `(batch, 3, size, size)`.
+        generator (`torch.Generator` or `list[torch.Generator]`, *optional*): Source of the first noise and of the
+            scheduler's, on the context's device: one for all, or one a picture.
 
     Raises:
         ValueError: If guidance is asked for without a null context, or there is not one source of noise a picture.

@@ -102,19 +102,12 @@ class UNetSynchroniser(nn.Module):
     @contextmanager
     def attached(self, unet, maps, image_mask):
         """
-        Lets `unet` look at the images for as long as the context lasts.
+        Lets `unet`, whose weights are left alone, look at the images for as long as the context lasts.
 
         Args:
-            unet (`UNet2DConditionModel`): Its weights are left alone.
+            unet (`UNet2DConditionModel`): The denoiser's network.
             maps (`Sequence[torch.Tensor]`): One a level, each `(batch, images, feature_dim, height, width)`.
             image_mask (`torch.Tensor`): Nonzero where an image may be looked at, `(batch, images)`.
-
-        Example:
-
-        ```python
-        with synchroniser.attached(denoiser.model, maps, image_mask):
-            loss = feedback(latents, context)
-        ```
         """
         images = image_features(maps, image_mask)
         sizes = [len(block.resnets) for block in unet.up_blocks]
@@ -150,13 +143,8 @@ class UNetSynchroniser(nn.Module):
 
 def skip_features(unet_config) -> list[tuple[int, int]]:
     """
-    Lists the skip features of a `UNet2DConditionModel` on its way down.
-
-    Args:
-        unet_config: Its `config`.
-
-    Returns:
-        `list[tuple[int, int]]`: Channels and level of each; a level halves the side `level` times.
+    Lists channels and level of each skip feature of a UNet with this config on its way down; a level halves the side
+    `level` times.
     """
     widths = unet_config.block_out_channels
     depths = unet_config.layers_per_block

@@ -6,6 +6,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed
 from torch import nn
 
+from .denoisers.transformers import pack, unpack
 from .processes import forward_process
 
 TIME_DIM = 256
@@ -26,14 +27,9 @@ class TokenDenoiser(nn.Module):
     """
 
     def __init__(self, token_dim, channels, width=1024, layers=3, heads=16):
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
-        self.arguments = {
-            "token_dim": token_dim,
-            "channels": channels,
-            "width": width,
-            "layers": layers,
-            "heads": heads,
-        }
+        self.arguments = arguments  # what a checkpoint needs to make it again
         self.norm = nn.LayerNorm(token_dim, elementwise_affine=False)
         self.read_token = nn.Linear(token_dim, width)
         self.read_latents = nn.Linear(channels, width)
@@ -55,14 +51,8 @@ class TokenDenoiser(nn.Module):
 
     def forward(self, noisy, timesteps, tokens, grid):
         """
-        Args:
-            noisy (`torch.Tensor`): The noisy latents, a block a token, shape `(batch, tokens, channels)`.
-            timesteps (`torch.Tensor`): Shape `(batch,)`.
-            tokens (`torch.Tensor`): The language model's hidden states, shape `(batch, tokens, token_dim)`.
-            grid (`tuple[int, int]`): Rows and columns of the tokens.
-
-        Returns:
-            `torch.Tensor`: The predicted noise, shape of `noisy`.
+        Predicts the noise in latents `(batch, tokens, channels)`, a block a token, at timesteps `(batch,)` from the
+        language model's hidden states `(batch, tokens, token_dim)`, which lie in a `grid` of rows and columns.
         """
         time = self.time(self.frequencies(timesteps).to(self.dtype))
         condition = time[:, None] + self.read_token(nn.functional.silu(self.norm(tokens.to(self.dtype))))
@@ -116,10 +106,7 @@ class TokenBlocks:
 
     def __call__(self, noisy_latents, timesteps, context, vector=None):
         """Predicts the noise in latents `(batch, channels, rows * cells, columns * cells)`."""
-        side = self.cells
-        rows, columns = (length // side for length in noisy_latents.shape[-2:])
-        blocks = noisy_latents.unflatten(3, (columns, side)).unflatten(2, (rows, side))  # b c rows side columns side
-        shape = blocks.permute(0, 2, 4, 1, 3, 5).shape
-        tokens = blocks.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        predicted = self.network()(tokens, timesteps, context, (rows, columns))
-        return predicted.reshape(shape).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+        height, width = noisy_latents.shape[-2:]
+        grid = height // self.cells, width // self.cells
+        predicted = self.network()(pack(noisy_latents, self.cells), timesteps, context, grid)
+        return unpack(predicted, height, width, self.cells)

@@ -41,8 +41,7 @@ class DeemConfig(PreTrainedConfig):
             `"normalised_twice"`: the next-image loss restores pictures normalised twice, to [-3, 1].
             `"mean_over_all"`: its mean also counts pictures that have no loss. `"mean_over_images"`: the feedback is
             divided by the pictures in place of the documents, so that one among many teaches less. `"shared_rows"`:
-            packed documents read each other's text. (What belongs to a region by their rule: `official_regions` of the
-            tower.)
+            packed documents read each other's text.
         language_synchroniser (`dict`, *optional*):
             Options of a [`LanguageModelSynchroniser`], such as `{"frequency": 4}` of the paper; without them the
             language model looks at no maps. Needs a `multiscale` tower.

@@ -87,8 +87,7 @@ class _Heads:
 
     def attached_to(self, unet, views):
         """Returns a context in which `unet` sees the maps of each picture, inside its region where there is one."""
-        official = self.model.config.vision_config.official_regions
-        maps = positioned_maps(self.reading.maps, self.reading.region_masks, official)
+        maps = positioned_maps(self.reading.maps, self.reading.region_masks)
         itself = torch.ones(len(views), 1, device=maps[0].device)
         return self.model.unet_synchroniser.attached(unet, [level[:, None] for level in maps], itself)
 
@@ -114,7 +113,7 @@ def feedback_loss(model, reading, draws=None, generator=None):
     condition = ConditionConfig(kind="queries+dense" if model.config.feedback_maps else "queries")
     loss = FeedbackLoss(frozen, objective, condition)
     return loss(
-        views_of(model.config, reading, latents.shape[-2:]),
+        views_of(reading, latents.shape[-2:]),
         _Heads(model, reading),
         generator,
         latents=latents,
@@ -123,21 +122,20 @@ def feedback_loss(model, reading, draws=None, generator=None):
     )
 
 
-def views_of(config, reading, size):
+def views_of(reading, size):
     """
     Returns the pictures of a batch with what the tower saw of them.
 
     Args:
-        config (`DeemConfig`): Knows which cells belong to a region.
         reading (`Reading`): Of the batch.
         size (`tuple[int, int]`): Height and width of the latents, in cells, whose mask a region becomes.
 
     Returns:
-        `list[View]`: One an image. By the official rule a region may come out empty; the view then does not count.
+        `list[View]`: One an image.
     """
     masks = [None] * len(reading.pictures)
     if reading.region_masks is not None:
-        cells = region_to_patches(reading.region_masks, *size, config.vision_config.official_regions)
+        cells = region_to_patches(reading.region_masks, *size)
         masks = cells.bool().mT.unflatten(-1, tuple(size))[:, 0]
     pairs = zip(reading.image_tokens, reading.pictures, masks, strict=True)
     return [View(tokens, picture, index, mask=mask) for index, (tokens, picture, mask) in enumerate(pairs)]

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
+from torch import nn
+
 GIB = 2**30
 
 # Memory that a program sees, in GiB; what the makers call 80 GB are 79 GiB.
@@ -33,6 +35,8 @@ STRATEGIES = ("ddp", "zero2", "zero3", "fsdp2")
 
 # DeepSpeed's default sizes of the buckets that gradients are reduced in and weights are gathered in, in elements.
 ZERO_BUCKET = 500_000_000
+# Weights of one scale in bitsandbytes' 4-bit kinds.
+_BNB_BLOCK = 64
 
 
 class Weight(NamedTuple):
@@ -156,6 +160,32 @@ def communication_memory(
         return size * (2 * root + 3 * unit)
     buckets = 2 if strategy == "zero2" else 3
     return buckets * min(trained, ZERO_BUCKET) * size
+
+
+def quantized_bytes(model, name):
+    """
+    Returns the bytes of a network's parameters, without quantizing it.
+
+    Args:
+        model (`nn.Module`): In the precision that it is loaded in; it may be on the meta device.
+        name (`str`, *optional*): One of `QUANTIZATIONS`, or None for the weights as they are.
+    """
+    total = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    if name is None:
+        return total
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            weight = module.weight
+            total -= weight.numel() * weight.element_size()
+            total += _linear_bytes(weight, name)
+    return total
+
+
+def _linear_bytes(weight, name):
+    if name == "bnb_4bit":
+        return -(-weight.numel() // 2) + 4 * -(-weight.numel() // _BNB_BLOCK)
+    # A byte each, and for each row a scale in float32; torchao adds a zero point.
+    return weight.numel() + len(weight) * (5 if name == "torchao_int8" else 4)
 
 
 def gpu_memory(name: str) -> float:

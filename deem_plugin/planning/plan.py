@@ -11,7 +11,6 @@ from torch import nn
 from transformers import Trainer
 
 from deem_plugin.feedback.config import RossConfig
-from deem_plugin.feedback.quantization import quantized_bytes
 from deem_plugin.planning.flops import StepCounter
 from deem_plugin.planning.memory import (
     STRATEGIES,
@@ -19,6 +18,7 @@ from deem_plugin.planning.memory import (
     OptimizerStates,
     Weight,
     communication_memory,
+    quantized_bytes,
     state_memory,
 )
 from deem_plugin.planning.skeleton import Skeleton, build_skeleton
@@ -217,15 +217,15 @@ _LLAVA_NAMES = {LANGUAGE_MODEL: "language_model", TOWER: "vision_tower"}
 
 
 def _lora(recipe: Recipe, parts: Collection[str]) -> list[str]:
-    if recipe.model.lora_r or recipe.model.encoder:
+    if recipe.model.lora.r or recipe.model.encoder:
         return []
     trained = [mark for mark in (LANGUAGE_MODEL, TOWER) if not {mark, _LLAVA_NAMES[mark]} & set(recipe.model.freeze)]
     projector = "multi_modal_projector"
     settings = {
         "dtype": "bfloat16",
-        "lora_r": 16,
-        "lora_modules": json.dumps(trained),
-        "lora_full": f"[{projector}]" if projector in parts else "[]",
+        "lora.r": 16,
+        "lora.modules": json.dumps(trained),
+        "lora.full": f"[{projector}]" if projector in parts else "[]",
     }
     return [*(f"model.{key}={value}" for key, value in settings.items()), "training.fsdp=null"] if trained else []
 

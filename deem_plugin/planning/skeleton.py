@@ -70,7 +70,7 @@ def build_skeleton(recipe: Recipe) -> Skeleton:
         with torch.device("meta"):
             model = _vlm(arguments, notes)
     tower = find_tower(model)
-    if arguments.lora_r:
+    if arguments.lora.r:
         with torch.device("meta"):
             model = add_lora(model, arguments)
     put_fakes(model, mode)
@@ -120,12 +120,7 @@ def _vlm(arguments: ModelArguments, notes: list[str]):
         # `assemble_llava` would draw the new rows from the statistics of the others, which have no values here.
         source.resize_token_embeddings(words, mean_resizing=False)
     with torch.device("meta"):
-        tower = build_vision_tower(
-            arguments.vision_tower,
-            pretrained=False,
-            image_size=arguments.image_size,
-            num_queries=arguments.num_queries,
-        )
+        tower = build_vision_tower(**arguments.tower(), pretrained=False)
     return assemble_llava(source, tokenizer, tower)[0]
 
 
@@ -139,10 +134,9 @@ def _from_config(auto_class, path: str, setting: str, arguments: ModelArguments)
             f"id that can be reached from here. A plan needs no weights: give a folder that holds the config.json "
             f"alone (`{setting}=FOLDER`), or go online."
         ) from error
-    options = {} if arguments.attn_implementation is None else {"attn_implementation": arguments.attn_implementation}
     dtype = config.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     with torch.device("meta"):
-        return auto_class.from_config(config, dtype=dtype or torch.float32, **options)
+        return auto_class.from_config(config, **arguments.loading() | {"dtype": dtype or torch.float32})
 
 
 def _tokenizer(path: str, vocabulary_size: int, notes: list[str]):

@@ -13,6 +13,26 @@ SOURCES = ("model", "language_model", "encoder")
 
 
 @dataclass
+class LoraArguments:
+    """
+    LoRA (https://arxiv.org/abs/2106.09685) on parts of the model.
+
+    Args:
+        r (`int`, *optional*, defaults to 0): Its rank; 0 is no LoRA.
+        alpha (`int`, *optional*, defaults to 32): Its scale is `alpha / r`.
+        dropout (`float`, *optional*, defaults to 0.05): Dropout before its matrices, in [0, 1).
+        modules (`list[str]`, *optional*): Patterns of the parts whose linear layers get it.
+        full (`list[str]`, *optional*): Patterns of modules that train in full beside it.
+    """
+
+    r: int = 0
+    alpha: int = 32
+    dropout: float = 0.05
+    modules: list[str] = field(default_factory=lambda: ["language_model"])
+    full: list[str] = field(default_factory=list)
+
+
+@dataclass
 class ModelArguments:
     """
     Which model is trained, and which of its parts.
@@ -48,11 +68,7 @@ class ModelArguments:
         freeze (`list[str]`, *optional*): Patterns of what is not trained.
         learning_rates (`dict[str, float]`, *optional*):
             Pattern to learning rate, for parts that differ from `training.learning_rate`; a later pattern wins.
-        lora_r (`int`, *optional*, defaults to 0): Rank of LoRA (https://arxiv.org/abs/2106.09685); 0 is no LoRA.
-        lora_alpha (`int`, *optional*, defaults to 32): LoRA's scale is `lora_alpha / lora_r`.
-        lora_dropout (`float`, *optional*, defaults to 0.05): Dropout before LoRA's matrices, in [0, 1).
-        lora_modules (`list[str]`, *optional*): Patterns of the parts whose linear layers get LoRA.
-        lora_full (`list[str]`, *optional*): Patterns of modules that train in full beside LoRA.
+        lora (`LoraArguments`, *optional*): LoRA in place of full training.
     """
 
     model: str | None = None
@@ -67,11 +83,7 @@ class ModelArguments:
     attn_implementation: str | None = None
     freeze: list[str] = field(default_factory=list)
     learning_rates: dict[str, float] = field(default_factory=dict)
-    lora_r: int = 0
-    lora_alpha: int = 32
-    lora_dropout: float = 0.05
-    lora_modules: list[str] = field(default_factory=lambda: ["language_model"])
-    lora_full: list[str] = field(default_factory=list)
+    lora: LoraArguments = field(default_factory=LoraArguments)
 
     def __post_init__(self):
         given = [name for name in SOURCES if getattr(self, name) is not None]
@@ -89,6 +101,15 @@ class ModelArguments:
             )
         if self.vision_tower is None and self.vision_pretrained is not None:
             raise ValueError(TOWER_ONLY.format(name="vision_pretrained"))
+
+    def loading(self) -> dict:
+        """Returns how a model is loaded, as arguments of `from_pretrained`."""
+        options = {"dtype": self.dtype, "attn_implementation": self.attn_implementation}
+        return {name: value for name, value in options.items() if value is not None}
+
+    def tower(self) -> dict:
+        """Returns how a tower of our own is built, as arguments of [`build_vision_tower`]."""
+        return {"name": self.vision_tower, "image_size": self.image_size, "num_queries": self.num_queries}
 
 
 @dataclass

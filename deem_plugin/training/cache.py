@@ -14,12 +14,8 @@ logger = logging.getLogger(__name__)
 @dataclass
 class Counts:
     """
-    What became of the pictures of a data set.
-
-    Args:
-        new (`int`): Encoded and written now.
-        known (`int`): In the cache from an earlier run.
-        duplicates (`int`): Seen before in this run; one entry serves them all.
+    What became of the pictures of a data set: `new` ones were encoded and written now, `known` ones are in the cache
+    from an earlier run, `duplicates` were seen before in this run, and one entry serves them all.
     """
 
     new: int = 0
@@ -38,9 +34,8 @@ def main(name: str, overrides=(), batch_size: int = 16) -> str:
 
 def cache_latents(recipe: Recipe, batch_size: int = 16, diffusion_model=None) -> Counts:
     """
-    Walks a recipe's data once, as training would see it, and keeps what the VAE says of each picture.
-
-    Pictures that are already there are skipped, so that an interrupted run goes on where it stopped.
+    Walks a recipe's data once, as training would see it, and keeps what the VAE says of each picture. Pictures that
+    are already there are skipped, so that an interrupted run goes on where it stopped.
 
     Args:
         recipe (`Recipe`): With `feedback.diffusion_model.latent_cache` set to the folder to fill.

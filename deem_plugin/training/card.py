@@ -29,15 +29,12 @@ It reads pictures without any diffusion model; to draw it is given one by `model
 
 def write_card(folder: str | Path, recipe: Recipe, log_history: list[dict]) -> Path:
     """
-    Writes `README.md` beside a trained model, as the hub shows it.
+    Writes the `README.md` beside a trained model, as the hub shows it, and returns its path.
 
     Args:
         folder (`str` or `Path`): Folder of the model.
         recipe (`Recipe`): What was trained.
         log_history (`list[dict]`): The Trainer's log, whose first and last losses are told.
-
-    Returns:
-        `Path`: The card.
     """
     from huggingface_hub import ModelCard, ModelCardData
 

@@ -91,14 +91,8 @@ def main(name: str, overrides: Sequence[str] = ()) -> str:
 
 def train_denoiser(recipe: Recipe) -> Path:
     """
-    Trains the denoiser of a recipe's section `denoiser`, and the conditioner, on images alone.
-
-    Args:
-        recipe (`Recipe`): With `model.encoder`, a folder of pictures, and the section `denoiser`.
-
-    Returns:
-        `Path`: A folder in diffusers' layout with `feedback.safetensors` beside it. It appears only when it is
-        complete.
+    Trains the denoiser of a recipe's section `denoiser`, and the conditioner, on images alone. Returns a folder in
+    diffusers' layout with `feedback.safetensors` beside it, which appears only when it is complete.
 
     Raises:
         ValueError: If a section is missing or does not fit.
@@ -159,7 +153,7 @@ def _check(recipe: Recipe):
     settings = changed_settings(config.diffusion_model)
     settings = {f"feedback.diffusion_model.{name}": value for name, value in settings.items()}
     settings |= {"feedback.anchor_weight": config.anchor_weight, "feedback.conditioner": config.conditioner}
-    settings |= {"data.target_size": recipe.data.target_size, "model.lora_r": model.lora_r}
+    settings |= {"data.target_size": recipe.data.target_size, "model.lora.r": model.lora.r}
     settings |= {"model.freeze": model.freeze, "model.learning_rates": model.learning_rates}
     if given := [name for name, value in settings.items() if value]:
         raise ValueError(

@@ -7,7 +7,8 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from deem_plugin.training.arguments import ModelArguments
-from deem_plugin.training.parts import freeze_unused
+from deem_plugin.training.parts import freeze_names
+from deem_plugin.vision.reading import parameters_of
 
 
 class AlignedEncoder(nn.Module):
@@ -53,24 +54,14 @@ class AlignedEncoder(nn.Module):
 
 def load_encoder(arguments: ModelArguments, reads_pooled: bool = False):
     """
-    Loads the encoder of a recipe.
-
-    Args:
-        arguments (`ModelArguments`): The recipe's section `model`, with `encoder` set.
-        reads_pooled (`bool`, *optional*, defaults to `False`): As in [`vision_part`].
-
-    Returns:
-        `tuple[PreTrainedModel, nn.Module, BaseImageProcessor]`: What the checkpoint holds (a whole CLIP with its text
-        tower, for example), the vision encoder in it, which trains, and the image processor.
+    Returns what the checkpoint of a recipe's `model.encoder` holds (a whole CLIP with its text tower, for example),
+    the vision encoder in it, which trains, and the image processor. `reads_pooled` as in [`vision_part`].
     """
     from transformers import AutoImageProcessor, AutoModel
 
     import deem_plugin.vision.auto  # noqa: F401  # so that our own towers load
 
-    options = {"dtype": arguments.dtype}
-    if arguments.attn_implementation is not None:
-        options["attn_implementation"] = arguments.attn_implementation
-    whole = AutoModel.from_pretrained(arguments.encoder, **options)
+    whole = AutoModel.from_pretrained(arguments.encoder, **arguments.loading())
     # CLIP and SigLIP: the text tower stays as it is and is kept, so that zero-shot evaluation remains possible.
     tower = vision_part(whole, reads_pooled)
     return whole, tower, AutoImageProcessor.from_pretrained(arguments.encoder)
@@ -78,36 +69,26 @@ def load_encoder(arguments: ModelArguments, reads_pooled: bool = False):
 
 def vision_part(whole, reads_pooled: bool = False):
     """
-    Returns the vision encoder of what [`load_encoder`] loads; what the feedback does not read of it is frozen.
-
-    Args:
-        whole (`PreTrainedModel`): The encoder, or a model with one and a text tower.
-        reads_pooled (`bool`, *optional*, defaults to `False`):
-            Whether the feedback reads the pooled vector too; a CLIP's as it is compared with text.
+    Returns the vision encoder of what [`load_encoder`] loads; what the feedback does not read of it is frozen. If it
+    `reads_pooled`, the pooled vector too, that of a CLIP is as it is compared with text.
     """
     tower = whole.vision_model if hasattr(whole.config, "vision_config") else whole
     if reads_pooled and hasattr(whole, "visual_projection"):
         tower = AlignedEncoder(whole)
     size = tower.config.image_size
     with torch.enable_grad():
-        blank = torch.zeros(1, 3, size, size, dtype=tower.dtype, device=tower.device)
-        output = tower(pixel_values=blank)
-        features = output.last_hidden_state.flatten()
-        if reads_pooled and output.pooler_output is not None:
-            features = torch.cat([features, output.pooler_output.flatten()])
+        output = tower(pixel_values=torch.zeros(1, 3, size, size, dtype=tower.dtype, device=tower.device))
+        pooled = [output.pooler_output] if reads_pooled and output.pooler_output is not None else []
         # CLIP's last norm, for example, serves the pooled vector only.
-        freeze_unused(tower.named_parameters(), features)
+        read = parameters_of(tower, [output.last_hidden_state, *pooled])
+    freeze_names(tower, {name for name, _ in tower.named_parameters()} - read)
     return tower
 
 
 def save_encoder(whole, image_processor, folder: str):
     """
-    Saves the checkpoint in the class that it was loaded in, with the trained vision encoder in it.
-
-    Args:
-        whole (`PreTrainedModel`): What [`load_encoder`] returned first; its vision encoder has been trained in place.
-        image_processor (`BaseImageProcessor`): Saved beside it.
-        folder (`str`): Where to.
+    Saves a checkpoint that [`load_encoder`] returned, whose vision encoder has been trained in place, in its own
+    class, and its image processor beside it.
     """
     from deem_plugin.feedback.callback import CONDITIONER_NAME
 

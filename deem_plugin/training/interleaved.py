@@ -5,11 +5,8 @@ from deem_plugin.training.arguments import DeemArguments, ModelArguments
 
 def load_deem(arguments: ModelArguments, deem: DeemArguments):
     """
-    Returns the DEEM of a recipe, with its diffusion model attached where a loss needs one, and its processor.
-
-    Args:
-        arguments (`ModelArguments`): The recipe's section `model`.
-        deem (`DeemArguments`): Its section `deem`.
+    Returns the DEEM of a recipe (its sections `model` and `deem`), with its diffusion model attached where a loss
+    needs one, and its processor.
 
     Raises:
         ValueError: If `model.model` is no DEEM, or the diffusion model does not fit what was asked for.
@@ -21,11 +18,8 @@ def load_deem(arguments: ModelArguments, deem: DeemArguments):
     from deem_plugin.vision import build_image_processor
 
     diffusion_model = None if deem.denoiser is None else load_diffusion_model(deem.denoiser, deem.dtype)
-    options = {"dtype": arguments.dtype}
-    if arguments.attn_implementation is not None:
-        options["attn_implementation"] = arguments.attn_implementation
     if arguments.language_model is not None:
-        model, processor = _assemble(arguments, deem, diffusion_model, options)
+        model, processor = _assemble(arguments, deem, diffusion_model)
     else:
         config = AutoConfig.from_pretrained(arguments.model)
         if not isinstance(config, DeemConfig):
@@ -35,7 +29,7 @@ def load_deem(arguments: ModelArguments, deem: DeemArguments):
             )
         if arguments.image_size is not None:
             config.vision_config = resized(config.vision_config, arguments.image_size)
-        model = AutoModelForImageTextToText.from_pretrained(arguments.model, config=config, **options)
+        model = AutoModelForImageTextToText.from_pretrained(arguments.model, config=config, **arguments.loading())
         processor = AutoProcessor.from_pretrained(arguments.model)
         processor.image_processor = build_image_processor(config.vision_config, deem.target_size)
     for name in ("lm_weight", "image_weight", "feedback_weight", "feedback_timesteps", "null_context_rate"):
@@ -47,10 +41,8 @@ def load_deem(arguments: ModelArguments, deem: DeemArguments):
 
 def resized(vision_config, image_size: int):
     """
-    Returns a tower's config for pictures of another size.
-
-    Raises:
-        ValueError: If the encoder is no ConvNeXt: its position embeddings would have to be resized, too.
+    Returns a tower's config for pictures of another size. Raises a `ValueError` if the encoder is no ConvNeXt: its
+    position embeddings would have to be resized, too.
     """
     from deem_plugin.vision import DeemVisionConfig
 
@@ -63,7 +55,7 @@ def resized(vision_config, image_size: int):
     return DeemVisionConfig(**kept | {"open_clip_config": vision_config.open_clip_config | {"image_size": image_size}})
 
 
-def _assemble(arguments, deem, diffusion_model, options):
+def _assemble(arguments, deem, diffusion_model):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from deem_plugin.feedback.synchroniser import UNET_KEYS
@@ -71,10 +63,8 @@ def _assemble(arguments, deem, diffusion_model, options):
     from deem_plugin.vision import build_vision_tower
 
     tower = build_vision_tower(
-        arguments.vision_tower,
+        **arguments.tower(),
         pretrained=arguments.vision_pretrained,
-        image_size=arguments.image_size,
-        num_queries=arguments.num_queries,
         multiscale=deem.language_synchroniser is not None or deem.unet_synchroniser or deem.region_tokens,
         region_tokens=deem.region_tokens,
     )
@@ -88,7 +78,7 @@ def _assemble(arguments, deem, diffusion_model, options):
             )
         unet = {"unet": {name: config[name] for name in UNET_KEYS}}
     return assemble_deem(
-        AutoModelForCausalLM.from_pretrained(arguments.language_model, **options),
+        AutoModelForCausalLM.from_pretrained(arguments.language_model, **arguments.loading()),
         AutoTokenizer.from_pretrained(arguments.language_model),
         tower,
         target_size=deem.target_size,

@@ -6,19 +6,16 @@ from torch import nn
 
 from deem_plugin.training.arguments import DeemArguments, ModelArguments
 from deem_plugin.training.interleaved import load_deem
-from deem_plugin.training.parts import find, freeze, matches, resolve
+from deem_plugin.training.parts import find, freeze, freeze_names, matches, resolve
 
 
 def make_model(arguments: ModelArguments, deem: DeemArguments | None = None):
     """
-    Returns the model of a recipe, ready to train, and its processor.
+    Returns the VLM of a recipe, ready to train (a `PeftModel` with LoRA), and its processor.
 
     Args:
-        arguments (`ModelArguments`): The recipe's section `model`, with `model` or `language_model` set.
-        deem (`DeemArguments`, *optional*): Its section `deem`, where the model is the interleaved one.
-
-    Returns:
-        `tuple[PreTrainedModel | PeftModel, ProcessorMixin]`: The VLM and its processor.
+        arguments (`ModelArguments`): The section `model`, with `model` or `language_model` set.
+        deem (`DeemArguments`, *optional*): The section `deem`, where the model is the interleaved one.
 
     Raises:
         ValueError: If a pattern matches nothing, or the chat template is missing.
@@ -37,7 +34,7 @@ def make_model(arguments: ModelArguments, deem: DeemArguments | None = None):
     elif processor.chat_template is None and processor.tokenizer.chat_template is not None:
         # A saved processor comes back with its tokenizer's template, so that one must take images, too.
         processor.chat_template = join_parts(processor.tokenizer.chat_template, processor.image_token)
-    if arguments.lora_r:
+    if arguments.lora.r:
         model = add_lora(model, arguments)
     freeze(model, arguments.freeze)
     freeze_unread_layers(model, processor.image_processor)
@@ -51,24 +48,16 @@ def _load(arguments: ModelArguments):
     import deem_plugin.vision.auto  # noqa: F401  # so that checkpoints with our tower load
     from deem_plugin.vision import assemble_llava, build_vision_tower
 
-    options = {"dtype": arguments.dtype}
-    if arguments.attn_implementation is not None:
-        options["attn_implementation"] = arguments.attn_implementation
     if arguments.language_model is not None:
-        source = AutoModelForCausalLM.from_pretrained(arguments.language_model, **options)
+        source = AutoModelForCausalLM.from_pretrained(arguments.language_model, **arguments.loading())
         tokenizer, template = AutoTokenizer.from_pretrained(arguments.language_model), None
     else:
-        source = AutoModelForImageTextToText.from_pretrained(arguments.model, **options)
+        source = AutoModelForImageTextToText.from_pretrained(arguments.model, **arguments.loading())
         processor = AutoProcessor.from_pretrained(arguments.model)
         if arguments.vision_tower is None:
             return source, processor
         tokenizer, template = processor.tokenizer, processor.chat_template
-    tower = build_vision_tower(
-        arguments.vision_tower,
-        pretrained=arguments.vision_pretrained,
-        image_size=arguments.image_size,
-        num_queries=arguments.num_queries,
-    )
+    tower = build_vision_tower(**arguments.tower(), pretrained=arguments.vision_pretrained)
     model, processor = assemble_llava(source, tokenizer, tower)
     processor.chat_template = template or processor.chat_template
     return model, processor
@@ -76,17 +65,17 @@ def _load(arguments: ModelArguments):
 
 def add_lora(model, arguments: ModelArguments):
     """
-    Puts LoRA on the linear layers of the parts that `lora_modules` names, and freezes the rest but `lora_full`.
+    Puts LoRA on the linear layers of the parts that `lora.modules` names, and freezes the rest but `lora.full`.
 
     Raises:
-        ValueError: If a pattern of `lora_modules` or `lora_full` matches nothing; lists the parts.
+        ValueError: If a pattern of `lora.modules` or `lora.full` matches nothing; lists the parts.
     """
     from peft import LoraConfig, get_peft_model
     from transformers import PreTrainedModel
 
-    for pattern in arguments.lora_modules:
-        find(model, pattern, "model.lora_modules")
-    lora_modules = [resolve(model, pattern) for pattern in arguments.lora_modules]
+    for pattern in arguments.lora.modules:
+        find(model, pattern, "model.lora.modules")
+    patterns = [resolve(model, pattern) for pattern in arguments.lora.modules]
     # torch's MultiheadAttention reads the weight of its `out_proj` itself, past any adapter around the layer.
     opaque = {
         f"{name}.out_proj" for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)
@@ -98,23 +87,23 @@ def add_lora(model, arguments: ModelArguments):
         if isinstance(module, nn.Linear)
         and module is not head
         and name not in opaque
-        and any(matches(pattern, name) for pattern in lora_modules)
+        and any(matches(pattern, name) for pattern in patterns)
     ]
     full = []
-    for pattern in arguments.lora_full:
-        find(model, pattern, "model.lora_full")
+    for pattern in arguments.lora.full:
+        find(model, pattern, "model.lora.full")
         pattern = resolve(model, pattern)
         full += [name for name, _ in model.named_modules() if name == pattern or name.endswith(f".{pattern}")]
     overlap = sorted(name for name in targets if any(name == part or name.startswith(f"{part}.") for part in full))
     if overlap:
         raise ValueError(
-            f"`model.lora_full` trains in full what `model.lora_modules` puts LoRA on ({overlap[0]!r} and "
+            f"`model.lora.full` trains in full what `model.lora.modules` puts LoRA on ({overlap[0]!r} and "
             f"{len(overlap) - 1} more). Name a part in one of them only."
         )
     config = LoraConfig(
-        r=arguments.lora_r,
-        lora_alpha=arguments.lora_alpha,
-        lora_dropout=arguments.lora_dropout,
+        r=arguments.lora.r,
+        lora_alpha=arguments.lora.alpha,
+        lora_dropout=arguments.lora.dropout,
         target_modules=targets,
         modules_to_save=full or None,
     )
@@ -123,7 +112,8 @@ def add_lora(model, arguments: ModelArguments):
 
 def freeze_unread_layers(model, image_processor=None) -> list[str]:
     """
-    Freezes what the language model never reads of the tower, as its [`Eyes`] have measured it.
+    Freezes what the language model never reads of the tower, as its [`Eyes`] have measured it. Returns the names of
+    these parameters, as seen from the tower.
 
     A LLaVA reads the second-last layer of its tower, so that the last one never gets a gradient. Left trainable, it
     makes DistributedDataParallel fail or, with gradient checkpointing, reduce wrong gradients silently.
@@ -131,21 +121,16 @@ def freeze_unread_layers(model, image_processor=None) -> list[str]:
     Args:
         model (`nn.Module`): The VLM, also behind PEFT.
         image_processor (*optional*): Makes the picture that it is measured on; by default one of the tower's size.
-
-    Returns:
-        `list[str]`: Names of the frozen parameters, as seen from the tower.
     """
     from deem_plugin.vision.eyes import Eyes
     from deem_plugin.vision.towers import find_tower, without_peft
 
     tower = find_tower(without_peft(model))
-    trainable = {name: value for name, value in tower.named_parameters() if value.requires_grad}
+    trainable = {name for name, value in tower.named_parameters() if value.requires_grad}
     if not trainable:
         return []
     # Without an image processor, whatever the normalisation is, what is read is the same.
     statistics = {"mean": [0.0] * 3, "std": [1.0] * 3} if image_processor is None else {}
-    read = Eyes.of(model, image_processor, **statistics).read_parameters
-    unread = [name for name in trainable if name not in read]
-    for name in unread:
-        trainable[name].requires_grad_(False)
-    return unread
+    unread = trainable - Eyes.of(model, image_processor, **statistics).read_parameters
+    freeze_names(tower, unread)
+    return sorted(unread)

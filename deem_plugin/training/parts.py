@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterable
 
-import torch
 from torch import nn
 
 from deem_plugin.vision.towers import find_tower, without_peft
@@ -56,12 +55,8 @@ def matches(pattern: str, name: str) -> bool:
 
 def find(model: nn.Module, pattern: str, setting: str) -> list[str]:
     """
-    Returns the names of the parameters that a pattern means.
-
-    Args:
-        model (`nn.Module`): The model.
-        pattern (`str`): As [`matches`] takes it.
-        setting (`str`): Where the pattern was written, for the error.
+    Returns the names of the parameters that a pattern (as [`matches`] takes it) means; `setting` says in the error
+    where it was written.
 
     Raises:
         ValueError: If it means none; lists the parts.
@@ -80,31 +75,15 @@ def find(model: nn.Module, pattern: str, setting: str) -> list[str]:
 def freeze(model: nn.Module, patterns: Iterable[str]):
     """Freezes the parameters that the patterns mean."""
     for pattern in patterns:
-        names = set(find(model, pattern, "model.freeze"))
-        for name, parameter in model.named_parameters():
-            if name in names:
-                parameter.requires_grad_(False)
+        freeze_names(model, find(model, pattern, "model.freeze"))
 
 
-def freeze_unused(parameters: Iterable[tuple[str, nn.Parameter]], features: torch.Tensor) -> list[str]:
-    """
-    Freezes trainable parameters that `features` does not depend on, and returns their names.
-
-    A LLaVA reads the second-last layer of its tower, so that the last one never gets a gradient. Left trainable, it
-    makes DistributedDataParallel fail or, with gradient checkpointing, reduce wrong gradients silently.
-
-    Args:
-        parameters (`Iterable[tuple[str, nn.Parameter]]`): The parameters in question.
-        features (`torch.Tensor`): Something computed with them, on its autograd graph.
-    """
-    trainable = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
-    if not trainable or not features.requires_grad:
-        return []
-    gradients = torch.autograd.grad(features.float().sum(), [p for _, p in trainable], allow_unused=True)
-    unused = [pair for pair, gradient in zip(trainable, gradients, strict=True) if gradient is None]
-    for _, parameter in unused:
-        parameter.requires_grad_(False)
-    return [name for name, _ in unused]
+def freeze_names(module: nn.Module, names: Iterable[str]):
+    """Freezes parameters of a module by name."""
+    names = set(names)
+    for name, parameter in module.named_parameters():
+        if name in names:
+            parameter.requires_grad_(False)
 
 
 def count_parameters(model: nn.Module) -> dict[str, list[int]]:

@@ -158,7 +158,7 @@ def _prepare_vlm(recipe: Recipe, make_feedback):
     model, processor = make_model(recipe.model, recipe.deem)
     collator = ConversationCollator if data.kind == "conversations" else DocumentCollator
     callback = _feedback_callback(recipe, make_feedback, model, processor)
-    base = model.get_base_model() if recipe.model.lora_r else model
+    base = model.get_base_model() if recipe.model.lora.r else model
     callbacks = [MovementCheck(find_tower(base))] + ([callback] if callback else [])
     trainer = RecipeTrainer(
         model=model,
@@ -172,7 +172,7 @@ def _prepare_vlm(recipe: Recipe, make_feedback):
 
     def save(folder: str):
         """Saves model, processor and conditioner; with LoRA the merged model and the adapter."""
-        if not recipe.model.lora_r:
+        if not recipe.model.lora.r:
             trainer.save_model(folder)
         else:
             whole = model
@@ -203,7 +203,7 @@ def _prepare_encoder(recipe: Recipe, make_feedback):
     args, data = recipe.training, recipe.data
     examples = load_examples(recipe)
     whole, tower, image_processor = load_encoder(recipe.model, recipe.feedback.condition.reads_pooled)
-    model = add_lora(tower, recipe.model) if recipe.model.lora_r else tower
+    model = add_lora(tower, recipe.model) if recipe.model.lora.r else tower
     freeze(model, recipe.model.freeze)
     callback = _feedback_callback(recipe, make_feedback, model, image_processor, returns_loss=True)
     trainer = EncoderTrainer(
@@ -219,7 +219,7 @@ def _prepare_encoder(recipe: Recipe, make_feedback):
     def save(folder: str):
         """Saves the encoder in its own class, with LoRA merged in, and the conditioner."""
         if args.should_save:
-            if recipe.model.lora_r:
+            if recipe.model.lora.r:
                 model.save_pretrained(os.path.join(folder, "adapter"))
                 model.merge_and_unload()
             save_encoder(whole, image_processor, folder)

@@ -5,6 +5,7 @@ from transformers import PreTrainedModel
 
 from deem_plugin.data.collator import ConversationCollator
 from deem_plugin.feedback.callback import DiffusionFeedbackCallback
+from deem_plugin.feedback.checkpoint import load_by_class
 from deem_plugin.feedback.finite import FiniteTally
 from deem_plugin.feedback.state import Sums
 from deem_plugin.training.data import ExamplesTrainer
@@ -119,26 +120,12 @@ class RecipeTrainer(ExamplesTrainer):
             self.args.save_total_limit = limit
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        """
-        Loads a checkpoint's weights by the model's own `from_pretrained`.
-
-        The stock method loads them by name and only warns about names that do not match. LLaVA and its kin are stored
-        under other names than they have in memory, so that none would match, and the run would go on with the weights
-        that it once started from (seen with transformers 5.23).
-        """
+        """Loads a checkpoint's weights by [`load_by_class`]."""
         target = self.model if model is None else model
         if not isinstance(target, PreTrainedModel) or self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        stored = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype).state_dict()
-        missing, unexpected = target.load_state_dict(stored, strict=False)
-        # What is not saved with the model (the feedback's conditioner) restores itself.
-        missing = sorted(set(missing) - set(target._keys_to_ignore_on_save or ()))
-        if missing or unexpected:
-            raise ValueError(
-                f"The checkpoint {resume_from_checkpoint} is not of this run's model: missing {missing[:3]}, "
-                f"unexpected {unexpected[:3]}. Resume with the recipe and the settings that it was written with."
-            )
+        else:
+            load_by_class(target, resume_from_checkpoint)
 
 
 class EncoderTrainer(RecipeTrainer):

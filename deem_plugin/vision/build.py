@@ -25,7 +25,7 @@ def build_vision_tower(
     region_tokens: bool = False,
 ) -> DeemVisionTower:
     """
-    Builds a vision tower by name.
+    Builds a vision tower by name, in training mode, float32, on the CPU.
 
     `"deem"` is the paper's: open_clip's convnext_base_w_320, adapters to 1024, and 77 queries in 12 layers of width
     768. `"deem:<encoder>"` is another encoder, which is one of: a model name of open_clip; the hub id or folder of a
@@ -33,21 +33,16 @@ def build_vision_tower(
     [`DeemVisionTower`], taken as it is.
 
     Args:
-        name (`str`, *optional*, defaults to `"deem"`):
-            See above. Only a hub id, or an open_clip tag in `pretrained`, may download anything.
-        pretrained (`str` or `bool`, *optional*):
-            For open_clip models: a tag of open_clip or a checkpoint file; without one the encoder's weights are new.
-            For folders and hub ids: their weights are loaded unless this is `False`. Weights that are missing or left
-            over are an error in every case. Adapters and resampler are new except in a saved tower.
-        image_size (`int`, *optional*):
-            Side of the input in pixels, if not the encoder's own.
-        num_queries (`int`, *optional*):
-            Number of queries of the resampler. 0 leaves the resampler out: the VLM then reads the grid of patches. By
-            default 77 for `"deem"` and 0 for `"deem:<encoder>"`.
+        name (`str`, *optional*, defaults to `"deem"`): See above. Only a hub id, or an open_clip tag in `pretrained`,
+            may download anything.
+        pretrained (`str` or `bool`, *optional*): For open_clip models: a tag of open_clip or a checkpoint file;
+            without one the encoder's weights are new. For folders and hub ids: their weights are loaded unless this is
+            `False`. Weights that are missing or left over are an error in every case. Adapters and resampler are new
+            except in a saved tower.
+        image_size (`int`, *optional*): Side of the input in pixels, if not the encoder's own.
+        num_queries (`int`, *optional*): Number of queries of the resampler. 0 leaves it out: the VLM then reads the
+            grid of patches. By default 77 for `"deem"` and 0 for `"deem:<encoder>"`.
         multiscale, region_tokens (`bool`, *optional*): As in [`DeemVisionConfig`]; for the interleaved model.
-
-    Returns:
-        `DeemVisionTower`: In training mode, float32, on the CPU.
 
     Raises:
         `ValueError`: For a name that means nothing, with similar names, and for options that do not fit the encoder.

@@ -51,9 +51,6 @@ class DeemVisionConfig(PreTrainedConfig):
         region_tokens (`bool`, *optional*, defaults to `False`):
             Whether the queries also read tokens made of the region: of each map, and of its shape (DEEM's third
             stage). Needs `multiscale` and a resampler.
-        official_regions (`bool`, *optional*, defaults to `False`):
-            Which patches and cells belong to a region by the rule of the authors' code, see
-            [`~deem_plugin.vision.grids.region_to_patches`]; for comparison with it.
         image_mean, image_std (`list[float]`, *optional*): Normalisation of `pixel_values`, OpenAI CLIP's by default.
         initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of new linear weights.
         image_size (`int`, *optional*):
@@ -83,7 +80,6 @@ class DeemVisionConfig(PreTrainedConfig):
     cross_attention_frequency: int = 2
     resampler_qk_norm: bool = True
     region_tokens: bool = False
-    official_regions: bool = False
     image_mean: list[float] | tuple[float, ...] = OPENAI_DATASET_MEAN
     image_std: list[float] | tuple[float, ...] = OPENAI_DATASET_STD
     initializer_range: float = 0.02

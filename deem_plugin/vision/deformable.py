@@ -30,12 +30,8 @@ def image_features(maps: Sequence[torch.Tensor], mask: torch.Tensor) -> ImageFea
 
     Args:
         maps (`Sequence[torch.Tensor]`): One tensor a level, each `(batch, images, dim, height, width)`.
-        mask (`torch.Tensor`):
-            Nonzero where an image may be looked at: `(batch, images)`, or `(batch, queries, images)` to say it for
-            each query.
-
-    Returns:
-        `ImageFeatures`: What [`DeformableAttention`] reads.
+        mask (`torch.Tensor`): Nonzero where an image may be looked at: `(batch, images)`, or, to say it for each
+            query, `(batch, queries, images)`.
     """
     shapes = [tuple(level.shape) for level in maps]
     if any(len(shape) != 5 for shape in shapes) or len({shape[:3] for shape in shapes}) != 1:
@@ -56,13 +52,8 @@ def image_features(maps: Sequence[torch.Tensor], mask: torch.Tensor) -> ImageFea
 
 def relative_positions(mask: torch.Tensor) -> torch.Tensor:
     """
-    Numbers the images that a query sees from the latest backwards: 1, 2, ...; those it does not see have 0.
-
-    Args:
-        mask (`torch.Tensor`): Boolean, images along the last dimension.
-
-    Returns:
-        `torch.Tensor`: Integers, shape of `mask`.
+    Numbers the images (last dimension of `mask`) that a query sees from the latest backwards: 1, 2, ...; those it does
+    not see have 0.
     """
     seen = mask.long()
     return (seen.sum(-1, keepdim=True) + 1 - seen.cumsum(-1)) * seen
@@ -71,10 +62,7 @@ def relative_positions(mask: torch.Tensor) -> torch.Tensor:
 def softmax_with_null(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Normalises scores over their last dimension and one more entry of score 0, where attention goes that finds nothing.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: The weights, shape of `scores`, and that of the null entry, one dimension
-        less. Scores may all be minus infinity.
+    Returns the weights and that of the null entry, one dimension less. Scores may all be minus infinity.
     """
     weights = F.pad(scores, (0, 1)).softmax(-1)
     return weights[..., :-1], weights[..., -1]
@@ -82,18 +70,14 @@ def softmax_with_null(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 
 def sample_maps(values, sizes, points, weights):
     """
-    Sums what is found at `points` of every map of every image, by `weights`.
+    Sums what is found at `points` of every map of every image, by `weights`: `(batch, queries, heads * head_dim)`.
 
     Args:
         values (`torch.Tensor`): Shape `(batch, images, cells, heads, head_dim)`, cells as in [`ImageFeatures`].
         sizes (`Sequence[tuple[int, int]]`): Height and width of each level.
-        points (`torch.Tensor`):
-            Shape `(batch, images, queries, heads, points, 2)`: x and y as fractions of the picture, (0, 0) its upper
-            left corner. They are the same on every level. What lies outside is zero.
+        points (`torch.Tensor`): Shape `(batch, images, queries, heads, points, 2)`: x and y as fractions of the
+            picture, (0, 0) its upper left corner, the same on every level. What lies outside is zero.
         weights (`torch.Tensor`): Shape `(batch, images, queries, heads, levels, points)`.
-
-    Returns:
-        `torch.Tensor`: Shape `(batch, queries, heads * head_dim)`.
     """
     batch, images, queries, heads = points.shape[:4]
     grid = (2 * points - 1).transpose(2, 3).flatten(0, 2)  # (batch * images * heads, queries, points, 2)
@@ -181,14 +165,13 @@ class DeformableAttention(nn.Module):
 
     def forward(self, queries: torch.Tensor, reference_points: torch.Tensor, images: ImageFeatures) -> torch.Tensor:
         """
-        Args:
-            queries (`torch.Tensor`): Shape `(batch, queries, query_dim)`.
-            reference_points (`torch.Tensor`):
-                Each query's place, x and y as fractions of the picture; broadcasts to `(batch, queries, 2)`.
-            images (`ImageFeatures`): What is looked at. Images that the mask hides have no influence.
+        Updates queries `(batch, queries, query_dim)`.
 
-        Returns:
-            `torch.Tensor`: Shape `(batch, queries, query_dim)`.
+        Args:
+            queries (`torch.Tensor`): See above.
+            reference_points (`torch.Tensor`): Each query's place, x and y as fractions of the picture; broadcasts to
+                `(batch, queries, 2)`.
+            images (`ImageFeatures`): What is looked at. Images that the mask hides have no influence.
         """
         batch, length = queries.shape[:2]
         count, levels = images.tokens.shape[1], len(images.sizes)

@@ -137,11 +137,8 @@ class Eyes:
     @torch.no_grad()
     def show(self, model: nn.Module, inputs: dict) -> list[View]:
         """
-        Shows images to the model as its image processor makes them, without a text.
-
-        Args:
-            model (`nn.Module`): The model that these are the eyes of.
-            inputs (`dict`): What the image processor gave.
+        Shows images to their model as its image processor makes them (`inputs`), without a text, and returns the
+        views.
         """
         views = []
 
@@ -157,10 +154,8 @@ class Eyes:
 
     def look(self, pictures: list[torch.Tensor]) -> list[View]:
         """
-        Shows pictures to the tower itself, each one a view.
-
-        Args:
-            pictures (`list[torch.Tensor]`): Each `(3, height, width)` in [0, 1], of a size that the layout takes.
+        Shows pictures `(3, height, width)` in [0, 1], of a size that the layout takes, to the tower itself, each one a
+        view.
         """
         parameter = next(self.tower.parameters())
         normalized = [self.normalize(picture).to(parameter) for picture in pictures]

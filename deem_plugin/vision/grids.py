@@ -11,16 +11,8 @@ def sincos_position_embedding(
     dim: int, height: int, width: int, device=None, grid: int = POSITION_GRID
 ) -> torch.Tensor:
     """
-    Makes the 2-D sine-cosine position embedding of DEEM: that of a square grid, resized bicubically.
-
-    Args:
-        dim (`int`): Width, a multiple of four.
-        height, width (`int`): Grid to make it for.
-        device (`torch.device`, *optional*): Where to make it.
-        grid (`int`, *optional*, defaults to 16): Side of the grid that it is defined on.
-
-    Returns:
-        `torch.Tensor`: Shape `(height * width, dim)`, float32.
+    Makes the 2-D sine-cosine position embedding of DEEM, `(height * width, dim)`, float32: that of a square grid,
+    `grid` cells a side, resized bicubically. `dim` is a multiple of four.
     """
     # In double precision on the CPU: Apple's GPUs have none.
     frequencies = 10000 ** -(torch.arange(dim // 4, device="cpu", dtype=torch.float64) / (dim // 4))
@@ -34,26 +26,19 @@ def sincos_position_embedding(
     return embedding[0].flatten(1).T
 
 
-def region_to_patches(region_masks: torch.Tensor, height: int, width: int, official: bool = False) -> torch.Tensor:
+def region_to_patches(region_masks: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """
-    Marks the patches that a region touches.
-
-    A patch belongs to the region when any part of it does, so that no region is too small to be seen.
+    Marks the patches that a region touches, so that no region is too small to be seen: ones and zeros, `(batch, height
+    * width, 1)`.
 
     Args:
         region_masks (`torch.Tensor`): Shape `(batch, 1, mask_height, mask_width)`, nonzero inside the region.
         height, width (`int`): The grid of patches.
-        official (`bool`, *optional*, defaults to `False`):
-            The rule of the authors' code instead, under which a patch belongs to the region when what lies around
-            its middle does. Small regions, and empty ones, then come out empty.
 
-    Returns:
-        `torch.Tensor`: Shape `(batch, height * width, 1)`, ones and zeros.
+    Raises:
+        ValueError: If a mask is empty.
     """
     dtype = region_masks.dtype if region_masks.is_floating_point() else torch.float32
-    if official:
-        resized = F.interpolate(region_masks.float(), (height, width), mode="bilinear", align_corners=False)
-        return (resized > 0).to(dtype).flatten(1)[..., None]
     inside = (region_masks != 0).float()
     if empty := int((inside.flatten(1).sum(1) == 0).sum()):
         raise ValueError(
@@ -64,17 +49,10 @@ def region_to_patches(region_masks: torch.Tensor, height: int, width: int, offic
     return touched.to(dtype).flatten(1)[..., None]
 
 
-def positioned_maps(maps, region_masks=None, official=False):
+def positioned_maps(maps, region_masks=None):
     """
-    Adds positions to the tower's maps, and leaves of each only the cells of its region.
-
-    Args:
-        maps (`dict[str, torch.Tensor]`): From the tower, each `(images, dim, height, width)`.
-        region_masks (`torch.Tensor`, *optional*): Shape `(images, 1, height, width)`, nonzero in the region meant.
-        official (`bool`, *optional*, defaults to `False`): As in `region_to_patches`.
-
-    Returns:
-        `list[torch.Tensor]`: In the tower's order, the finest first; shapes as given.
+    Adds positions to the tower's maps `{name: (images, dim, height, width)}`, and, with `region_masks` `(images, 1,
+    height, width)`, leaves of each only the cells of its region. Returns a list, the finest first; shapes as given.
     """
     result = []
     for level in maps.values():
@@ -82,7 +60,7 @@ def positioned_maps(maps, region_masks=None, official=False):
         positions = sincos_position_embedding(level.shape[1], height, width, device=level.device)
         level = level + positions.T.unflatten(1, (height, width)).to(level.dtype)
         if region_masks is not None:
-            cells = region_to_patches(region_masks, height, width, official)
+            cells = region_to_patches(region_masks, height, width)
             level = level * cells.mT.unflatten(2, (height, width)).to(level.dtype)
         result.append(level)
     return result

@@ -9,6 +9,7 @@ from transformers.utils import ModelOutput
 
 from .encoder_output import Encoder, EncoderOutput, Tokens, to_map
 from .layouts import layout_of
+from .seeding import cpu_seed
 
 
 def own_image_size(encoder: PreTrainedConfig) -> int | None:
@@ -89,18 +90,15 @@ class HFEncoder(Encoder):
 @torch.no_grad()
 def measure(encoder: PreTrainedConfig, image_size: int) -> dict[str, int]:
     """
-    Measures what an encoder gives, on a copy with new weights and, of equal layers, one.
-
-    Args:
-        encoder (`PreTrainedConfig`): Its configuration.
-        image_size (`int`): Side of the pictures in pixels.
+    Measures what an encoder gives for square pictures of `image_size` pixels, on a copy with new weights and, of equal
+    layers, one.
 
     Returns:
         `dict[str, int]`: `encoder_dim`, `patch_size` (the stride of its grid in pixels) and `num_hidden_layers`.
 
     Raises:
-        `ValueError`: If it does not run on pictures of this size alone, or what it returns is neither a map nor tokens
-            of a grid, row by row, that depend on their own part of the picture most.
+        `ValueError`: If it does not run on such pictures alone, or what it returns is neither a map nor tokens of a
+        grid, row by row, that depend on their own part of the picture most.
     """
     name = f"a model of type '{encoder.model_type}' as encoder of pictures of {image_size} pixels"
     advice = "Give another `image_size`, or an encoder that returns a grid of tokens for a picture"
@@ -110,9 +108,7 @@ def measure(encoder: PreTrainedConfig, image_size: int) -> dict[str, int]:
         removed = small.num_hidden_layers - 1
         small.num_hidden_layers = 1
     try:
-        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-            # The CPU's generator alone: `torch.manual_seed` would seed every GPU, too.
-            torch.random.default_generator.manual_seed(0)
+        with torch.device("cpu"), cpu_seed(0):
             model = HFEncoder(small, image_size, MODEL_MAPPING[type(small)](small)).eval()
             pictures = torch.randn(1, 3, image_size, image_size).repeat(3, 1, 1, 1)
             encoded = model(pictures)

@@ -52,14 +52,9 @@ class DeemImageProcessor(CLIPImageProcessor):
 
     def process_regions(self, masks: list) -> torch.Tensor:
         """
-        Brings region masks into the geometry of `pixel_values`.
-
-        Args:
-            masks (`list`): One mask an image, `(height, width)` of the original image, nonzero inside the region.
-
-        Returns:
-            `torch.Tensor`: Shape `(batch, 1, crop height, crop width)`, ones and zeros. A region that the crop cuts
-            off comes out empty, which the tower refuses.
+        Brings region masks, one an image, `(height, width)` of the original image, nonzero inside, into the geometry
+        of `pixel_values`: `(batch, 1, crop height, crop width)`, ones and zeros. A region that the crop cuts off comes
+        out empty, which the tower refuses.
         """
         regions = []
         for mask in masks:
@@ -80,13 +75,7 @@ def _scaled(size: SizeDict, factor: float) -> SizeDict:
 def build_image_processor(
     config: DeemVisionConfig | DeemVisionTower, target_size: int | None = None
 ) -> DeemImageProcessor:
-    """
-    Builds the image processor that fits a tower.
-
-    Args:
-        config (`DeemVisionConfig` or `DeemVisionTower`): Gives image size, mean and standard deviation.
-        target_size (`int`, *optional*): Side in pixels of `target_pixel_values`; without it there are none.
-    """
+    """Builds the image processor of a tower or its config; `target_size` in pixels for `target_pixel_values`."""
     config = getattr(config, "config", config)
     return DeemImageProcessor(
         size={"shortest_edge": config.image_size},

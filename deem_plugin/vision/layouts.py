@@ -194,24 +194,17 @@ class Packed(Layout):
         grids = torch.as_tensor(inputs[self.grid_name]).tolist()
         return [(1, *grid) if len(grid) == 2 else tuple(grid) for grid in grids]
 
-    def _lengths(self, inputs, grids, merges, tokens):
-        """Returns how many of the tokens each picture has, and whether a video has those of one frame."""
+    def _shares(self, inputs, grids, merges, tokens):
+        """Returns what each picture's tokens are in proportion to, and whether a video has those of one frame."""
+        sizes = list(zip(grids, merges, strict=True))
         if self.row_ends or self.picture_ends:
-            lengths = [
-                t * (h // m) * (w // m + self.row_ends) + self.picture_ends
-                for (t, h, w), m in zip(grids, merges, strict=True)
-            ]
-            return lengths, False
+            return [t * (h // m) * (w // m + self.row_ends) + self.picture_ends for (t, h, w), m in sizes], False
         # With merges of its own for each picture, tokens are in proportion to the merged patches.
         own = inputs.get("merge_sizes") is not None
-        shares = [t * h * w // (m * m if own else 1) for (t, h, w), m in zip(grids, merges, strict=True)]
+        shares = [t * h * w // (m * m if own else 1) for (t, h, w), m in sizes]
         # Kimi averages over time: a video has the tokens of one frame.
-        count = max(tokens.flatten(0, -2).shape[0], 1)
-        still = _in_blocks(tokens) or sum(shares) % count > 0
-        if still:
-            shares = [share // t for share, (t, _, _) in zip(shares, grids, strict=True)]
-        ratio = max(sum(shares) // count, 1)
-        return [share // ratio for share in shares], still
+        still = _in_blocks(tokens) or sum(shares) % max(tokens.flatten(0, -2).shape[0], 1) > 0
+        return [share // t for share, (t, _, _) in zip(shares, grids, strict=True)] if still else shares, still
 
     def split(self, inputs, tokens):
         """As [`Layout.split`]; tokens `(tokens, dim)`, `(1, tokens, dim)` or `(blocks, tokens of a block, dim)`."""
@@ -221,16 +214,16 @@ class Packed(Layout):
         grids = self._grids(inputs)
         merges = inputs.get("merge_sizes")
         merges = [self.merge] * len(grids) if merges is None else torch.as_tensor(merges).tolist()
-        flat = tokens.flatten(0, -2)
-        lengths, still = self._lengths(inputs, grids, merges, tokens)
         counts = [t * h * w for t, h, w in grids]
-        if sum(lengths) != len(flat) or sum(counts) != len(patches):
+        if sum(counts) != len(patches):
             raise ValueError(
-                f"The vision tower gave {len(flat)} tokens of {len(patches)} patches, whose `{self.grid_name}` is "
-                f"{grids}; the feedback expects the same number of patches for each token."
+                f"The vision tower was given {len(patches)} patches for a `{self.grid_name}` of {grids}; the feedback "
+                f"expects as many as its cells."
             )
+        shares, still = self._shares(inputs, grids, merges, tokens)
         views = []
-        pieces = zip(flat.split(lengths), patches.split(counts), grids, merges, strict=True)
+        pieces = deal_out(tokens, shares, f"`{self.grid_name}` {grids}"), patches.split(counts), grids, merges
+        pieces = zip(*pieces, strict=True)
         for index, (own, packed, (t, h, w), merge) in enumerate(pieces):
             if still and t > 1:
                 continue  # no frame has tokens of its own
@@ -284,7 +277,7 @@ class Pixtral(Layout):
         grids = [(height // self.patch, width // self.patch) for height, width in sizes]
         pairs = zip(pixel_values, grids, strict=True)
         pictures = [own[:, : rows * self.patch, : columns * self.patch] for own, (rows, columns) in pairs]
-        return _views(deal_out(tokens, grids, f"`image_sizes` {sizes}"), pictures)
+        return _views(deal_out(tokens, [math.prod(grid) for grid in grids], f"`image_sizes` {sizes}"), pictures)
 
     def pack(self, pictures):
         sizes = [list(picture.shape[-2:]) for picture in pictures]
@@ -305,7 +298,7 @@ class PaddedPatches(Layout):
         pictures = [join_patches(own[: math.prod(grid)], grid, self.patch, CHANNELS_LAST) for own, grid in pairs]
         if tokens.dim() == 3 and tokens.shape[:2] == patches.shape[:2]:
             return _views([own[: math.prod(grid)] for own, grid in zip(tokens, grids, strict=True)], pictures)
-        return _views(deal_out(tokens, grids, f"`{self.sizes}` {grids}"), pictures)
+        return _views(deal_out(tokens, [math.prod(grid) for grid in grids], f"`{self.sizes}` {grids}"), pictures)
 
     def _grids(self, inputs):
         return torch.as_tensor(inputs["spatial_shapes"]).tolist()
@@ -350,7 +343,7 @@ class Strip(Layout):
         patches = inputs[self.pixels][0].detach().unflatten(2, (-1, self.patch)).movedim(2, 0)
         pairs = zip(patches.split([rows * columns for rows, columns in grids]), grids, strict=True)
         pictures = [join_patches(own, grid, self.patch, CHANNELS_FIRST) for own, grid in pairs]
-        return _views(deal_out(tokens, grids, f"`target_sizes` {grids}"), pictures)
+        return _views(deal_out(tokens, [math.prod(grid) for grid in grids], f"`target_sizes` {grids}"), pictures)
 
     def pack(self, pictures):
         patches = torch.cat([pack_patches(picture, self.patch, CHANNELS_FIRST) for picture in pictures])

@@ -22,7 +22,7 @@ def assemble_llava(
     source: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tower: nn.Module
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """
-    Makes a LLaVA of a language model and a vision tower, with a new projector between them.
+    Makes a LLaVA and its processor of a language model and a vision tower, with a new projector between them.
 
     The parts are not copied: language model and tower now belong to the LLaVA. The tokenizer is copied, and learns
     `<image>` if it does not know it; the embeddings grow to hold it.
@@ -31,9 +31,6 @@ def assemble_llava(
         source (`PreTrainedModel`): A causal language model, or a LLaVA, whose own is taken.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
         tower (`DeemVisionTower`): The vision tower.
-
-    Returns:
-        `tuple[LlavaForConditionalGeneration, LlavaProcessor]`: Model and processor.
 
     Raises:
         ValueError: If `source` is another kind of vision-language model.

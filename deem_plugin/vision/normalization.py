@@ -24,12 +24,8 @@ def find_image_processor(model, processor):
 
 def normalization(image_processor, processor, mean=None, std=None):
     """
-    Returns mean and std that pictures are normalised with.
-
-    Args:
-        image_processor: Tells its own; may be None.
-        processor: What was given, for the error.
-        mean, std (`Sequence[float]`, *optional*): Win where they are given.
+    Returns mean and std that pictures are normalised with: those that are given, or else the image processor's (which
+    may be None). `processor` is what the caller was given, for the error.
 
     Raises:
         ValueError: If nobody knows.

@@ -28,16 +28,14 @@ CHANNELS_FIRST, CHANNELS_LAST = PatchOrder("cyx"), PatchOrder("yxc")
 
 def unpack_patches(patches, grid, side, order):
     """
-    Puts the patches of one picture or video together.
+    Puts the patches of one picture or video together: frames `(t, T, 3, h * side, w * side)`, `T` the depth of a patch
+    in time.
 
     Args:
         patches (`torch.Tensor`): Shape `(t * h * w, ...)`: the values of each patch.
         grid (`tuple[int, int, int]`): Steps of time, rows and columns `t`, `h`, `w`.
         side (`int`): Side of a patch, in pixels.
         order (`PatchOrder`): How the values follow each other.
-
-    Returns:
-        `torch.Tensor`: Frames, shape `(t, T, 3, h * side, w * side)`; `T` is the depth of a patch in time.
     """
     t, h, w = grid
     depth = patches[0].numel() // (3 * side * side)
@@ -100,17 +98,22 @@ def token_positions(count, size, device=None, merge=1):
     return grid_positions(rows, columns, device, merge if count == height * width else 1)
 
 
-def deal_out(tokens, grids, what):
-    """Splits tokens `(..., dim)` of all pictures in one row in proportion to the patches of each, its grid's cells."""
+def deal_out(tokens, shares, what):
+    """
+    Splits tokens `(..., dim)` of all pictures in one row among them, in proportion to their shares (such as numbers of
+    patches); `what` tells in the error where these come from.
+
+    Raises:
+        ValueError: If no whole numbers of tokens are in proportion.
+    """
     tokens = tokens.flatten(0, -2)
-    cells = [rows * columns for rows, columns in grids]
-    ratio = sum(cells) / max(len(tokens), 1)
-    ends = [round(total / ratio) for total in accumulate(cells)]
+    ratio = sum(shares) / max(len(tokens), 1)
+    ends = [round(total / ratio) for total in accumulate(shares)] if ratio else [0] * len(shares)
     lengths = [end - start for start, end in pairwise([0, *ends])]
-    exact = all(math.isclose(cell, length * ratio) for cell, length in zip(cells, lengths, strict=True))
+    exact = all(math.isclose(share, length * ratio) for share, length in zip(shares, lengths, strict=True))
     if sum(lengths) != len(tokens) or not exact:
         raise ValueError(
-            f"The vision tower gave {len(tokens)} tokens of {sum(cells)} patches ({what}); the feedback expects the "
-            f"same number of patches for each token."
+            f"There are {len(tokens)} tokens for {sum(shares)} patches ({what}); the feedback expects the same number "
+            f"of patches for each token."
         )
     return tokens.split(lengths)

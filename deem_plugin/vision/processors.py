@@ -20,11 +20,8 @@ _JOIN_PARTS = """\
 
 def join_parts(chat_template: str, image_token: str) -> str:
     """
-    Returns a tokenizer's chat template as one that takes content parts; it stays as it is if it knows of images.
-
-    Args:
-        chat_template (`str`): Jinja template of a tokenizer. Those of language models take contents as strings only.
-        image_token (`str`): What stands for an image in the prompt; a line break follows it.
+    Returns a tokenizer's chat template, which takes contents as strings only, as one that takes content parts; it
+    stays as it is if it knows of images. `image_token` and a line break stand for an image in the prompt.
     """
     if "image" in chat_template:
         return chat_template

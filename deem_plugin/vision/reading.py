@@ -17,7 +17,6 @@ _MOST_SPECIAL_TOKENS = 8
 class Reading:
     """
     Which of a tower's outputs the language model reads, so that the feedback acts on the same tokens and on no others.
-
     A class token that the language model never sees would be a hiding place: the tower could store there what the
     denoiser asks for, and the language model would gain nothing.
 

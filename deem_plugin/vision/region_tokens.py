@@ -16,12 +16,10 @@ class RegionTokens(nn.Module):
 
     Args:
         dim (`int`): Width of the maps and of the tokens.
-        official_regions (`bool`, *optional*, defaults to `False`): As in [`DeemVisionConfig`].
     """
 
-    def __init__(self, dim: int, official_regions: bool = False):
+    def __init__(self, dim: int):
         super().__init__()
-        self.official_regions = official_regions
         self.features = nn.Linear(dim, dim)
         self.shape = nn.Sequential(
             nn.Linear(SHAPE_GRID**2, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim)
@@ -29,16 +27,12 @@ class RegionTokens(nn.Module):
 
     def forward(self, maps: list[torch.Tensor], region_masks: torch.Tensor) -> torch.Tensor:
         """
-        Args:
-            maps (`list[torch.Tensor]`): Each `(batch, dim, height, width)`, positions added.
-            region_masks (`torch.Tensor`): Shape `(batch, 1, height, width)`, nonzero inside the region.
-
-        Returns:
-            `torch.Tensor`: One token a map and one of the shape, `(batch, maps + 1, dim)`.
+        Makes one token a map and one of the shape, `(batch, maps + 1, dim)`, of maps with positions, `(batch, dim,
+        height, width)` each, and region masks `(batch, 1, height, width)`, nonzero inside.
         """
         tokens = []
         for level in maps:
-            inside = region_to_patches(region_masks, *level.shape[-2:], self.official_regions)  # (batch, cells, 1)
+            inside = region_to_patches(region_masks, *level.shape[-2:])  # (batch, cells, 1)
             inside = inside.to(level.dtype)
             tokens.append(self.features((level.flatten(2) @ inside)[..., 0] / inside.sum(1).clamp(min=1)))
         size = (SHAPE_GRID, SHAPE_GRID)

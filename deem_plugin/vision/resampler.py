@@ -11,13 +11,8 @@ LAYER_NORM_EPS = 1e-12
 
 class ResamplerAttention(nn.Module):
     """
-    Multi-head attention with optional QK normalisation, followed by the residual sum and a norm (post-norm).
-
-    Args:
-        hidden_dim (`int`): Width of the queries.
-        context_dim (`int`): Width of the tokens that are attended to.
-        num_heads (`int`): Number of heads; must divide `hidden_dim`.
-        qk_norm (`bool`): Whether a LayerNorm over each head is applied to queries and keys.
+    Multi-head attention of queries to tokens of width `context_dim`, with optional QK normalisation (a LayerNorm over
+    each head), followed by the residual sum and a norm (post-norm). `num_heads` must divide `hidden_dim`.
     """
 
     def __init__(self, hidden_dim: int, context_dim: int, num_heads: int, qk_norm: bool):
@@ -34,13 +29,8 @@ class ResamplerAttention(nn.Module):
 
     def forward(self, queries, context, attention_mask=None):
         """
-        Args:
-            queries (`torch.Tensor`): Shape `(batch, queries, hidden_dim)`.
-            context (`torch.Tensor`): Shape `(batch, tokens, context_dim)`.
-            attention_mask (`torch.Tensor`, *optional*): Boolean, `(batch, 1, 1, tokens)`; `True` may be attended to.
-
-        Returns:
-            `torch.Tensor`: Shape `(batch, queries, hidden_dim)`.
+        Updates queries `(batch, queries, hidden_dim)` from `context` `(batch, tokens, context_dim)`; a boolean mask
+        `(batch, 1, 1, tokens)` says which tokens may be attended to.
         """
 
         def heads(x):
@@ -96,26 +86,20 @@ class PerceiverResampler(nn.Module):
     Reads any number of tokens with a fixed number of learned queries.
 
     This is the BLIP-2 Q-Former (https://arxiv.org/abs/2301.12597, Sec. 3.1) without text, with queries and keys
-    normalised per head, as DEEM has it behind the encoder (https://arxiv.org/abs/2405.15232, Sec. 2.1).
-    The defaults are the paper's shape.
+    normalised per head, as DEEM has it behind the encoder (https://arxiv.org/abs/2405.15232, Sec. 2.1). The defaults
+    are the paper's shape.
 
     Args:
-        input_dim (`int`):
-            Width of the tokens that are read.
-        hidden_dim (`int`, *optional*, defaults to 768):
-            Width of the queries and of the output.
-        num_queries (`int`, *optional*, defaults to 77):
-            Number of queries, the length of Stable Diffusion's text context.
-        num_layers (`int`, *optional*, defaults to 12):
-            Number of layers.
-        num_heads (`int`, *optional*, defaults to 12):
-            Number of attention heads; must divide `hidden_dim`.
-        intermediate_dim (`int`, *optional*):
-            Width inside the feed-forward. Defaults to four times `hidden_dim`.
-        cross_attention_frequency (`int`, *optional*, defaults to 2):
-            Layers 0, n, 2n, ... read the tokens; the others only mix the queries.
-        qk_norm (`bool`, *optional*, defaults to `True`):
-            Whether queries and keys are normalised per head.
+        input_dim (`int`): Width of the tokens that are read.
+        hidden_dim (`int`, *optional*, defaults to 768): Width of the queries and of the output.
+        num_queries (`int`, *optional*, defaults to 77): Number of queries, the length of Stable Diffusion's text
+            context.
+        num_layers (`int`, *optional*, defaults to 12): Number of layers.
+        num_heads (`int`, *optional*, defaults to 12): Number of attention heads; must divide `hidden_dim`.
+        intermediate_dim (`int`, *optional*): Width inside the feed-forward. Defaults to four times `hidden_dim`.
+        cross_attention_frequency (`int`, *optional*, defaults to 2): Layers 0, n, 2n, ... read the tokens; the others
+            only mix the queries.
+        qk_norm (`bool`, *optional*, defaults to `True`): Whether queries and keys are normalised per head.
     """
 
     def __init__(
@@ -156,13 +140,12 @@ class PerceiverResampler(nn.Module):
 
     def forward(self, tokens: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """
-        Args:
-            tokens (`torch.Tensor`): Shape `(batch, tokens, input_dim)`.
-            attention_mask (`torch.Tensor`, *optional*): Shape `(batch, tokens)`, nonzero where a token counts. Every
-                row needs at least one such token.
+        Reads tokens `(batch, tokens, input_dim)`, as queries `(batch, num_queries, hidden_dim)`.
 
-        Returns:
-            `torch.Tensor`: Shape `(batch, num_queries, hidden_dim)`.
+        Args:
+            tokens (`torch.Tensor`): See above.
+            attention_mask (`torch.Tensor`, *optional*): Shape `(batch, tokens)`, nonzero where a token counts; in
+                every row at least one.
         """
         if attention_mask is not None:
             attention_mask = attention_mask.bool()[:, None, None, :]  # broadcast over heads and queries

@@ -77,9 +77,7 @@ class DeemVisionTower(PreTrainedModel):
                 cross_attention_frequency=config.cross_attention_frequency,
                 qk_norm=config.resampler_qk_norm,
             )
-        self.region_tokens = (
-            RegionTokens(config.encoder_dim, config.official_regions) if config.region_tokens else None
-        )
+        self.region_tokens = RegionTokens(config.encoder_dim) if config.region_tokens else None
         self.post_init()
 
     def _init_weights(self, module):
@@ -119,24 +117,20 @@ class DeemVisionTower(PreTrainedModel):
         **kwargs,
     ) -> DeemVisionOutput:
         """
-        Args:
-            pixel_values (`torch.Tensor`):
-                Normalised images `(batch, 3, image_size, image_size)`.
-            region_masks (`torch.Tensor`, *optional*):
-                Shape `(batch, 1, height, width)` at any resolution, nonzero in the region to look at. Patches outside
-                become zero.
-            output_hidden_states (`bool`, `int` or `list[int]`, *optional*):
-                Whether to return `hidden_states`. VLMs pass the index, or indices, of the layers that they will read;
-                the others are then `None`, as in transformers' own towers.
-            kwargs:
-                What VLMs pass to towers in general, such as `output_attentions`; not used.
+        Reads pictures.
 
-        Returns:
-            `DeemVisionOutput`: Tokens, pooled vector and maps.
+        Args:
+            pixel_values (`torch.Tensor`): Normalised images `(batch, 3, image_size, image_size)`.
+            region_masks (`torch.Tensor`, *optional*): Shape `(batch, 1, height, width)` at any resolution, nonzero in
+                the region to look at. Patches outside become zero.
+            output_hidden_states (`bool`, `int` or `list[int]`, *optional*): Whether to return `hidden_states`. VLMs
+                pass the index, or indices, of the layers that they will read; the others are then `None`, as in
+                transformers' own towers.
+            kwargs: What VLMs pass to towers in general, such as `output_attentions`; not used.
 
         Raises:
             `ValueError`: For images of another size, for a layer that the tower does not have, and for empty region
-                masks.
+            masks.
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -152,8 +146,7 @@ class DeemVisionTower(PreTrainedModel):
         encoded = self.encoder(pixel_values)
         mask = None
         if region_masks is not None:
-            mask = region_to_patches(region_masks, grid, grid, self.config.official_regions)
-            mask = mask.to(encoded.tokens.patches.dtype)
+            mask = region_to_patches(region_masks, grid, grid).to(encoded.tokens.patches.dtype)
 
         if self.resampler is not None:
             last_hidden_state = self._resample(encoded, mask, region_masks)
@@ -184,14 +177,8 @@ class DeemVisionTower(PreTrainedModel):
 
     def resampler_inputs(self, encoded: EncoderOutput, mask: torch.Tensor | None = None) -> torch.Tensor:
         """
-        Prepares the encoder's tokens for the resampler: projection, position embedding, region, norm.
-
-        Args:
-            encoded (`EncoderOutput`): What the encoder returned.
-            mask (`torch.Tensor`, *optional*): Ones at the patches of the region, `(batch, patches, 1)`.
-
-        Returns:
-            `torch.Tensor`: Shape `(batch, tokens, encoder_dim)`, class token first where the encoder has one.
+        Prepares the encoder's tokens for the resampler: projection, position embedding, region (`mask` `(batch,
+        patches, 1)`), norm. Returns `(batch, tokens, encoder_dim)`, class token first where the encoder has one.
         """
         class_token, patches = encoded.tokens
         side = self.config.grid_size

@@ -42,16 +42,11 @@ class View:
 
 def sample_views(views: list[View], limit: int | None, generator=None) -> list[View]:
     """
-    Gives each view its weight in its image, and keeps at most `limit` views an image, drawn at random.
+    Gives each view its weight in its image, and keeps at most `limit` views an image, drawn at random by `generator`.
 
     A thumbnail is always kept. The others are drawn without replacement and weighted so that the expectation of the
-    weighted sum is the mean over all views.
-
-    Args:
-        views (`list[View]`): Of one call.
-        limit (`int`, *optional*): Views an image, those in another call among them; all by default. Of each call one
-            view stays.
-        generator (`torch.Generator`, *optional*): Draws them; on any device.
+    weighted sum is the mean over all views. Views in another call count for the limit, and of each call one view
+    stays.
     """
     by_image: dict[int, list[View]] = {}
     for view in views:
@@ -78,13 +73,8 @@ def sample_views(views: list[View], limit: int | None, generator=None) -> list[V
 
 def bars(picture: torch.Tensor) -> torch.Tensor:
     """
-    Marks what of a tile is content, and not a letterbox bar: rows and columns at its border that are black.
-
-    Args:
-        picture (`torch.Tensor`): Shape `(3, height, width)` in [0, 1].
-
-    Returns:
-        `torch.Tensor`: True inside the content, bool, `(height, width)`; computed without a synchronisation.
+    Marks what of a tile `(3, height, width)` in [0, 1] is content, bool, `(height, width)`: all but rows and columns
+    at its border that are black, the bars of a letterbox. Computed without a synchronisation.
     """
     dark = (picture <= 1 / 512).all(dim=0)
     inside = torch.ones_like(dark)

@@ -4,10 +4,10 @@ import pytest
 import torch
 from PIL import Image
 
+from deem_plugin.evaluation.reconstruction import reconstruct_files
 from deem_plugin.feedback import DiffusionFeedbackCallback, load_diffusion_model
 from deem_plugin.feedback.checkpoint import load_conditioner
 from deem_plugin.feedback.conditions import dense_maps
-from deem_plugin.feedback.reconstruction import reconstruct_files
 from deem_plugin.vision.grids import sincos_position_embedding
 
 from ..tiny import tiny_image, tiny_llava, tiny_sd_folder

@@ -14,9 +14,9 @@ from deem_plugin.feedback import (
 )
 from deem_plugin.feedback import quantization as quantization_module
 from deem_plugin.feedback.early_gradient import early_gradient
-from deem_plugin.feedback.offload import onloaded
-from deem_plugin.feedback.optimizations import apply_optimizations
-from deem_plugin.feedback.quantization import quantization_config, quantized_bytes
+from deem_plugin.feedback.optimizations import apply_optimizations, onloaded
+from deem_plugin.feedback.quantization import quantization_config
+from deem_plugin.planning.memory import quantized_bytes
 
 from ..tiny import tiny_llava, tiny_sd_folder
 from .helpers import KeyedFeedback, feedback_config, keyed_callback, relative_difference, train

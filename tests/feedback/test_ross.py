@@ -166,10 +166,9 @@ def test_of_a_diffusion_model_the_autoencoder_alone_is_read(tmp_path):
     shutil.rmtree(folder / "unet")
 
     autoencoder = load_autoencoder(str(folder))
-    autoencoder.picture_size = (16, 32)
 
     assert not isinstance(autoencoder, DiffusionModel)
-    assert autoencoder.encode(torch.rand(1, 3, 32, 32)).shape[-2:] == (8, 16)
+    assert autoencoder.codec.encode(torch.rand(1, 3, 16, 32)).shape[-2:] == (8, 16)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from deem_plugin.feedback.processes import forward_process
-from deem_plugin.feedback.weighting import min_snr, uniform_weight
+from deem_plugin.feedback.timesteps import min_snr, uniform_weight
 
 TIMESTEPS = torch.tensor([0, 250, 500, 999])
 

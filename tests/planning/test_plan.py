@@ -35,7 +35,7 @@ RECIPES = {
         True,
     ),
     "baseline": ("llava-1.5-7b-baseline", {"model__model": "llava", "model__learning_rates": "{}"}, False),
-    "lora": ("llava-1.5-7b-feedback-lora", {"model__model": "llava", "model__lora_r": 2}, True),
+    "lora": ("llava-1.5-7b-feedback-lora", {"model__model": "llava", "model__lora__r": 2}, True),
     "mounted": ("tiny-tune", {"model__model": "llava", "model__vision_tower": "deem:{clip}"}, True),
     "align": ("llava-1.5-7b-align", {"model__language_model": "llama", "model__vision_tower": "deem:{clip}"}, False),
     "encoder": ("deem", {"model__encoder": "clip"}, True),
@@ -291,10 +291,10 @@ def test_options_are_tried_until_one_fits(parts, tmp_path):
     assert "As it is it takes at least" in text and ", fits" in text
     for setting in ("feedback.diffusion_model.dtype=bfloat16", "activation_checkpointing=true"):
         assert setting in text
-    assert "lora_r" not in text
+    assert "lora.r" not in text
 
     text = main("tiny-tune", overrides, memory_gib=0.5, gpus=[1])
-    for setting in ("per_device_train_batch_size=1 training.gradient_accumulation_steps=4", "model.lora_r=16"):
+    for setting in ("per_device_train_batch_size=1 training.gradient_accumulation_steps=4", "model.lora.r=16"):
         assert setting in text
     assert "It does not fit. Take more GPUs" in text
 
@@ -329,8 +329,8 @@ def test_a_qwen_is_planned_by_its_configs_for_a_picture_of_a_known_size(name, fa
     assert plan.flops.without_feedback > plan.flops.denoising > 0 and plan.flops.encoding > 0
     assert plan.rows[0].memory.activations > 0
     fit(plan, name, overrides, [1], limit=1)
-    by_lora = [option for option in plan.options if "model.lora_r=16" in option.overrides]
-    assert len(by_lora) == (0 if recipe.model.lora_r else 1)
+    by_lora = [option for option in plan.options if "model.lora.r=16" in option.overrides]
+    assert len(by_lora) == (0 if recipe.model.lora.r else 1)
 
 
 @pytest.mark.slow

@@ -60,7 +60,7 @@ def test_it_learns_and_loads_as_any_diffusion_model_and_the_encoder_stays(parts,
 def test_an_encoder_trains_with_it_in_the_second_stage(parts, tmp_path):
     first = train_denoiser(load_recipe("tiny-denoiser", overrides(parts, tmp_path / "first")))
     stage = {"model__encoder": parts / "clip", "data__path": parts / "images"}
-    stage |= {"feedback__diffusion_model__path": first, "feedback__conditioner": first, "model__lora_r": 2}
+    stage |= {"feedback__diffusion_model__path": first, "feedback__conditioner": first, "model__lora__r": 2}
     second = tiny_overrides(parts, tmp_path / "second", **stage, training__learning_rate=0.1)
 
     final = train(load_recipe("genhancer", second))

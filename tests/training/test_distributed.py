@@ -25,10 +25,10 @@ def torchrun(overrides):
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [0, 2])
 def test_two_processes_train_with_feedback_and_save_once(parts, tmp_path, lora):
-    settings = {"model__model": parts / "llava", "model__lora_r": lora, "data__cache_dir": tmp_path / "cache"}
+    settings = {"model__model": parts / "llava", "model__lora__r": lora, "data__cache_dir": tmp_path / "cache"}
     settings |= {"training__per_device_train_batch_size": 1, "training__max_steps": 4}
     if lora:
-        settings["model__lora_modules"] = "[language_model, vision_tower]"
+        settings["model__lora__modules"] = "[language_model, vision_tower]"
     done = torchrun(tiny_overrides(parts, tmp_path / "out", **settings))
 
     final = tmp_path / "out" / "final"

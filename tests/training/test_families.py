@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from deem_plugin.data.collator import IGNORE_INDEX, ConversationCollator
 from deem_plugin.evaluation.details import write_details
 from deem_plugin.evaluation.run import evaluate
-from deem_plugin.feedback.reconstruction import reconstruct_files
+from deem_plugin.evaluation.reconstruction import reconstruct_files
 from deem_plugin.training.arguments import ModelArguments
 from deem_plugin.training.cache import cache_latents
 from deem_plugin.training.model import make_model
@@ -80,8 +80,13 @@ def checkpoint(tmp_path_factory):
 
 def recipe_of(folder, out, **settings):
     """The recipe for Qwen3-VL on another family's checkpoint, trained in full."""
-    stand_ins = {"model__model": folder / "model", "data__path": folder / "data.jsonl", "model__lora_r": 0, **settings}
-    recipe = load_recipe("qwen3-vl-feedback-lora", tiny_overrides(folder, out, **stand_ins))
+    stand_ins = {
+        "model__model": folder / "model",
+        "data__path": folder / "data.jsonl",
+        "model__lora__r": 0,
+        **settings,
+    }
+    recipe = load_recipe("qwen3-vl-feedback-lora", tiny_overrides(folder, out, **stand_ins | settings))
     recipe.model.learning_rates = {"@tower": 1e-3, "feedback_conditioner": 1e-3}
     return recipe
 
@@ -180,7 +185,7 @@ def test_a_trained_family_reloads_as_its_stock_class_with_all_that_should_have_m
 @pytest.mark.parametrize("name", ["qwen3_vl", "smolvlm", "mllama"])
 def test_lora_on_language_model_and_tower_is_merged_into_the_stock_class(checkpoint, name, tmp_path):
     folder = checkpoint(name)
-    recipe = recipe_of(folder, tmp_path, model__lora_r=2)
+    recipe = recipe_of(folder, tmp_path, model__lora__r=2)
     recipe.model.learning_rates = {"feedback_conditioner": 1e-3}
 
     model, info = AutoModelForImageTextToText.from_pretrained(train(recipe), output_loading_info=True)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from deem_plugin.training.arguments import ModelArguments
+from deem_plugin.training.arguments import LoraArguments, ModelArguments
 from deem_plugin.training.model import add_lora, freeze_unread_layers
 from deem_plugin.training.parts import count_parameters, find, freeze, list_parts, matches, parameter_table
 
@@ -32,7 +32,7 @@ def test_parts_are_named_alike_with_and_without_lora():
     model, _ = tiny_llava()
     assert set(list_parts(model)) == set(PARTS)
 
-    wrapped = add_lora(model, ModelArguments(model="m", lora_r=2))
+    wrapped = add_lora(model, ModelArguments(model="m", lora=LoraArguments(r=2)))
 
     assert set(list_parts(wrapped)) == set(PARTS)
 
@@ -44,9 +44,9 @@ def test_unmatched_patterns_are_errors_that_list_the_parts():
         freeze(model, ["lm_head", "vision_towr"])
     with pytest.raises(ValueError, match="`model.learning_rates` matches no parameter"):
         find(model, "projector", "model.learning_rates")
-    for setting in ("lora_modules", "lora_full"):
-        with pytest.raises(ValueError, match=f"'visual' of `model.{setting}` matches no parameter"):
-            add_lora(model, ModelArguments(model="m", lora_r=2, **{setting: ["visual"]}))
+    for setting in ("modules", "full"):
+        with pytest.raises(ValueError, match=f"'visual' of `model.lora.{setting}` matches no parameter"):
+            add_lora(model, ModelArguments(model="m", lora=LoraArguments(r=2, **{setting: ["visual"]})))
 
 
 def test_freezing_leaves_the_other_parts_trainable():
@@ -75,7 +75,7 @@ def test_what_the_language_model_never_reads_of_the_tower_is_frozen():
 def test_lora_goes_on_the_linear_layers_of_the_named_parts_alone():
     model, processor = tiny_llava()
     arguments = ModelArguments(
-        model="m", lora_r=2, lora_modules=["language_model", "vision_tower"], lora_full=["multi_modal_projector"]
+        model="m", lora=LoraArguments(2, modules=["language_model", "vision_tower"], full=["multi_modal_projector"])
     )
 
     wrapped = add_lora(model, arguments)
@@ -89,8 +89,8 @@ def test_lora_goes_on_the_linear_layers_of_the_named_parts_alone():
 
 
 def test_lora_and_full_training_of_one_part_exclude_each_other():
-    arguments = ModelArguments(model="m", lora_r=2, lora_full=["language_model"])
-    with pytest.raises(ValueError, match="trains in full what `model.lora_modules` puts LoRA on"):
+    arguments = ModelArguments(model="m", lora=LoraArguments(r=2, full=["language_model"]))
+    with pytest.raises(ValueError, match="trains in full what `model.lora.modules` puts LoRA on"):
         add_lora(tiny_llava()[0], arguments)
 
 
@@ -111,7 +111,7 @@ def test_the_table_counts_every_parameter_once():
 def test_the_language_model_has_a_name_of_its_own_in_every_family(family, name, wrapped):
     model = build(family).model
     if wrapped:
-        model = add_lora(model, ModelArguments(model="m", lora_r=2, lora_modules=["@language_model"]))
+        model = add_lora(model, ModelArguments(model="m", lora=LoraArguments(r=2, modules=["@language_model"])))
         trainable = [key for key, parameter in model.named_parameters() if parameter.requires_grad]
         assert trainable and all(f"model.{name}.layers." in key and "lora_" in key for key in trainable)
 
@@ -133,7 +133,7 @@ def test_the_tower_has_a_name_of_its_own_in_every_family(wrapped):
     """A LLaVA calls it `vision_tower`, a Qwen-VL `visual`."""
     model, _ = tiny_llava()
     if wrapped:
-        model = add_lora(model, ModelArguments(model="m", lora_r=2, lora_modules=["@tower"]))
+        model = add_lora(model, ModelArguments(model="m", lora=LoraArguments(r=2, modules=["@tower"])))
     names = find(model, "@tower", "model.freeze")
     assert names and names == find(model, "vision_tower", "model.freeze")
     assert find(model, "@tower.embeddings", "model.freeze") == find(model, "vision_tower.embeddings", "model.freeze")

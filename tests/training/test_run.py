@@ -49,7 +49,7 @@ def recipe_for(name, parts, out, path=None, **settings):
             # With the class token as many as the tiny text encoder's states.
             settings["feedback__condition__num_patches"] = 7
     if name.endswith("-lora"):
-        stand_ins |= {"model__lora_r": 2, "model__lora_alpha": 4}
+        stand_ins |= {"model__lora__r": 2, "model__lora__alpha": 4}
     section = "ross" if name.startswith("ross") else None if name in WITHOUT_FEEDBACK else "feedback"
     overrides = tiny_overrides(parts, out, section, **{**stand_ins, **settings})
     return load_recipe(path or name, overrides)
@@ -124,7 +124,7 @@ def test_full_training_moves_every_part_and_freezing_keeps_one(parts, tmp_path):
 def test_lora_is_saved_merged_and_by_itself(parts, tmp_path):
     from peft import PeftModel
 
-    settings = {"model__lora_full": "[]", "training__learning_rate": 0.1}
+    settings = {"model__lora__full": "[]", "training__learning_rate": 0.1}
     final = train(recipe_for("llava-1.5-7b-feedback-lora", parts, tmp_path, **settings, model__learning_rates="{}"))
 
     before, after = weights(parts / "llava"), weights(final)
@@ -178,12 +178,12 @@ def test_parts_train_at_their_own_learning_rates(parts, tmp_path):
     assert changed(before, after, "language_model") and not changed(before, after, "vision_tower")
 
 
-@pytest.mark.parametrize("setting", ["freeze", "lora_modules", "learning_rates"])
+@pytest.mark.parametrize("setting", ["freeze", "lora.modules", "learning_rates"])
 def test_unmatched_patterns_stop_the_run_before_it_starts(parts, tmp_path, setting):
     value = "{visual: 1e-3}" if setting == "learning_rates" else "[visual]"
-    settings = {f"model__{setting}": value}
-    if setting == "lora_modules":
-        settings["model__lora_r"] = 2
+    settings = {f"model__{setting}".replace(".", "__"): value}
+    if setting == "lora.modules":
+        settings["model__lora__r"] = 2
     with pytest.raises(
         ValueError, match=f"'visual' of `model.{setting}` matches no parameter. The parts .*vision_tower"
     ):

@@ -241,7 +241,7 @@ def test_pixels_that_are_no_pictures_are_refused(shape):
 
 def test_tokens_that_no_picture_has_are_refused():
     layout = make(PixtralTower)
-    with pytest.raises(ValueError, match="31 tokens of 32 patches"):
+    with pytest.raises(ValueError, match="31 tokens for 32 patches"):
         layout.split(layout.pack([torch.rand(3, 16, 16), torch.rand(3, 16, 16)]), torch.zeros(1, 31, 8))
 
 

@@ -56,17 +56,14 @@ class Denoiser(ABC):
 
     def __call__(self, noisy_latents, timesteps, context, vector=None):
         """
-        Predicts the target.
+        Predicts the target, shape of `noisy_latents`.
 
         Args:
             noisy_latents (`torch.Tensor`): Shape `(batch, channels, height, width)`.
             timesteps (`torch.Tensor`): Integers, shape `(batch,)`.
             context (`torch.Tensor`): Shape `(batch, tokens, context_dim)`; gradients flow back to it.
-            vector (`torch.Tensor`, *optional*):
-                In place of the pooled text embedding, shape `(batch, vector_dim)`; neutral without it.
-
-        Returns:
-            `torch.Tensor`: Shape of `noisy_latents`.
+            vector (`torch.Tensor`, *optional*): In place of the pooled text embedding, shape `(batch, vector_dim)`;
+                neutral without it.
         """
         return self.at_times(noisy_latents, self.process.times(timesteps), context, vector)
 

@@ -29,22 +29,26 @@ class PixArtDenoiser(Denoiser):
         return prediction[:, : self.channels]
 
 
-class SD3Denoiser(FlowDenoiser):
+class JointAttentionDenoiser(FlowDenoiser):
+    """A flow network that attends to text states, and is modulated by a pooled text embedding where it has one."""
+
+    @property
+    def context_dim(self) -> int:
+        """Width of the text states: 4096 (T5; SD3, FLUX), 2048 (AuraFlow)."""
+        return self.model.config.joint_attention_dim
+
+    @property
+    def vector_dim(self) -> int:
+        """Width of the pooled CLIP embedding: 2048 (SD3), 768 (FLUX), 0 (AuraFlow)."""
+        return self.model.config.get("pooled_projection_dim", 0)
+
+
+class SD3Denoiser(JointAttentionDenoiser):
     """
     Stable Diffusion 3 and 3.5 (`SD3Transformer2DModel`, https://arxiv.org/abs/2403.03206).
 
     Without a vector the pooled text embedding is zeros, as wherever its CLIP encoders were dropped in training.
     """
-
-    @property
-    def context_dim(self) -> int:
-        """Width of the joint-attention text states: 4096."""
-        return self.model.config.joint_attention_dim
-
-    @property
-    def vector_dim(self) -> int:
-        """Width of the pooled CLIP embeddings: 2048."""
-        return self.model.config.pooled_projection_dim
 
     def _predict(self, noisy_latents, times, context, vector):
         return self.model(
@@ -52,35 +56,25 @@ class SD3Denoiser(FlowDenoiser):
         ).sample
 
 
-def pack(latents):
-    """Returns latents `(batch, c, h, w)` as tokens of 2 x 2 cells, `(batch, h / 2 * w / 2, 4 c)`, FLUX's order."""
-    cells = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (batch, c, h / 2, 2, w / 2, 2)
+def pack(latents, side=2):
+    """Returns latents `(batch, c, h, w)` as tokens of `side^2` cells, `(batch, tokens, c side^2)`, in FLUX's order."""
+    cells = latents.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # (batch, c, rows, side, columns, side)
     return cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
-def unpack(tokens, height, width):
-    """Undoes [`pack`]: tokens `(batch, height / 2 * width / 2, 4 c)` to latents `(batch, c, height, width)`."""
-    cells = tokens.unflatten(2, (-1, 2, 2)).unflatten(1, (height // 2, width // 2))
+def unpack(tokens, height, width, side=2):
+    """Undoes [`pack`]: tokens to latents `(batch, c, height, width)`."""
+    cells = tokens.unflatten(2, (-1, side, side)).unflatten(1, (height // side, width // side))
     return cells.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 
-class FluxDenoiser(FlowDenoiser):
+class FluxDenoiser(JointAttentionDenoiser):
     """
     FLUX.1 dev and schnell (`FluxTransformer2DModel`): tokens of 2 x 2 latent cells, positions beside them.
 
     Without a vector the pooled CLIP embedding is zeros. Dev, whose guidance was distilled into an input, is told 1: no
     guidance, the scale at which the velocity of the data is the right answer.
     """
-
-    @property
-    def context_dim(self) -> int:
-        """Width of the T5 states that the transformer projects: 4096."""
-        return self.model.config.joint_attention_dim
-
-    @property
-    def vector_dim(self) -> int:
-        """Width of the pooled CLIP embedding: 768."""
-        return self.model.config.pooled_projection_dim
 
     @property
     def sample_size(self) -> int:
@@ -164,13 +158,8 @@ class Lumina2Denoiser(FlowDenoiser):
         ).sample
 
 
-class AuraFlowDenoiser(FlowDenoiser):
+class AuraFlowDenoiser(JointAttentionDenoiser):
     """AuraFlow (`AuraFlowTransformer2DModel`), which is told the time in (0, 1], noise at 1."""
-
-    @property
-    def context_dim(self) -> int:
-        """Width of the joint-attention text states: 2048."""
-        return self.model.config.joint_attention_dim
 
     def _predict(self, noisy_latents, times, context):
         return self.model(noisy_latents, encoder_hidden_states=context, timestep=self._sigma(times)).sample

@@ -4,14 +4,13 @@ from pathlib import Path
 
 import torch
 
-from ..vision.eyes import Eyes
-from ..vision.normalization import process_image
-from .checkpoint import load_conditioner
-from .conditions import attached_maps, condition_of
-from .config import RossConfig
-from .diffusion_model import load_diffusion_model
-from .pictures import fit
-from .sampling import sample_pictures
+from deem_plugin.feedback.checkpoint import load_conditioner
+from deem_plugin.feedback.conditions import attached_maps, condition_of
+from deem_plugin.feedback.config import RossConfig
+from deem_plugin.feedback.diffusion_model import load_diffusion_model
+from deem_plugin.feedback.sampling import sample_pictures
+from deem_plugin.vision.eyes import Eyes
+from deem_plugin.vision.normalization import process_image
 
 
 def reconstruct_files(checkpoint, image_files, out, path=None, steps=50):
@@ -53,7 +52,7 @@ def reconstruct_files(checkpoint, image_files, out, path=None, steps=50):
         with attached_maps(views, config.condition, conditioner, diffusion_model):
             generator = torch.Generator().manual_seed(0)
             sampled = sample_pictures(diffusion_model, context, vector=vector, steps=steps, generator=generator)
-    seen = torch.cat([fit(view.picture.clamp(0, 1), None, diffusion_model.picture_size)[0] for view in views])
+    seen = diffusion_model.resize([view.picture.clamp(0, 1) for view in views])
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     save_image(torch.cat([seen, sampled]), out, nrow=len(views), padding=1, pad_value=1.0)
 
