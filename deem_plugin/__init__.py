@@ -4,7 +4,7 @@ Diffusion eyes for any Hugging Face vision-language model (DEEM, https://arxiv.o
 The names below are loaded on first use: `import deem_plugin` imports neither torch nor transformers.
 """
 
-from importlib import import_module
+from .lazy import lazy_names
 
 __version__ = "0.1.0"
 
@@ -33,14 +33,4 @@ _PUBLIC = {
     "load_diffusion_model": "deem_plugin.feedback.diffusion_model",
 }
 
-__all__ = sorted(_PUBLIC)
-
-
-def __getattr__(name):
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'deem_plugin' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(import_module(_PUBLIC[name]), name)
-
-
-def __dir__():
-    return [*globals(), *__all__]
+__getattr__, __dir__, __all__ = lazy_names(__name__, _PUBLIC)

@@ -7,9 +7,7 @@ import pytest
 
 ROOMS = ("vision", "feedback", "training")
 MOST_LINES, MOST_METHODS, MOST_FIELDS = 9650, 10, 15
-FILES = [
-    path for room in ROOMS for path in sorted((Path(__file__).parents[1] / "deem_plugin" / room).rglob("*.py"))
-]
+FILES = [path for room in ROOMS for path in sorted((Path(__file__).parents[1] / "deem_plugin" / room).rglob("*.py"))]
 
 
 def test_the_three_rooms_are_smaller_than_before_they_did_more():

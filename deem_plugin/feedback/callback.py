@@ -36,10 +36,9 @@ class DiffusionFeedbackCallback(TrainerCallback):
     Args:
         config (`FeedbackConfig` or `RossConfig`): The settings.
         diffusion_model (`DiffusionModel`, *optional*):
-            The frozen model, of ROSS an `Autoencoder`; by default the one that the config names is loaded.
-        objective (`Callable`, *optional*):
-            `(latents, context, *, generator) -> (views,)` with an attribute `context_dim`; by default what the config
-            names, on the denoiser of the diffusion model.
+            The frozen model, of ROSS its autoencoder alone; by default the one that the config names is loaded.
+        objective (`Callable`, *optional*): `(latents, context, *, generator) -> (views,)` with an attribute
+            `context_dim`; by default what the config names, on the denoiser of the diffusion model.
 
     Example:
 

@@ -1,15 +1,15 @@
 """The conditioner's weights, kept beside a checkpoint and never in it."""
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from ..files import write_whole
 from ..settings import build_settings
 from .conditioner import Conditioner
 from .config import FeedbackConfig, RossConfig
@@ -36,10 +36,7 @@ def save_conditioner(conditioner, config, folder, write=True):
         "conditioner": json.dumps(conditioner.arguments),
         "ross" if isinstance(config, RossConfig) else "feedback": json.dumps(asdict(config)),
     }
-    path = Path(folder) / FILE_NAME
-    partial = path.with_suffix(".partial")
-    save_file(weights, partial, metadata=metadata)
-    os.replace(partial, path)
+    write_whole(Path(folder) / FILE_NAME, save(weights, metadata=metadata))
 
 
 def load_conditioner(folder):

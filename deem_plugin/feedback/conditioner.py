@@ -31,17 +31,16 @@ class Conditioner(nn.Module):
     (GenHancer, https://arxiv.org/abs/2503.19480; DCR, https://arxiv.org/abs/2603.04803).
 
     Args:
-        input_dim (`int`): Width of the visual tokens.
-        context_dim (`int`): Width of the denoiser's context.
+        input_dim, context_dim (`int`): Width of the visual tokens and of the denoiser's context.
         num_queries (`int`, *optional*, defaults to `0`): Queries of the resampler; `0` for the head alone.
         resampler_dim, resampler_layers, resampler_heads (`int`, *optional*): Shape of the resampler.
         mlp (`bool`, *optional*, defaults to `False`): Whether the head is an MLP.
         vector_dim (`int`, *optional*, defaults to `0`): Width of the denoiser's vector; `0` for none.
         prompt_tokens (`int`, *optional*, defaults to `0`): Length of `prompt_states`; `0` for none.
-        positions (`bool`, *optional*, defaults to `False`):
-            Whether tokens are told their place in the picture: a tower with rotary positions leaves none in them.
-        synchroniser (`dict`, *optional*):
-            Arguments of a [`UNetSynchroniser`], under `"unet"` the config of its UNet; none without it.
+        synchroniser (`dict`, *optional*): Arguments of a [`UNetSynchroniser`], under `"unet"` the config of its UNet;
+            none without it.
+        positions (`bool`, *optional*, defaults to `False`): Whether tokens are told their place in the picture: a
+            tower with rotary positions leaves none in them.
     """
 
     def __init__(

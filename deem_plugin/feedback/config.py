@@ -18,16 +18,14 @@ class DiffusionModelConfig:
     docs/feedback.md.
 
     Args:
-        path (`str`):
-            Folder or hub id in diffusers' layout (`model_index.json`, `unet` or `transformer`, `scheduler`, `vae`).
-            Without a `vae` it is taken for a model that works on pixels.
+        path (`str`): Folder or hub id in diffusers' layout (`model_index.json`, `unet` or `transformer`, `scheduler`,
+            `vae`). Without a `vae` it is taken for a model that works on pixels.
         dtype (`str`, *optional*, defaults to `"float32"`):
             Precision in which the frozen denoiser is held: `float32`, `bfloat16` or `float16`.
         image_size (`int`, *optional*):
             Side in pixels of the pictures that are restored; by default that of those it was trained on.
-        quantization (`str`, *optional*):
-            Holds the weights of the denoiser's linear layers in fewer bits: `torchao_int8`, `bnb_8bit`, `bnb_4bit`
-            (NF4).
+        quantization (`str`, *optional*): Holds the weights of the denoiser's linear layers in fewer bits:
+            `torchao_int8`, `bnb_8bit`, `bnb_4bit` (NF4).
         gradient_checkpointing (`bool`, *optional*, defaults to `False`):
             Computes the denoiser's activations anew in its backward pass. The gradient stays as it is.
         cpu_offload (`bool`, *optional*, defaults to `False`):
@@ -74,13 +72,11 @@ class ConditionConfig:
             `queries` (the tokens that the language model reads, resampled), `queries+dense` (and, inside its UNet, the
             maps of the very picture, which give the answer away: DEEM's official code), `patches` (each of them),
             `cls` (the tower's pooled vector alone), `cls+patches`. See `deem_plugin.feedback.conditions`.
-        num_patches (`int`, *optional*):
-            Of `cls+patches`: patches drawn at random for each picture; by default all.
+        num_patches (`int`, *optional*): Of `cls+patches`: patches drawn at random for each picture; by default all.
         prompt (`str`, *optional*):
             A fixed text, to whose states from the diffusion model's own text encoder the visual tokens are added.
-        num_queries (`int`, *optional*, defaults to `77`):
-            Of `queries`: context tokens that the conditioner makes of the visual tokens. A tower that resamples
-            already (the DEEM preset) gives its own queries and ignores this.
+        num_queries (`int`, *optional*, defaults to `77`): Of `queries`: context tokens that the conditioner makes of
+            the visual tokens. A tower that resamples already (the DEEM preset) gives its own queries and ignores this.
         resampler_dim, resampler_layers, resampler_heads (`int`, *optional*, defaults to 768, 2 and 12):
             Width, layers and attention heads of the conditioner's resampler.
     """
@@ -120,9 +116,8 @@ class ObjectiveConfig:
             `mse`, the denoising error, or `contrastive`, DCR's loss against the conditions of other pictures.
         timestep_sampling (`str`, *optional*, defaults to `"shrink"`):
             One of `shrink`, `uniform`, `logit_normal` (see `deem_plugin.feedback.timesteps`).
-        loss_weighting (`str`, *optional*, defaults to `"uniform"`):
-            How much the error counts at each timestep: `uniform` or `min_snr` (DDPM alone), see
-            `deem_plugin.feedback.timesteps`.
+        loss_weighting (`str`, *optional*, defaults to `"uniform"`): How much the error counts at each timestep:
+            `uniform` or `min_snr` (DDPM alone), see `deem_plugin.feedback.timesteps`.
         draws_per_image (`int`, *optional*, defaults to `1`):
             Noises and timesteps drawn for each picture, whose errors are averaged.
         num_negatives (`int`, *optional*):
@@ -194,9 +189,8 @@ class FeedbackConfig(FeedbackSettings):
         max_views_per_image (`int`, *optional*):
             Tiles or frames of an image that are restored in a step, drawn at random; its thumbnail is always kept, and
             the loss is the mean over all of them in expectation. By default all are.
-        anchor_weight (`float`, *optional*, defaults to `0.0`):
-            Factor on the distance to the tower as it was when the run began, relative to the feedback loss (both are
-            multiplied by `weight`). Holds a copy of the tower.
+        anchor_weight (`float`, *optional*, defaults to `0.0`): Factor on the distance to the tower as it was when the
+            run began, relative to the feedback loss (both are multiplied by `weight`). Holds a copy of the tower.
         conditioner_only (`bool`, *optional*, defaults to `False`):
             Freezes the tower and trains the conditioner alone: the first of GenHancer's and DCR's two stages.
         conditioner (`str`, *optional*):
@@ -231,17 +225,15 @@ class FeedbackConfig(FeedbackSettings):
     def _check_maps(self):
         """Raises on what does not go with a denoiser that sees the tower's maps while it runs."""
         objective, model = self.objective, self.diffusion_model
-        if objective.kind != "mse" or objective.draws_per_image > 1:
+        others = {
+            "objective.kind": objective.kind != "mse",
+            "objective.draws_per_image": objective.draws_per_image > 1,
+        }
+        others |= {name: getattr(model, name) for name in ("gradient_checkpointing", "cpu_offload", "compile")}
+        if given := [name for name, is_given in others.items() if is_given]:
             raise ValueError(
-                f"`condition.kind: queries+dense` shows the maps of a picture in one run of the UNet: it is for "
-                f"`objective.kind: mse` and one draw an image, got {objective.kind!r} and `draws_per_image: "
-                f"{objective.draws_per_image}`. Leave these out, or set `condition.kind: queries`."
-            )
-        alone = [name for name in ("gradient_checkpointing", "cpu_offload", "compile") if getattr(model, name)]
-        if alone:
-            raise ValueError(
-                f"`condition.kind: queries+dense` trains a synchroniser within the denoiser's own run, which "
-                f"`diffusion_model` {alone} would repeat, move or compile without it. Leave them out, or set "
+                f"`condition.kind: queries+dense` shows the maps of a picture in one run of the UNet, within which a "
+                f"synchroniser trains: {given} would repeat, move or compile it without that. Leave them out, or set "
                 f"`condition.kind: queries`."
             )
 
@@ -268,8 +260,7 @@ class RossConfig(FeedbackSettings):
 
     Args:
         autoencoder (`str`): Folder or hub id of a diffusion model, whose autoencoder alone is read.
-        token_cells (`int`, *optional*, defaults to `2`):
-            Side of the block of latent cells that each token restores.
+        token_cells (`int`, *optional*, defaults to `2`): Side of the block of latent cells that each token restores.
         width, layers, heads (`int`, *optional*, defaults to 1024, 3 and 16): Shape of the small denoiser.
         objective (`ObjectiveConfig`, *optional*): Timesteps, draws and weights of its error; `mse` only.
         weight (`float`, *optional*, defaults to `1.0`), in_eval, image_mean, image_std, seed:

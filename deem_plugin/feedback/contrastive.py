@@ -9,6 +9,9 @@ from ..vision.seeding import cpu_seed
 from .diffusion_feedback import Objective
 from .timesteps import uniform
 
+# Divides the cosines, as published.
+TEMPERATURE = 0.1
+
 
 class ContrastiveFeedback(Objective):
     """
@@ -21,16 +24,13 @@ class ContrastiveFeedback(Objective):
 
     Args:
         denoiser, sample_timesteps: As in [`Objective`].
-        num_negatives (`int`, *optional*):
-            Other pictures of the micro-batch for each one, so that the denoiser runs on `num_negatives + 2` times the
-            batch; all of them by default, as in the published code.
-        temperature (`float`, *optional*, defaults to `0.1`): Divides the cosines.
+        num_negatives (`int`, *optional*): Other pictures of the micro-batch for each one, so that the denoiser runs on
+            `num_negatives + 2` times the batch; all of them by default, as in the published code.
     """
 
-    def __init__(self, denoiser, sample_timesteps=uniform, num_negatives=None, temperature=0.1):
+    def __init__(self, denoiser, sample_timesteps=uniform, num_negatives=None):
         super().__init__(denoiser, sample_timesteps)
         self.num_negatives = num_negatives
-        self.temperature = temperature
 
     def __call__(
         self, latents, context, *, second_view, vector=None, mask=None, timesteps=None, noise=None, generator=None
@@ -66,7 +66,7 @@ class ContrastiveFeedback(Objective):
         anchor, positive, negatives = predictions.flatten(1).split([batch, batch, others.numel()])
         negatives = negatives.unflatten(0, others.shape)
         candidates = torch.cat([positive[:, None], target.flatten(1)[:, None], negatives], dim=1)
-        similarity = F.cosine_similarity(anchor[:, None], candidates, dim=-1) / self.temperature
+        similarity = F.cosine_similarity(anchor[:, None], candidates, dim=-1) / TEMPERATURE
         return -similarity.log_softmax(dim=1)[:, :2].mean(dim=1)
 
     def _others(self, batch):

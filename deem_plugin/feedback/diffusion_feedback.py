@@ -51,9 +51,8 @@ class DiffusionFeedback(Objective):
 
     Args:
         denoiser, sample_timesteps: As in [`Objective`].
-        draws (`int`, *optional*, defaults to `1`):
-            Noises and timesteps drawn for each picture, whose errors are averaged: the same gradient on average, with
-            less variance, at so many times the cost.
+        draws (`int`, *optional*, defaults to `1`): Noises and timesteps drawn for each picture, whose errors are
+            averaged: the same gradient on average, with less variance, at so many times the cost.
         weigh_timesteps (`Callable`, *optional*):
             `(process, timesteps) -> (batch,)`, one of `LOSS_WEIGHTINGS`. By default all timesteps count alike.
     """
@@ -71,9 +70,8 @@ class DiffusionFeedback(Objective):
             vector (`torch.Tensor`, *optional*): What modulates the denoiser, shape `(batch, vector_dim)`.
             mask (`torch.Tensor`, *optional*): Latent cells that count, shape `(batch, 1, height, width)`.
             timesteps (`torch.Tensor`, *optional*): Integers, shape `(batch * draws,)`. Drawn when not given.
-            noise (`torch.Tensor`, *optional*):
-                Standard normal, shape `(batch * draws, channels, height, width)`. Drawn when not given. The draws of
-                one picture follow each other.
+            noise (`torch.Tensor`, *optional*): Standard normal, shape `(batch * draws, channels, height, width)`.
+                Drawn when not given. The draws of one picture follow each other.
             generator (`torch.Generator`, *optional*): Source of what is drawn.
 
         Returns:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .denoisers import DENOISERS, Denoiser, torch_dtype
+from .denoisers import DENOISERS, Denoiser
 from .latent_cache import LatentCache
 from .latents import CODECS, PixelCodec, VaeCodec
 from .optimizations import onloaded
@@ -19,7 +19,8 @@ class DiffusionModel:
     The two frozen halves of a diffusion model, and the size of the pictures that they restore.
 
     Args:
-        denoiser (`Denoiser`): Predicts the noise (or velocity, or picture) from noisy latents and context.
+        denoiser (`Denoiser`, *optional*): Predicts the noise (or velocity, or picture) from noisy latents and context;
+            None for an autoencoder alone.
         codec (`VaeCodec` or `PixelCodec`): Pictures in [-1, 1] to latents and back.
         latent_cache (`LatentCache`, *optional*): Where pictures are looked up in place of being encoded.
         restored_size (`int`, *optional*): Their side in pixels, where it is not that of the diffusion model's
@@ -27,7 +28,7 @@ class DiffusionModel:
         cpu_offload (`bool`, *optional*, defaults to `False`): Whether it is on a device in [`on_device`] only.
     """
 
-    denoiser: Denoiser
+    denoiser: Denoiser | None
     codec: VaeCodec | PixelCodec
     latent_cache: LatentCache | None = None
     restored_size: int | None = None
@@ -69,7 +70,8 @@ class DiffusionModel:
         `cpu_offload` both do.
         """
         if not self.cpu_offload:
-            self.denoiser.to(device)
+            if self.denoiser is not None:
+                self.denoiser.to(device)
             if self.latent_cache is None:
                 self.codec.to(device)
         return self
@@ -80,30 +82,6 @@ class DiffusionModel:
         self.to(device)
         with onloaded(self.modules(), device) if self.cpu_offload else nullcontext():
             yield
-
-
-@dataclass
-class Autoencoder:
-    """
-    The codec of a diffusion model without its denoiser.
-
-    Args:
-        codec (`VaeCodec` or `PixelCodec`): Pictures in [-1, 1] to latents and back.
-    """
-
-    codec: VaeCodec | PixelCodec
-    cpu_offload = False
-
-    def to(self, device):
-        """Moves the codec to `device` and returns the autoencoder."""
-        self.codec.to(device)
-        return self
-
-    @contextmanager
-    def on_device(self, device):
-        """A context in which the codec is on `device`; it stays there."""
-        self.to(device)
-        yield
 
 
 def load_diffusion_model(
@@ -144,8 +122,9 @@ def load_diffusion_model(
             f"aesthetic score. Give the base model."
         )
     codec = _load_codec(path_or_id, index, weights)
-    reduced = None if quantization is None else quantization_config(quantization, torch_dtype(dtype))
-    network = _load_network(network_name, path_or_id, folder, torch_dtype(dtype), weights, reduced)
+    precision = getattr(torch, dtype)
+    reduced = None if quantization is None else quantization_config(quantization, precision)
+    network = _load_network(network_name, path_or_id, folder, precision, weights, reduced)
     denoiser = DENOISERS[network_name](network, _load_scheduler(path_or_id, index), codec.downscale)
     if isinstance(codec, VaeCodec) and codec.vae.config.latent_channels != denoiser.channels:
         raise ValueError(
@@ -161,9 +140,9 @@ def load_diffusion_model(
     return DiffusionModel(denoiser, codec, restored_size=image_size)
 
 
-def load_autoencoder(path_or_id: str, *, weights: bool = True) -> Autoencoder:
+def load_autoencoder(path_or_id: str) -> DiffusionModel:
     """Loads the autoencoder alone of a diffusion model, as [`load_diffusion_model`] does."""
-    return Autoencoder(_load_codec(path_or_id, _load_index(path_or_id), weights))
+    return DiffusionModel(None, _load_codec(path_or_id, _load_index(path_or_id)))
 
 
 def _load_index(path_or_id):

@@ -56,8 +56,7 @@ def build_feedback(
         config (`FeedbackConfig` or `RossConfig`): The settings.
         model (`nn.Module`): The VLM, or an encoder alone; not the PEFT model around it.
         processor: Tells the normalisation of its pictures.
-        diffusion_model (`DiffusionModel` or `Autoencoder`, *optional*): Loaded by default.
-        objective (`Callable`, *optional*): What `config` names by default.
+        diffusion_model, objective (*optional*): What `config` names by default.
         conditioner_ref (`Callable`): Returns the conditioner as it is in the model, which wrappers may have replaced.
 
     Raises:

@@ -15,6 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from ..files import write_whole
+
 MANIFEST_NAME = "manifest.json"
 FORMAT = 1
 # Entries a shard: 32 MiB for Stable Diffusion at 512 pixels.
@@ -157,7 +159,7 @@ class LatentWriter:
         if manifest.exists():
             _check_manifest(self.folder, expected)
         else:
-            _write_whole(manifest, json.dumps(expected, indent=2).encode())
+            write_whole(manifest, json.dumps(expected, indent=2).encode())
         for left_over in self.folder.glob("*.partial"):
             left_over.unlink()
 
@@ -180,7 +182,7 @@ class LatentWriter:
         checksums = {key: _checksum(key, entry) for key, entry in self._pending.items()}
         # Named by what it holds, so that no two shards meet under one name.
         name = hashlib.sha256("".join(checksums.values()).encode()).hexdigest()[:16]
-        _write_whole(self.folder / f"{name}.safetensors", save(self._pending, metadata=checksums))
+        write_whole(self.folder / f"{name}.safetensors", save(self._pending, metadata=checksums))
         self._pending = {}
 
 
@@ -223,18 +225,3 @@ def _damaged(path: Path, reason) -> ValueError:
         f"The shard {path} of the latent cache is damaged ({reason}). Delete this file and run `deem cache-latents "
         f"RECIPE`: only the pictures that it held are encoded again."
     )
-
-
-def _write_whole(path: Path, data: bytes):
-    """Writes a file so that it is whole or not there, even after a power cut."""
-    partial = path.with_name(f"{path.name}.partial")
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name itself
-    finally:
-        os.close(folder)

@@ -99,13 +99,14 @@ class FeedbackLoss:
         **drawn,
     ) -> ImageLosses:
         """
+        Computes the losses of views, at least one.
+
         Args:
-            views (`list[View]`): At least one.
+            views (`list[View]`): See above.
             conditioner (`Conditioner`): Makes the denoiser's context.
             generator (`torch.Generator`): Draws views, latents, noise and timesteps; on the tokens' device. None draws
                 from the global one.
-            scale (`float`, *optional*, defaults to 1): The factor that the backward pass is going to bring to `total`.
-                The gradient is taken with it, so that float16 does not underflow.
+            scale (`float`, *optional*, defaults to 1): As in [`early_gradient`], of `total`.
             targets (`torch.Tensor`, *optional*): What must be restored in place of the pictures, `(views, 3, h, w)` in
                 [0, 1].
             latents (`torch.Tensor`, *optional*): Of what must be restored, where it is encoded already, `(views,

@@ -92,7 +92,7 @@ class RossLoss:
     How well a small denoiser that trains along restores each token's own block of the picture.
 
     Args:
-        autoencoder (`Autoencoder`): Encodes pictures to latents.
+        autoencoder (`DiffusionModel`): Encodes pictures to latents.
         objective (`DiffusionFeedback`): On [`TokenBlocks`].
         cells (`int`): Latent cells of a token along each side.
     """

@@ -84,13 +84,8 @@ class UNetSynchroniser(nn.Module):
         max_images: int = 10,
     ):
         super().__init__()
-        options = {
-            "inner_dim": inner_dim,
-            "num_heads": num_heads,
-            "num_levels": num_levels,
-            "num_points": num_points,
-            "max_images": max_images,
-        }
+        options = {"inner_dim": inner_dim, "num_heads": num_heads, "num_levels": num_levels}
+        options |= {"num_points": num_points, "max_images": max_images}
         side = unet_config.sample_size
         skips = skip_features(unet_config)
         self.skip_blocks = nn.ModuleList(

@@ -47,20 +47,16 @@ class ModelArguments:
             Folder or hub id of a language model, to assemble a LLaVA of it and `vision_tower`; the projector is new.
         encoder (`str`, *optional*):
             Folder or hub id of a vision encoder (CLIP, SigLIP, DINOv2, ...) to train alone, on images only.
-        vision_tower (`str`, *optional*):
-            `deem` (the paper's ConvNeXt, resampled to 77 queries), `deem:<encoder>`, or nothing for the VLM's own. It
-            takes the place of a LLaVA's, with a new projector.
+        vision_tower (`str`, *optional*): `deem` (the paper's ConvNeXt, resampled to 77 queries), `deem:<encoder>`, or
+            nothing for the VLM's own. It takes the place of a LLaVA's, with a new projector.
         vision_pretrained (`str` or `bool`, *optional*):
             Weights of the tower's encoder: for open_clip a tag or a file; `false` for new ones.
-        image_size (`int`, *optional*):
-            Side of the tower's square input in pixels; by default the encoder's own. Of a saved DEEM (section `deem`)
-            it may change from stage to stage, since a ConvNeXt reads any size.
-        num_queries (`int`, *optional*):
-            Queries that the tower resamples its patches to; 0 leaves the grid of patches. By default 77 for `deem` and
-            0 for `deem:<encoder>`.
-        chat_template (`str`, *optional*):
-            Jinja file with the chat template, for models that come without one. A relative path is also looked for
-            beside the recipe.
+        image_size (`int`, *optional*): Side of the tower's square input in pixels; by default the encoder's own. Of a
+            saved DEEM (section `deem`) it may change from stage to stage, since a ConvNeXt reads any size.
+        num_queries (`int`, *optional*): Queries that the tower resamples its patches to; 0 leaves the grid of patches.
+            By default 77 for `deem` and 0 for `deem:<encoder>`.
+        chat_template (`str`, *optional*): Jinja file with the chat template, for models that come without one. A
+            relative path is also looked for beside the recipe.
         dtype (`str`, *optional*, defaults to `"float32"`):
             Precision of the weights. Small learning rates need float32 weights: a step of 1e-6 is lost in bfloat16.
             For speed set `training.bf16: true`, which computes in bfloat16 and keeps the weights as they are.
@@ -121,25 +117,23 @@ class DeemArguments:
     earlier stage has saved. Its feedback is one of its own losses, so the recipe has no section `feedback`.
 
     Args:
-        denoiser (`str`, *optional*):
-            Folder or hub id of the frozen diffusion model, in diffusers' layout. Needed unless both weights below are
-            0.
+        denoiser (`str`, *optional*): Folder or hub id of the frozen diffusion model, in diffusers' layout. Needed
+            unless both weights below are 0.
         dtype (`str`, *optional*, defaults to `"float32"`): Precision of the denoiser.
-        lm_weight, image_weight, feedback_weight (`float`, *optional*, defaults to 1, 5 and 5):
-            Factors on the losses of the next token, the next image and the same image; 0 leaves a loss out. The first
-            two are means; the last is the sum over the images of a step by its documents.
+        lm_weight, image_weight, feedback_weight (`float`, *optional*, defaults to 1, 5 and 5): Factors on the losses
+            of the next token, the next image and the same image; 0 leaves a loss out. The first two are means; the
+            last is the sum over the images of a step by its documents.
         feedback_timesteps (`str`, *optional*, defaults to `"shrink"`): One of `TIMESTEP_SAMPLERS`.
-        null_context_rate (`float`, *optional*, defaults to 0.1):
-            Share of pictures that are learned without their context, for classifier-free guidance.
-        language_synchroniser (`dict`, *optional*):
-            Options of the language model's synchroniser, `{frequency: 4}` in the paper; none without it. For
-            assembling only, like the two below: a saved model has what it has.
-        unet_synchroniser (`bool`, *optional*, defaults to `False`):
-            Whether the next image also sees the maps of the one before it, as in the paper.
-        region_tokens (`bool`, *optional*, defaults to `False`):
-            Whether the queries also read tokens made of the region and its maps (the official `mask_align`).
-        target_size (`int`, *optional*):
-            Side in pixels of the pictures that the diffusion model restores, where it is more than the tower sees.
+        null_context_rate (`float`, *optional*, defaults to 0.1): Share of pictures that are learned without their
+            context, for classifier-free guidance.
+        language_synchroniser (`dict`, *optional*): Options of the language model's synchroniser, `{frequency: 4}` in
+            the paper; none without it. For assembling only, like the two below: a saved model has what it has.
+        unet_synchroniser (`bool`, *optional*, defaults to `False`): Whether the next image also sees the maps of the
+            one before it, as in the paper.
+        region_tokens (`bool`, *optional*, defaults to `False`): Whether the queries also read tokens made of the
+            region and its maps (the official `mask_align`).
+        target_size (`int`, *optional*): Side in pixels of the pictures that the diffusion model restores, where it is
+            more than the tower sees.
     """
 
     denoiser: str | None = None
@@ -189,27 +183,22 @@ class DataArguments:
         path (`str`):
             Conversations as [`~deem_plugin.data.conversations.list_conversations`] takes them; for an encoder alone
             pictures as [`~deem_plugin.data.shards.list_pictures`] does: a folder, tar files in it, or a glob of these.
-        kind (`str`, *optional*, defaults to `"conversations"`):
-            `conversations`, or for the interleaved model also `documents`, as
-            [`~deem_plugin.data.document_files.list_documents`] takes them, `shards` or `regions`.
-        interleaved, pairs (`str`, *optional*):
-            Of `shards`: tar files (a path, an address or a glob) of MMC4's documents and of captioned pictures, see
-            [`~deem_plugin.data.shards`].
+        kind (`str`, *optional*, defaults to `"conversations"`): `conversations`, or for the interleaved model also
+            `documents`, as [`~deem_plugin.data.document_files.list_documents`] takes them, `shards` or `regions`.
+        interleaved, pairs (`str`, *optional*): Of `shards`: tar files (a path, an address or a glob) of MMC4's
+            documents and of captioned pictures, see [`~deem_plugin.data.shards`].
         weights (`list[float]`, *optional*, defaults to `[2, 1]`): Of `shards`: how often each of the two comes.
         sources (`list[dict]`, *optional*):
             Of `regions`: published data sets, as [`~deem_plugin.data.region_sets.list_regions`] takes them.
         on_error (`str`, *optional*, defaults to `"raise"`):
             What is done about a sample that is wrong: `raise`, or `skip` and count it.
         image_dir (`str`, *optional*): Folder that the image paths are relative to; by default the data's own.
-        max_length (`int`, *optional*):
-            Longest conversation in tokens; what is beyond is cut off, images never. Of documents the length of a row,
-            into which they are packed.
-        crop_area (`float`, *optional*):
-            For an encoder alone: crops each picture at random, keeping so much of its area at least; by default the
-            image processor's own geometry.
-        target_size (`int`, *optional*):
-            With `crop_area`: side of the crop that the diffusion model restores, in pixels, where it is more than the
-            encoder sees.
+        max_length (`int`, *optional*): Longest conversation in tokens; what is beyond is cut off, images never. Of
+            documents the length of a row, into which they are packed.
+        crop_area (`float`, *optional*): For an encoder alone: crops each picture at random, keeping so much of its
+            area at least; by default the image processor's own geometry.
+        target_size (`int`, *optional*): With `crop_area`: side of the crop that the diffusion model restores, in
+            pixels, where it is more than the encoder sees.
         cache_dir (`str`, *optional*): Where the memory-mapped tables are kept; the `datasets` cache by default.
     """
 

@@ -67,10 +67,9 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 
     Args:
         name_or_path (`str` or `Path`): Name of a shipped recipe, or path of a YAML file.
-        overrides (`Sequence[str]`):
-            `section.key=value`, the value written as in YAML (`training.max_steps=10`, `model.freeze=[vision_tower]`,
-            `feedback.diffusion_model.path=FOLDER`, `data.image_dir=null`), or `feedback=null` (`deem=null`) to leave
-            that section out.
+        overrides (`Sequence[str]`): `section.key=value`, the value written as in YAML (`training.max_steps=10`,
+            `model.freeze=[vision_tower]`, `feedback.diffusion_model.path=FOLDER`, `data.image_dir=null`), or
+            `feedback=null` (`deem=null`) to leave that section out.
 
     Raises:
         ValueError: On an unknown recipe, section or key and on a value of the wrong kind; lists the choices.

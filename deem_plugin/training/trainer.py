@@ -22,9 +22,8 @@ class RecipeTrainer(ExamplesTrainer):
     A Trainer of [`Examples`] whose model's parts may have learning rates of their own.
 
     Args:
-        learning_rates (`dict[str, float]`, *optional*):
-            Pattern to peak learning rate; the schedule scales all alike. What no pattern names trains with
-            `args.learning_rate`; of two patterns that name the same, the later wins.
+        learning_rates (`dict[str, float]`, *optional*): Pattern to peak learning rate; the schedule scales all alike.
+            What no pattern names trains with `args.learning_rate`; of two patterns that name the same, the later wins.
     """
 
     def __init__(self, model, args, data_collator=None, *, learning_rates: dict[str, float] | None = None, **kwargs):

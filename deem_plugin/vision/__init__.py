@@ -8,6 +8,8 @@ for torch and transformers. Our own tower asks for the extra `train`; its first 
 
 from importlib import import_module
 
+from ..lazy import lazy_names
+
 # Public name -> module that defines it.
 _PUBLIC = {
     "DeemImageProcessor": "image_processing",
@@ -24,16 +26,10 @@ _PUBLIC = {
 # Modules that know nothing of our own tower.
 _CORE = ("resampler", "towers")
 
-__all__ = sorted(_PUBLIC)
+_load, __dir__, __all__ = lazy_names(__name__, {name: f".{module}" for name, module in _PUBLIC.items()})
 
 
 def __getattr__(name):
-    if name not in _PUBLIC:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
-    if _PUBLIC[name] not in _CORE:
+    if name in _PUBLIC and _PUBLIC[name] not in _CORE:
         import_module(f"{__name__}.auto")
-    return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
-
-
-def __dir__():
-    return [*globals(), *__all__]
+    return _load(name)

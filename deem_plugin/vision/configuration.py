@@ -28,9 +28,8 @@ class DeemVisionConfig(PreTrainedConfig):
     the encoder, because the models that hold the tower read them here; they need not be given.
 
     Args:
-        encoder_config (`dict` or `PreTrainedConfig`, *optional*):
-            Configuration of a vision encoder of transformers that returns tokens or a map, see
-            [`~deem_plugin.vision.hf_encoder.HFEncoder`].
+        encoder_config (`dict` or `PreTrainedConfig`, *optional*): Configuration of a vision encoder of transformers
+            that returns tokens or a map, see [`~deem_plugin.vision.hf_encoder.HFEncoder`].
         open_clip_config (`dict`, *optional*):
             The `vision_cfg` of an open_clip model, so that a checkpoint needs no registry to be built again. Two more
             keys are understood: `quick_gelu` (bool) and `timm_kwargs` (dict), which goes to `timm.create_model`.
@@ -48,14 +47,12 @@ class DeemVisionConfig(PreTrainedConfig):
         resampler_intermediate_size (`int`, *optional*): Width of the feed-forward; four times the width by default.
         cross_attention_frequency (`int`, *optional*, defaults to 2): Every how many layers the queries read the image.
         resampler_qk_norm (`bool`, *optional*, defaults to `True`): Whether it normalises queries and keys per head.
-        region_tokens (`bool`, *optional*, defaults to `False`):
-            Whether the queries also read tokens made of the region: of each map, and of its shape (DEEM's third
-            stage). Needs `multiscale` and a resampler.
+        region_tokens (`bool`, *optional*, defaults to `False`): Whether the queries also read tokens made of the
+            region: of each map, and of its shape (DEEM's third stage). Needs `multiscale` and a resampler.
         image_mean, image_std (`list[float]`, *optional*): Normalisation of `pixel_values`, OpenAI CLIP's by default.
         initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of new linear weights.
-        image_size (`int`, *optional*):
-            Side of the square input in pixels. Hugging Face encoders interpolate their position embeddings when it
-            differs from their own; for open_clip it is set in `open_clip_config`.
+        image_size (`int`, *optional*): Side of the square input in pixels. Hugging Face encoders interpolate their
+            position embeddings when it differs from their own; for open_clip it is set in `open_clip_config`.
         hidden_size, patch_size, num_hidden_layers, encoder_dim (`int`):
             Derived. `patch_size` is the stride of the token grid in pixels, `encoder_dim` the width of the encoder's
             tokens, from which `hidden_size` differs behind a resampler.

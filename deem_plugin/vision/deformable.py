@@ -110,9 +110,8 @@ class DeformableAttention(nn.Module):
         max_images (`int`): Number of relative positions, 0 included: images a sample may have, plus one.
         offset_grid (`int`): Offsets of points are counted in cells of a grid of this many cells a side.
         offset_init (`float`): Offsets start anywhere up to this many cells to either side.
-        offset_map (`int`, *optional*):
-            Side of the largest map for which that holds; with one twice as large, an offset reaches half as far. By
-            default it holds for maps of every size.
+        offset_map (`int`, *optional*): Side of the largest map for which that holds; with one twice as large, an
+            offset reaches half as far. By default it holds for maps of every size.
         learn_null (`bool`, *optional*, defaults to `False`):
             Whether the null entry has a value that is learned; it is zero otherwise.
     """

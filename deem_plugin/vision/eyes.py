@@ -59,9 +59,8 @@ class Eyes:
 
         Args:
             model (`nn.Module`): A vision-language model, also behind PEFT, or a vision encoder alone.
-            processor (*optional*):
-                Its processor or image processor. Given a tokenizer or nothing, the image processor is looked for
-                where the model came from.
+            processor (*optional*): Its processor or image processor. Given a tokenizer or nothing, the image processor
+                is looked for where the model came from.
             mean, std (`Sequence[float]`, *optional*): Normalisation of the pictures; the processor's own by default.
 
         Raises:
@@ -85,7 +84,7 @@ class Eyes:
             std=std,
             read_parameters=parameters_of(tower, [call.outputs[path] for path in call.read]),
             pooled_width=pooled_width(call.outputs),
-            image_token_id=_image_token_id(base.config),
+            image_token_id=_first_id(base.config, "image_token_id", "image_token_index"),
             image_end_id=_image_end_id(base.config, processor),
             options=call.options,
         )
@@ -288,11 +287,9 @@ def _find_thumbnail(views):
     return 0 if whole[0] else -1 if whole[-1] else None
 
 
-def _image_token_id(config):
-    for name in ("image_token_id", "image_token_index"):
-        if getattr(config, name, None) is not None:
-            return getattr(config, name)
-    return None
+def _first_id(config, *names):
+    """Returns the id of a token that a config has by one of these names; or None."""
+    return next((getattr(config, name) for name in names if getattr(config, name, None) is not None), None)
 
 
 def _image_end_id(config, processor):
@@ -302,7 +299,4 @@ def _image_end_id(config, processor):
         token = getattr(processor, name, None) or getattr(tokenizer, name, None)
         if isinstance(token, str) and tokenizer is not None:
             return tokenizer.convert_tokens_to_ids(token)
-    for name in ("eoi_token_id", "image_end_token_id"):
-        if getattr(config, name, None) is not None:
-            return getattr(config, name)
-    return None
+    return _first_id(config, "eoi_token_id", "image_end_token_id")

@@ -198,13 +198,9 @@ def _layers_asked_for(output_hidden_states: bool | int | list[int] | None, num_l
     layers = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
     for layer in layers:
         if not -num_layers <= layer < num_layers:
-            if num_layers == 1:
-                raise ValueError(
-                    f"This tower has one output, but layer {layer} was asked for. Set `vision_feature_layer=-1` in "
-                    f"the configuration of the vision-language model."
-                )
+            what = "one output, layer -1" if num_layers == 1 else f"layers {-num_layers} to {num_layers - 1}"
             raise ValueError(
-                f"This tower has layers {-num_layers} to {num_layers - 1}, but layer {layer} was asked for. Set "
-                f"`vision_feature_layer` of the vision-language model to one of them."
+                f"This tower has {what}, but layer {layer} was asked for. Set `vision_feature_layer` of the "
+                f"vision-language model to one that there is."
             )
     return {layer % num_layers for layer in layers}

@@ -12,8 +12,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from deem_plugin.data.collator import IGNORE_INDEX, ConversationCollator
 from deem_plugin.evaluation.details import write_details
-from deem_plugin.evaluation.run import evaluate
 from deem_plugin.evaluation.reconstruction import reconstruct_files
+from deem_plugin.evaluation.run import evaluate
 from deem_plugin.training.arguments import ModelArguments
 from deem_plugin.training.cache import cache_latents
 from deem_plugin.training.model import make_model

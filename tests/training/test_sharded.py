@@ -20,7 +20,7 @@ from ..tiny import tiny_image, tiny_llava
 from .helpers import tiny_overrides
 
 ROOT = Path(__file__).resolve().parents[2]
-LORA = {"model__lora_r": 2, "model__lora_dropout": 0.0, "model__lora_modules": "[language_model, vision_tower]"}
+LORA = {"model__lora__r": 2, "model__lora__dropout": 0.0, "model__lora__modules": "[language_model, vision_tower]"}
 
 
 @pytest.fixture(scope="module")

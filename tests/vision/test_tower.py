@@ -144,7 +144,9 @@ def test_return_dict_false_gives_a_tuple():
 def test_tower_with_one_output_says_so(tower_options):
     encoder, options = tower_options
     tower = tiny_tower(encoder, **options)
-    with pytest.raises(ValueError, match="one output, but layer -2 was asked for. Set `vision_feature_layer=-1`"):
+    with pytest.raises(
+        ValueError, match="one output, layer -1, but layer -2 was asked for. Set `vision_feature_layer`"
+    ):
         tower(tiny_pixels(tower), output_hidden_states=-2)
 
 

@@ -115,8 +115,3 @@ def check_context_dim(context_dim, denoiser):
             f"({type(denoiser.model).__name__}) attends to tokens of width {denoiser.context_dim}. "
             f"Build the conditioner with `context_dim={denoiser.context_dim}`, or choose another diffusion model."
         )
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """Returns the torch dtype of a name such as `"bfloat16"`."""
-    return getattr(torch, name)
