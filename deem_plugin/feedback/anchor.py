@@ -13,15 +13,11 @@ FILE_NAME = "feedback_anchor.safetensors"
 
 class Anchor:
     """
-    Measures how far a tower has moved from itself as it was when training began.
+    Measures how far a tower has moved from itself as it was when training began, before its first step.
 
     Feedback makes a tower keep more, and nothing in it asks that what the tower knew stays where a text encoder or a
-    projector looks for it: zero-shot accuracy is known to fall. The anchor holds the directions of the tokens.
-
-    The copy is no module of the model: no state dict, optimizer or shard ever sees it.
-
-    Args:
-        tower (`nn.Module`): The vision tower, before its first step.
+    projector looks for it: zero-shot accuracy is known to fall. The anchor holds the directions of the tokens. Its
+    copy is no module of the model: no state dict, optimizer or shard ever sees it.
     """
 
     def __init__(self, tower):

@@ -126,11 +126,8 @@ class Conditioner(nn.Module):
 
     def attached_to(self, unet, views):
         """
-        Returns a context in which `unet` reads the [`dense_maps`] of views; without a synchroniser it does nothing.
-
-        Args:
-            unet (`UNet2DConditionModel`): The denoiser's network.
-            views (`list[View]`): Of the pictures that it restores.
+        Returns a context in which `unet`, the denoiser's network, reads the [`dense_maps`] of views; without a
+        synchroniser it does nothing.
         """
         if self.synchroniser is None:
             return nullcontext()

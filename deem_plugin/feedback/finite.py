@@ -41,10 +41,8 @@ class FiniteTally:
 
 class FiniteGate:
     """
-    Lets through, in the backward pass, those rows of a gradient only that are finite.
-
-    Args:
-        on_nonfinite (`Callable`, *optional*): Is given the number of other rows, a tensor.
+    Lets through, in the backward pass, those rows of a gradient only that are finite; `on_nonfinite` is given the
+    number of the others, a tensor.
     """
 
     def __init__(self, on_nonfinite=None):

@@ -12,12 +12,7 @@ RANGE_SHARE = 0.01
 
 
 class TowerSource:
-    """
-    Where the feedback is read and injected: at the output of the vision tower.
-
-    Args:
-        eyes (`Eyes`): Of the model.
-    """
+    """Where the feedback is read and injected: at the output of the vision tower of these [`Eyes`]."""
 
     def __init__(self, eyes):
         self.eyes = eyes
@@ -33,13 +28,7 @@ class TowerSource:
         return []
 
     def check(self, views):
-        """
-        Checks the first views of a training.
-
-        Raises:
-            ValueError: If nothing that the tokens depend on trains, or the pictures, un-normalised, do not lie in
-                [0, 1].
-        """
+        """Checks the first views of a training, see [`check_reached`] and [`check_range`]."""
         check_reached(self.eyes)
         check_range(views)
 

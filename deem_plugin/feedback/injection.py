@@ -4,13 +4,7 @@ import torch
 
 
 class Injection:
-    """
-    One computed feedback loss on its way into a backward pass.
-
-    Args:
-        loss (`torch.Tensor`): The scalar loss.
-        scale (`float`): Factor on its gradient.
-    """
+    """One computed scalar loss on its way into a backward pass, and the factor (`scale`) on its gradient."""
 
     def __init__(self, loss, scale):
         self.loss = loss

@@ -68,11 +68,8 @@ def fingerprint(diffusion_model) -> dict:
 
 class LatentCache:
     """
-    Reads a cache of latents, memory-mapped, and verifies each entry that it hands out.
-
-    Args:
-        folder (`str` or `PathLike`): Filled by `deem cache-latents`.
-        expected (`dict`): The [`fingerprint`] of the diffusion model that will use it.
+    Reads a cache of latents that `deem cache-latents` has filled, memory-mapped, and verifies each entry that it hands
+    out. `expected` is the [`fingerprint`] of the diffusion model that will use it.
 
     Raises:
         ValueError: If there is no cache, or it was filled with another VAE or for another picture size.

@@ -5,12 +5,8 @@ import torch
 
 class VaeCodec:
     """
-    A frozen `AutoencoderKL` between pictures in [-1, 1] and scaled latents.
-
-    Like the denoiser it is no `nn.Module`, so that no checkpoint and no optimizer ever sees it.
-
-    Args:
-        vae (`AutoencoderKL`): Frozen and put in eval mode here.
+    A frozen `AutoencoderKL` between pictures in [-1, 1] and scaled latents. Like the denoiser it is no `nn.Module`, so
+    that no checkpoint and no optimizer ever sees it.
     """
 
     def __init__(self, vae):

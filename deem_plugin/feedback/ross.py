@@ -18,16 +18,12 @@ MOST_UNEVEN = 2.5
 
 class DecoderSource:
     """
-    Where ROSS's feedback is read and injected: at what the language model says at the places of a picture's tokens,
-    after its last norm.
+    Where ROSS's feedback is read and injected: at what the language model (`decoder`) says at the places of a
+    picture's tokens, after its last norm.
 
     Places are found by the ids of the tokens, so that padding on either side, several pictures in a row and rows of
     text alone are all the same to it. Pictures are those of the tower's call; each gets the places that its share of
     the tower's tokens became.
-
-    Args:
-        eyes (`Eyes`): Of the model.
-        decoder (`nn.Module`): The language model.
     """
 
     def __init__(self, eyes, decoder):

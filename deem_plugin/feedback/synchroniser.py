@@ -22,8 +22,8 @@ class UNetSynchroniserBlock(GradientCheckpointingLayer):
     Lets every cell of one of the UNet's feature maps look at the images around its own place.
 
     Args:
-        channels (`int`): Channels of the UNet's map.
-        grid (`int`): Side of the map at the UNet's training resolution; offsets are counted in its cells.
+        channels, grid (`int`): Channels of the map, and its side at the UNet's training resolution, in whose cells
+            offsets are counted.
         position_grid (`int`): Side of the grid that the position embedding is defined on.
         feature_dim (`int`): Channels of the images' maps.
         options: `inner_dim`, `num_heads`, `num_levels`, `num_points` and `max_images` of [`DeformableAttention`].
@@ -59,18 +59,14 @@ class UNetSynchroniserBlock(GradientCheckpointingLayer):
 
 class UNetSynchroniser(nn.Module):
     """
-    Adds what the images show to a UNet's skip features and to its middle (MMFS, https://arxiv.org/abs/2401.10208).
-
-    The UNet's own way down and its middle block see none of it: only the way up does. Each block starts at zero.
+    Adds what the images show to a UNet's skip features and to its middle (MMFS, https://arxiv.org/abs/2401.10208). The
+    UNet's own way down and its middle block see none of it: only the way up does. Each block starts at zero.
 
     Args:
         unet_config: The `config` of a `UNet2DConditionModel`, of which `UNET_KEYS` are read.
         feature_dim (`int`): Channels of the images' maps.
-        inner_dim (`int`, *optional*, defaults to 1024): Width of the values, over all heads.
-        num_heads (`int`, *optional*, defaults to 16): Number of heads; must divide `inner_dim`.
-        num_levels (`int`, *optional*, defaults to 4): Number of maps an image.
-        num_points (`int`, *optional*, defaults to 8): Points that each head looks at on each map.
-        max_images (`int`, *optional*, defaults to 10): Images a sample may have, plus one.
+        inner_dim, num_heads, num_levels, num_points, max_images (`int`, *optional*, defaults to 1024, 16, 4, 8 and
+            10): As in [`DeformableAttention`].
     """
 
     def __init__(

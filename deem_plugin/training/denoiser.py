@@ -35,16 +35,11 @@ logger = logging.getLogger(__name__)
 
 class DenoiserTraining(nn.Module):
     """
-    A denoiser and the conditioner that speaks to it, both new, on a frozen encoder.
+    A denoiser and the conditioner that speaks to it, both new, on a frozen encoder, which is no module of this one.
 
     It makes visible what the encoder does not tell: the denoiser learns to restore pictures as well as the encoder's
     tokens allow, and in the next stage the encoder is asked to allow more (GenHancer's stage 1,
-    https://arxiv.org/abs/2503.19480).
-
-    Args:
-        eyes (`Eyes`): Of the vision encoder, which is frozen, and no module of this one.
-        conditioner (`Conditioner`), diffusion_model (`DiffusionModel`): What is trained; of the latter its denoiser.
-        config (`FeedbackConfig`): Condition, timesteps and draws.
+    https://arxiv.org/abs/2503.19480). `config` gives condition, timesteps and draws.
     """
 
     def __init__(self, eyes, conditioner, diffusion_model, config):

@@ -14,13 +14,9 @@ from deem_plugin.vision.reading import parameters_of
 class AlignedEncoder(nn.Module):
     """
     A CLIP's vision encoder in the space that it shares with its text tower: every token is normed and projected, the
-    patches as `last_hidden_state` and the class token as `pooler_output`.
-
-    DIVA, GenHancer and DCR show the diffusion model such tokens. The parts are those of the CLIP, so that it trains
-    with it.
-
-    Args:
-        whole (`CLIPModel`): Or another model with a `vision_model` and a `visual_projection`.
+    patches as `last_hidden_state` and the class token as `pooler_output`. DIVA, GenHancer and DCR show the diffusion
+    model such tokens. `whole` is a model with a `vision_model` and a `visual_projection`, whose parts these are, so
+    that it trains with them.
     """
 
     # What transformers and peft ask of a vision model.

@@ -34,17 +34,8 @@ FEEDBACK_SECTIONS = ("feedback", "ross", "deem")
 @dataclass
 class Recipe:
     """
-    A training run, ready to start.
-
-    Args:
-        name (`str`): Name of the recipe's file without its ending.
-        model (`ModelArguments`): What is trained.
-        data (`DataArguments`): On what.
-        feedback (`FeedbackConfig` or `RossConfig`, *optional*):
-            The diffusion feedback of a VLM or an encoder, from the section `feedback` or `ross`; none without it.
-        deem (`DeemArguments`, *optional*): The interleaved model, which has its own feedback; none without it.
-        training (`RecipeTrainingArguments`): The Trainer's own arguments.
-        diffusion_model (`DenoiserArguments`, *optional*): What `deem train-denoiser` trains; none for `deem train`.
+    A training run, ready to start: its name, that of its file without the ending, and what its sections say.
+    `feedback` is that of the section `feedback` or `ross`. Without `feedback`, `deem` or `denoiser` these are None.
     """
 
     name: str
@@ -88,12 +79,8 @@ def read_sections(name_or_path: str | Path) -> dict[str, dict | None]:
 
 def build_recipe(name: str, sections: dict[str, dict | None]) -> Recipe:
     """
-    Makes a recipe of its sections, given as the YAML file would give them.
-
-    Args:
-        name (`str`): The run's name; the default of `training.output_dir` is `runs/<name>`.
-        sections (`dict`): `model`, `data`, `training` and, for a run with feedback, `feedback`, `ross` or `deem`;
-            `denoiser` for one of `deem train-denoiser`.
+    Makes a recipe of its sections, given as the YAML file would give them. `name` is the run's: the default of
+    `training.output_dir` is `runs/<name>`.
 
     Raises:
         ValueError: On an unknown section or key, a value of the wrong kind, or sections that do not fit together.

@@ -16,13 +16,9 @@ _SAMPLE = 256
 
 class MovementCheck(TrainerCallback):
     """
-    Reports trainable and frozen parameters by part, and checks the first optimizer step.
-
-    After the first step whose learning rate was above zero and in which the tower saw an image, the tower must have
-    changed if any of it is trainable, and nothing frozen may have.
-
-    Args:
-        tower (`nn.Module`): The vision tower of the model that trains.
+    Reports trainable and frozen parameters by part, and checks the first optimizer step whose learning rate was above
+    zero and in which the tower, a part of the model, saw an image: it must have changed if any of it is trainable, and
+    nothing frozen may have.
     """
 
     def __init__(self, tower):

@@ -37,13 +37,10 @@ class DeemVisionConfig(PreTrainedConfig):
             Width that the linear adapters give to the ConvNeXt's features. ViTs have no adapter and keep their width.
         token_stage (`int`, *optional*, defaults to 2):
             ConvNeXt stage (0 to 3) that becomes the token sequence. Stage 2 has stride 16, as in DEEM.
-        multiscale (`bool`, *optional*, defaults to `False`):
-            Whether the other ConvNeXt stages get adapters too and are returned as maps.
-        num_queries (`int`, *optional*, defaults to 0):
-            Number of queries of the resampler; 0 means no resampler. DEEM has 77.
-        resampler_hidden_size (`int`, *optional*, defaults to 768): Width of the queries.
-        resampler_num_layers (`int`, *optional*, defaults to 12): Number of resampler layers.
-        resampler_num_heads (`int`, *optional*, defaults to 12): Number of attention heads.
+        multiscale (`bool`, *optional*): Whether the other ConvNeXt stages get adapters too and are returned as maps.
+        num_queries (`int`, *optional*): Queries of the resampler; 0, the default, means no resampler. DEEM has 77.
+        resampler_hidden_size, resampler_num_layers, resampler_num_heads (`int`, *optional*, defaults to 768, 12 and
+            12): Width of the queries, layers and attention heads.
         resampler_intermediate_size (`int`, *optional*): Width of the feed-forward; four times the width by default.
         cross_attention_frequency (`int`, *optional*, defaults to 2): Every how many layers the queries read the image.
         resampler_qk_norm (`bool`, *optional*, defaults to `True`): Whether it normalises queries and keys per head.

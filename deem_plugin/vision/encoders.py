@@ -13,10 +13,8 @@ from .hf_encoder import HFEncoder
 
 class OpenClipConvNeXt(Encoder):
     """
-    ConvNeXt of open_clip (a timm trunk) with linear adapters to one width, as in DEEM.
-
-    Args:
-        config (`DeemVisionConfig`): Reads `open_clip_config`, `embed_dim`, `token_stage` and `multiscale`.
+    ConvNeXt of open_clip (a timm trunk) with linear adapters to one width, as in DEEM: by `open_clip_config`,
+    `embed_dim`, `token_stage` and `multiscale` of a config.
     """
 
     def __init__(self, config: DeemVisionConfig):
@@ -54,12 +52,8 @@ class OpenClipConvNeXt(Encoder):
 
 class OpenClipViT(Encoder):
     """
-    Vision transformer of open_clip.
-
-    Layers are counted as in Hugging Face's CLIP: the tokens are those before the final norm.
-
-    Args:
-        config (`DeemVisionConfig`): Reads `open_clip_config`.
+    Vision transformer of open_clip, by `open_clip_config` of a config. Layers are counted as in Hugging Face's CLIP:
+    the tokens are those before the final norm.
     """
 
     def __init__(self, config: DeemVisionConfig):

@@ -34,8 +34,8 @@ class HFEncoder(Encoder):
 
     Args:
         encoder (`PreTrainedConfig`): Its configuration.
-        image_size (`int`): Side of the pictures in pixels. Position embeddings are interpolated for another than its
-            own.
+        image_size (`int`): Side of the pictures in pixels; for another than its own, position embeddings are
+            interpolated.
         model (`PreTrainedModel`, *optional*): The model, instead of a new one.
     """
 

@@ -12,10 +12,8 @@ SHAPE_GRID = 112  # cells a side on which the shape of a region is read (officia
 class RegionTokens(nn.Module):
     """
     Makes tokens of a region for the queries to read (the official `mask_align`, after Osprey,
-    https://arxiv.org/abs/2312.10032, Sec. 3.2): its mean on each map, and one token of its shape.
-
-    Args:
-        dim (`int`): Width of the maps and of the tokens.
+    https://arxiv.org/abs/2312.10032, Sec. 3.2): its mean on each map, and one token of its shape. `dim` is the width
+    of maps and tokens.
     """
 
     def __init__(self, dim: int):

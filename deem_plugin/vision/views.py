@@ -4,8 +4,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-KINDS = ("image", "tile", "thumbnail", "frame")
-
 
 @dataclass
 class View:
