@@ -6,6 +6,7 @@ import torch
 from torchvision.transforms import v2
 
 from deem_plugin.data.images import load_image
+from deem_plugin.seeding import cpu_seed
 
 
 class ImageCollator:
@@ -54,6 +55,5 @@ class ImageCollator:
 
     def _crop(self, image, seed: int) -> torch.Tensor:
         # torchvision draws from the global generator of the CPU.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with cpu_seed(seed):
             return self.crop(image)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from ..vision.seeding import cpu_seed
+from ..seeding import cpu_seed
 from .diffusion_feedback import Objective
 from .timesteps import uniform
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..seeding import cpu_seed
 from ..vision.eyes import Eyes
-from ..vision.seeding import cpu_seed
 from .anchor import Anchor
 from .checkpoint import read_conditioner
 from .conditioner import Conditioner

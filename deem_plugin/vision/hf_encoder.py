@@ -7,9 +7,9 @@ import torch
 from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from ..seeding import cpu_seed
 from .encoder_output import Encoder, EncoderOutput, Tokens, to_map
 from .layouts import layout_of
-from .seeding import cpu_seed
 
 
 def own_image_size(encoder: PreTrainedConfig) -> int | None:
