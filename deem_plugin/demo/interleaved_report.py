@@ -139,8 +139,9 @@ def look_at(checkpoint: Path, fast: bool) -> Look:
     look.scores["regions"], look.examples["regions"] = _score(right, TILES**2), rows[:SHOWN]
     right, drawings = draw(model, processor, FAST_DRAWN if fast else DRAWN)
     look.scores["drawings"], look.drawings = _score(right, 1), drawings[:SHOWN]
+    beginning = processor(text=BEGINNING, return_tensors="pt")
     look.interleaved = generate_interleaved(
-        model, processor, BEGINNING, max_images=2, steps=STEPS, guidance=GUIDANCE, max_new_tokens=16, do_sample=False
+        model, processor, beginning, max_images=2, steps=STEPS, guidance=GUIDANCE, max_new_tokens=16, do_sample=False
     )
     return look
 

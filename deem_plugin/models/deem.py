@@ -1,12 +1,12 @@
 """DeemForConditionalGeneration: one causal model over interleaved text and pictures, with the paper's three losses."""
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -30,8 +30,19 @@ NEW_TOKEN_BIAS = -5.0
 HEAD_STD = 1e-3
 # Maps that a language model looks at by default: strides 8, 16 and 32 of a ConvNeXt.
 LANGUAGE_LEVELS = 3
-# What this transformers calls a causal language model's keys and values, in arguments and outputs alike.
-CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+# What of its inputs has a row for each picture.
+IMAGE_INPUTS = ("pixel_values", "region_masks")
+
+
+@contextmanager
+def _last_hidden_states(language_model):
+    """Collects the last hidden state of each call; asked for by `output_hidden_states`, all layers' would be kept."""
+    states = []
+    hook = language_model.base_model.register_forward_hook(lambda module, args, output: states.append(output[0]))
+    try:
+        yield states
+    finally:
+        hook.remove()
 
 
 @dataclass
@@ -48,7 +59,7 @@ class DeemOutput(CausalLMOutputWithPast):
             documents of the optimizer step.
         feedback (`ImageLosses`, *optional*): The same image by image, and how many of them count.
         logits (`torch.Tensor`): Shape `(batch, tokens, vocabulary)`, the new tokens last.
-        cache (`Cache`, *optional*): For the next step of `generate`; `past_key_values` before transformers 5.24.
+        cache (`Cache`, *optional*): For the next call.
         last_hidden_state (`torch.Tensor`): Of the language model, shape `(batch, tokens, hidden_size)`.
         image_tokens (`torch.Tensor`, *optional*): What the tower saw, `(images, queries, tower width)`.
         maps (`dict[str, torch.Tensor]`, *optional*): Its multi-scale maps.
@@ -87,7 +98,7 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _skip_keys_device_placement = [CACHE]
+    _skip_keys_device_placement = ["cache"]
 
     def __init__(self, config: DeemConfig, language_model=None, vision_tower=None):
         super().__init__(config)
@@ -220,6 +231,7 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
         generator: torch.Generator | None = None,
         draws: dict[str, Draws] | None = None,
         image_maps: tuple[list[torch.Tensor], torch.Tensor] | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
@@ -240,7 +252,7 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 Number of the packed document that each token belongs to, -1 at padding, `(batch, tokens)`. Documents
                 do not see each other. Without it each row is one document.
             image_loss_mask (`torch.Tensor`, *optional*): Zero where the next image is not to be learned, `(images,)`.
-            labels (`torch.Tensor`, *optional*): Token ids and -100, `(batch, tokens)`, see `make_labels`.
+            labels (`torch.Tensor`, *optional*): Token ids and -100, `(batch, tokens)`.
             num_items_in_batch (`int`, *optional*):
                 Learned tokens of the whole optimizer step, as the Trainer counts them; its micro-batches and ranks
                 then add up to the mean over all tokens.
@@ -250,7 +262,8 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
             generator (`torch.Generator`, *optional*): Source of what is drawn.
             draws (`dict[str, Draws]`, *optional*): Under `"feedback"` and `"image"`, instead of drawing.
             image_maps (`tuple`, *optional*): What an earlier step of `generate` returned under this name.
-            kwargs: The language model's own, its `cache` among them (`past_key_values` before transformers 5.24).
+            cache (`Cache`, *optional*): Of an earlier call; `input_ids` are then what comes behind.
+            kwargs: The language model's own.
 
         Returns:
             `DeemOutput`: With losses where there are labels. The two denoising losses are computed in training alone,
@@ -269,31 +282,34 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
                     inputs_embeds, input_ids, self.config.image_token_id, features.pooler_output
                 )
                 if self.language_synchroniser is not None:
-                    image_maps = self._maps_for_text(features.maps, input_ids, starts)
+                    image_maps = self._maps_for_text(features.maps, input_ids, starts, image_maps)
         if document_ids is not None and not self.config.has_defect("shared_rows"):
             # Positions that start anew, without mask and cache, tell transformers' attention of packed documents.
             position_ids, attention_mask, use_cache = positions_in_documents(document_ids), None, False
+        elif position_ids is None and isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+            # Language models with absolute positions would count padding on the left.
+            position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
 
         attached = nullcontext()
         if image_maps is not None:
             attached = self.language_synchroniser.attached(self.language_model, *image_maps)
-        with attached:
+        with attached, _last_hidden_states(self.language_model) as states:
             outputs = self.language_model(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
+                cache=cache,
                 use_cache=use_cache,
                 logits_to_keep=logits_to_keep,
-                output_hidden_states=True,
                 **kwargs,
             )
-        hidden = outputs.hidden_states[-1]
+        [hidden] = states
         kept = hidden[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else hidden[:, logits_to_keep]
         result = DeemOutput(
             logits=torch.cat([outputs.logits[..., : self.config.first_new_token_id], self.new_head(kept)], dim=-1),
             last_hidden_state=hidden,
             image_maps=image_maps,
-            **{CACHE: getattr(outputs, CACHE)},
+            cache=outputs.cache,
         )
         if features is not None:
             result.image_tokens, result.maps = features.last_hidden_state, features.maps
@@ -342,12 +358,24 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
             result.image_loss = share * image_loss(self, reading, draws.get("image"), generator)
             result.loss = result.loss + config.image_weight * result.image_loss
 
-    def _maps_for_text(self, maps, input_ids, starts):
-        """Returns the maps that the language model looks at, arranged by rows, and which token sees which."""
+    def _maps_for_text(self, maps, input_ids, starts, before=None):
+        """
+        Returns the maps that the language model looks at, arranged by rows, and which token sees which; those of an
+        earlier call (`before`) come first and are seen by all that its last token was.
+        """
         start, slot = self.config.image_start_token_id, self.config.image_token_id
         levels = self.config.language_synchroniser.get("num_levels", LANGUAGE_LEVELS)
         chosen = positioned_maps(maps)[-levels:]  # the finest ones cost most and tell a language model least
-        return by_rows(chosen, self._pictures_by_row(input_ids)), visible_images(input_ids, starts, start, slot)
+        levels, visible = (
+            by_rows(chosen, self._pictures_by_row(input_ids)),
+            visible_images(input_ids, starts, start, slot),
+        )
+        if before is not None:
+            # The start of a picture that the row begins with was the last token of the earlier call.
+            own = visible.new_ones(*visible.shape[:2], levels[0].shape[1] - visible.shape[2])
+            visible = torch.cat([before[1][:, -1:].expand(-1, input_ids.shape[1], -1), own, visible], dim=2)
+            levels = [torch.cat(pair, dim=1) for pair in zip(before[0], levels, strict=True)]
+        return levels, visible
 
     def _pictures_by_row(self, input_ids) -> list[int]:
         """Counts the pictures that each row shows; one that is yet to be drawn has a start, but no slots."""
@@ -365,7 +393,7 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
         """Repeats the pictures of a row together, so that those of several rows do not mix under beam search."""
-        of_images = {name: kwargs.pop(name, None) for name in ("pixel_values", "region_masks")}
+        of_images = {name: kwargs.pop(name, None) for name in IMAGE_INPUTS}
         counts = self._pictures_by_row(input_ids)
         for name, value in of_images.items():
             if value is not None and expand_size > 1:

@@ -5,16 +5,13 @@ from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
 from ..feedback.sampling import sample_pictures
+from .deem import IMAGE_INPUTS
 from .denoising import attached_previous, image_contexts
 from .interleaving import image_places, row_starts
 from .processing import IMAGE_START_TOKEN
 
 GUIDANCE = 3.5  # of the authors
 STEPS = 50  # the authors take 250 of DDPM
-
-
-def _seeded(seeds, device) -> list[torch.Generator]:
-    return [torch.Generator(device=device).manual_seed(seed) for seed in seeds]
 
 
 @torch.no_grad()
@@ -34,65 +31,112 @@ def generate_images(model, inputs, seeds, *, steps=STEPS, guidance=GUIDANCE, sch
     Raises:
         ValueError: If no diffusion model is attached, or a row has no image start.
     """
-    if model.diffusion_model is None:
-        raise ValueError(
-            "Drawing needs the diffusion model: call `model.attach_diffusion_model(load_diffusion_model(PATH))` first."
-        )
+    _check_diffusion_model(model)
     ids = inputs["input_ids"]
-    rows, places = image_places(ids, model.config.image_start_token_id)
-    absent = sorted(set(range(len(ids))) - set(rows.tolist()))
-    if absent:
-        raise ValueError(f"Rows {absent} have no {IMAGE_START_TOKEN}; end each text where the picture is to begin.")
-    last = [int((rows == row).nonzero()[-1]) for row in range(len(ids))]
-    output = model(**inputs)
+    output = model(**inputs, logits_to_keep=1)
     starts = row_starts(ids, inputs.get("attention_mask"))
-    context, _ = image_contexts(model, output.last_hidden_state, ids, starts)
-    # The null context hides what was read, not the picture before: guidance leads away from it with its maps.
-    with attached_previous(model, output.maps, ids, starts, chosen=last, repeats=1 if guidance == 1.0 else 2):
-        pictures = sample_pictures(
-            model.diffusion_model.to(context.device),
-            context[last],
-            steps=steps,
-            scheduler=scheduler,
-            guidance=guidance,
-            null_context=model.image_decoder.null_context,
-            generator=_seeded(seeds, context.device),
-        )
-    return [to_pil_image(picture.cpu()) for picture in pictures]
+    options = {"steps": steps, "guidance": guidance, "scheduler": scheduler}
+    return _draw(model, ids, starts, output.last_hidden_state, output.maps, seeds, options)
 
 
 @torch.no_grad()
 def generate_interleaved(
-    model, processor, prompt, images=(), *, seed=0, max_images=4, steps=STEPS, guidance=GUIDANCE, **generation
+    model, processor, inputs, *, seed=0, max_images=4, steps=STEPS, guidance=GUIDANCE, **generation
 ) -> list[str | Image.Image]:
     """
     Writes and draws in turn: stops at an image start, draws the picture, reads it, and goes on.
 
+    Every token is read once and as it was written: what was generated is decoded for the caller alone.
+
     Args:
         model (`DeemForConditionalGeneration`): With a diffusion model attached.
         processor (`DeemProcessor`): Of the model.
-        prompt (`str`): Text with marks.
-        images (`Sequence[Image.Image]`, *optional*): The pictures of the marks.
+        inputs (`dict`): What the processor makes of one prompt and its pictures.
         seed (`int`, *optional*): Of the first picture; each further one has the next number.
         max_images (`int`, *optional*, defaults to 4): Pictures to draw at most.
         steps, guidance: As in [`sample_pictures`].
-        generation: For `model.generate`; `max_new_tokens` counts for each stretch of text.
+        generation: For `model.generate`, greedy or sampled; `max_new_tokens` counts for each stretch of text.
 
     Returns:
         `list[str | Image.Image]`: What came, in order.
+
+    Raises:
+        ValueError: If no diffusion model is attached, or several beams are asked for.
     """
-    parts, images = [], list(images)
-    start = model.config.image_start_token_id
-    while True:
-        inputs = processor(text=prompt, images=images or None, return_tensors="pt").to(model.device)
-        new = model.generate(**inputs, **generation)[0, inputs["input_ids"].shape[1] :]
-        text = processor.tokenizer.decode(new, skip_special_tokens=True)
-        if text:
-            parts.append(text)
-        if start not in new.tolist() or sum(not isinstance(part, str) for part in parts) == max_images:
-            return parts
-        drawn = processor(text=prompt + text + IMAGE_START_TOKEN, images=images or None, return_tensors="pt")
-        [picture] = generate_images(model, drawn.to(model.device), [seed], steps=steps, guidance=guidance)
-        parts.append(picture)
-        images.append(picture)
-        prompt, seed = prompt + text + processor.image_token, seed + 1
+    _check_diffusion_model(model)
+    if generation.get("num_beams", model.generation_config.num_beams or 1) > 1:
+        raise ValueError("Text and pictures in turn are greedy or sampled; leave `num_beams` out.")
+    ids, shown = inputs["input_ids"], {name: value for name, value in inputs.items() if name in IMAGE_INPUTS}
+    start, slots = model.config.image_start_token_id, [model.config.image_token_id] * processor.num_image_tokens
+    options = {"steps": steps, "guidance": guidance, "scheduler": None}
+    parts, drawn, read = [], 0, []  # `read` holds the output of each call of the model
+    hook = model.register_forward_hook(lambda module, args, output: read.append(output))
+    try:
+        while True:
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                **shown,
+                return_dict_in_generate=True,
+                **_state(read),
+                **generation,
+            )
+            new, ids = output.sequences[0, ids.shape[1] :], output.sequences
+            if text := processor.tokenizer.decode(new, skip_special_tokens=True):
+                parts.append(text)
+            if start not in new[-1:] or drawn == max_images:
+                return parts
+            model(input_ids=ids[:, -1:], attention_mask=torch.ones_like(ids), logits_to_keep=1, **_state(read))
+            hidden = torch.cat([each.last_hidden_state for each in read], dim=1)
+            seen = [each.maps for each in read if each.maps is not None]
+            maps = {name: torch.cat([each[name] for each in seen]) for name in seen[0]} if seen else None
+            [picture] = _draw(model, ids, torch.zeros_like(ids), hidden, maps, [seed + drawn], options)
+            parts.append(picture)
+            drawn += 1
+            pixels = processor.image_processor(picture, return_tensors="pt")["pixel_values"]
+            shown = {"pixel_values": pixels.to(model.device)}
+            ids = torch.cat([ids, ids.new_tensor([slots])], dim=1)
+    finally:
+        hook.remove()
+
+
+def _state(read: list) -> dict:
+    """Returns what the next call of the model goes on from."""
+    return {"cache": read[-1].cache, "image_maps": read[-1].image_maps} if read else {}
+
+
+def _check_diffusion_model(model) -> None:
+    if model.diffusion_model is None:
+        raise ValueError(
+            "Drawing needs the diffusion model: call `model.attach_diffusion_model(load_diffusion_model(PATH))` first."
+        )
+
+
+def _draw(model, ids, starts, hidden, maps, seeds, options) -> list[Image.Image]:
+    """
+    Draws at the last image start of each row.
+
+    Args:
+        ids, starts (`torch.Tensor`): Tokens, and where the document of each begins, `(rows, tokens)`.
+        hidden (`torch.Tensor`): Last hidden state of the language model, `(rows, tokens, hidden_size)`.
+        maps (`dict[str, torch.Tensor]`, *optional*): The tower's maps of the pictures that were read.
+        seeds (`list[int]`): One for each row.
+        options (`dict`): `steps`, `guidance` and `scheduler` of [`sample_pictures`].
+    """
+    rows, _ = image_places(ids, model.config.image_start_token_id)
+    absent = sorted(set(range(len(ids))) - set(rows.tolist()))
+    if absent:
+        raise ValueError(f"Rows {absent} have no {IMAGE_START_TOKEN}; end each text where the picture is to begin.")
+    last = [int((rows == row).nonzero()[-1]) for row in range(len(ids))]
+    context, _ = image_contexts(model, hidden, ids, starts)
+    # The null context hides what was read, not the picture before: guidance leads away from it with its maps.
+    repeats = 1 if options["guidance"] == 1.0 else 2
+    with attached_previous(model, maps, ids, starts, chosen=last, repeats=repeats):
+        pictures = sample_pictures(
+            model.diffusion_model.to(context.device),
+            context[last],
+            null_context=model.image_decoder.null_context,
+            generator=[torch.Generator(device=context.device).manual_seed(seed) for seed in seeds],
+            **options,
+        )
+    return [to_pil_image(picture.cpu()) for picture in pictures]

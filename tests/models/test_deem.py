@@ -4,16 +4,24 @@ import pytest
 import torch
 from PIL import Image
 from torchvision.transforms.functional import to_tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
 
 from deem_plugin.feedback import load_diffusion_model
-from deem_plugin.models import Draws, generate_images, generate_interleaved
+from deem_plugin.models import Draws, assemble_deem, drawing, generate_images, generate_interleaved
 from deem_plugin.models.denoising import image_contexts
 from deem_plugin.models.interleaving import row_starts
 
-from ..feedback.tiny_diffusion_models import save_diffusion_model
+from ..feedback.tiny_diffusion_models import CONTEXT_DIM, save_diffusion_model
+from ..text_tokenizers import TOKENIZERS
 from ..tiny import tiny_image
-from .tiny_deem import QUERIES, official_labels, tiny_deem, tiny_language_model, tiny_tower
+from .tiny_deem import QUERIES, language_tokenizer, official_labels, tiny_deem, tiny_language_model, tiny_tower
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +42,6 @@ TEXTS = ["<image>a red cat<image>and a dog", "some words<image>yes"]
 
 def test_the_parts_are_taken_as_they_are():
     torch.manual_seed(3)
-    from deem_plugin.models import assemble_deem
-
-    from .tiny_deem import language_tokenizer
-
     tokenizer = language_tokenizer()
     language_model, tower = tiny_language_model(tokenizer), tiny_tower()
     before = {k: v.clone() for part in (language_model, tower) for k, v in part.state_dict().items()}
@@ -240,12 +244,15 @@ def test_pictures_depend_on_text_and_seed_alone(diffusion_model):
         generate_images(model, processor(text=["no picture"], return_tensors="pt"), [1])
 
 
-def test_a_drawing_sees_the_picture_before_it_in_its_own_row(diffusion_model):
+def model_with_maps(diffusion_model, **options):
+    """Makes a model whose language model and UNet both see the pictures' maps well."""
     unet = {
         key: diffusion_model.denoiser.model.config[key]
         for key in ("sample_size", "block_out_channels", "layers_per_block")
     }
-    model, processor = tiny_deem(**WITH_MAPS, unet_synchroniser={"unet": unet, "inner_dim": 32, "num_heads": 4})
+    model, processor = tiny_deem(
+        **options, **WITH_MAPS, unet_synchroniser={"unet": unet, "inner_dim": 32, "num_heads": 4}
+    )
     model.attach_diffusion_model(diffusion_model)
     open_gates(model)
     with torch.no_grad():
@@ -253,7 +260,11 @@ def test_a_drawing_sees_the_picture_before_it_in_its_own_row(diffusion_model):
             torch.nn.init.normal_(block.zero.weight, std=5.0)
         for adapter in model.vision_tower.encoder.adapters.parameters():
             torch.nn.init.normal_(adapter)  # beside positions of size one, new adapters would not be seen
-    model.eval()
+    return model.eval(), processor
+
+
+def test_a_drawing_sees_the_picture_before_it_in_its_own_row(diffusion_model):
+    model, processor = model_with_maps(diffusion_model)
     images = [tiny_image(index, size=(64, 64)) for index in range(3)]
     texts = ["<image>a cat<image_start>", "<image>b<image>and so on<image_start>"]
 
@@ -272,24 +283,120 @@ def test_a_drawing_sees_the_picture_before_it_in_its_own_row(diffusion_model):
     assert (to_tensor(other) - to_tensor(alone[0])).abs().max() > 0.02
 
 
-def test_text_and_pictures_come_in_turn_and_are_reproducible(diffusion_model, monkeypatch):
+class Scripted(LogitsProcessor):
+    """Has a model say what is written."""
+
+    def __init__(self, tokens):
+        self.tokens = iter(tokens)
+
+    def __call__(self, input_ids, scores):
+        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([next(self.tokens)]), 0.0)
+
+
+@pytest.mark.parametrize("kind", [*TOKENIZERS, "with maps"])
+def test_text_and_pictures_come_in_turn_from_the_very_tokens_that_were_generated(diffusion_model, kind, monkeypatch):
+    tokenizer = TOKENIZERS.get(kind, TOKENIZERS["metaspace"])()
+    given = {"tokenizer": tokenizer, "language_options": {"eos_token_id": tokenizer.eos_token_id}}
+    if kind == "with maps":
+        model, processor = model_with_maps(diffusion_model, **given)
+    else:
+        model, processor = tiny_deem(**given)
+        model.attach_diffusion_model(diffusion_model)
+        model.eval()
+    contexts, maps, attach = [], [], drawing.attached_previous
+
+    def sample(diffusion_model, context, **options):
+        contexts.append(context)
+        return torch.rand(1, 3, 32, 32, generator=options["generator"][0])
+
+    def attached(model, shown, *args, **options):
+        maps.append(shown)
+        return attach(model, shown, *args, **options)
+
+    monkeypatch.setattr(drawing, "sample_pictures", sample)
+    monkeypatch.setattr(drawing, "attached_previous", attached)
+    start, slots = processor.image_start_token_id, [processor.image_token_id] * QUERIES
+    words = tokenizer(["big red dog", " yes", "no"], add_special_tokens=False)["input_ids"]
+    # As no tokenizer would write it: letter by letter.
+    spelt = tokenizer.convert_tokens_to_ids(list("red"))
+    says = [[*words[0], start], [*spelt, *words[1], start], [*words[2], tokenizer.eos_token_id]]
+    given = processor(text="<image>a", images=[tiny_image(0, size=(64, 64))], return_tensors="pt")
+    read = []
+    hook = model.register_forward_pre_hook(lambda _, args, inputs: read.append(inputs["input_ids"]), with_kwargs=True)
+
+    script = LogitsProcessorList([Scripted(sum(says, []))])
+    parts = generate_interleaved(model, processor, given, seed=5, steps=1, logits_processor=script, max_new_tokens=20)
+
+    hook.remove()
+    written = given["input_ids"][0].tolist() + says[0] + slots + says[1] + slots + says[2]
+    assert torch.cat(read, dim=1)[0].tolist() == written[:-1]
+    assert parts[::2] == [tokenizer.decode(stretch[:-1]) for stretch in says]
+    # Each picture is that of all that stands before it, read at once and without a cache.
+    pixels = given["pixel_values"]
+    for number, picture in enumerate(parts[1::2]):
+        end = [place for place, one in enumerate(written) if one == start][number + 1] + 1
+        before = {"input_ids": torch.tensor([written[:end]]), "pixel_values": pixels}
+        [expected] = generate_images(model, before, [5 + number], steps=1)
+        assert picture.tobytes() == expected.tobytes()
+        torch.testing.assert_close(contexts[number], contexts[-1], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(maps[number], maps[-1], atol=1e-5, rtol=1e-5)
+        assert {len(level) for level in maps[number].values()} <= {number + 1}
+        drawn = processor.image_processor(picture, return_tensors="pt")["pixel_values"]
+        pixels = torch.cat([pixels, drawn])
+    assert len(parts) == 5 and (contexts[0] - contexts[1]).abs().max() > 1e-3
+
+
+def test_text_and_pictures_are_not_searched_by_beams(diffusion_model):
     model, processor = tiny_deem()
+    inputs = processor(text="a", return_tensors="pt")
+
+    with pytest.raises(ValueError, match="needs the diffusion model"):
+        generate_interleaved(model, processor, inputs)
     model.attach_diffusion_model(diffusion_model)
-    model.eval()
-    start, end = processor.image_start_token_id, 2
-    script = iter(2 * [[70, 71, start], [72, start], [73, end]])
-    prompts = []
+    with pytest.raises(ValueError, match="leave `num_beams` out"):
+        generate_interleaved(model, processor, inputs, num_beams=2)
 
-    def scripted(input_ids, **kwargs):
-        prompts.append((input_ids.shape[1], len(kwargs.get("pixel_values", []))))
-        return torch.cat([input_ids, torch.tensor([next(script)])], dim=1)
 
-    monkeypatch.setattr(model, "generate", scripted)
-    one, two = (generate_interleaved(model, processor, "draw", seed=5, steps=2) for _ in range(2))
+def test_no_more_is_kept_of_a_row_than_is_asked_for():
+    model, processor = tiny_deem()
+    inputs = inputs_of(processor, TEXTS[1:], 1)
+    del inputs["labels"]
+    sizes = []
+    model.language_model.get_output_embeddings().register_forward_hook(lambda _, args, out: sizes.append(out.shape[1]))
+    asked = []
+    model.language_model.register_forward_pre_hook(lambda _, args, kwargs: asked.append(kwargs), with_kwargs=True)
 
-    assert [type(part) is str for part in one] == [True, False, True, False, True]
-    assert [part if isinstance(part, str) else part.tobytes() for part in one] == [
-        part if isinstance(part, str) else part.tobytes() for part in two
-    ]
-    assert one[1].tobytes() != one[3].tobytes()
-    assert [pictures for _, pictures in prompts[:3]] == [0, 1, 2]  # it reads what it drew
+    whole = model.eval()(**inputs)
+    few = model(**inputs, logits_to_keep=torch.tensor([2, 5]))
+    model.generate(**inputs, max_new_tokens=2, do_sample=False)
+
+    torch.testing.assert_close(few.logits, whole.logits[:, [2, 5]])
+    assert sizes == [inputs["input_ids"].shape[1], 2, 1, 1]
+    assert not any(kwargs.get("output_hidden_states") for kwargs in asked)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_moves_no_token_of_a_model_with_absolute_positions(diffusion_model, side):
+    tokenizer = language_tokenizer()
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=64, bos_token_id=1)
+    language_model = GPT2LMHeadModel(config)
+    torch.nn.init.normal_(language_model.transformer.wpe.weight, std=0.5)
+    model, processor = assemble_deem(
+        language_model, tokenizer, tiny_tower(), context_dim=CONTEXT_DIM, image_decoder_heads=4
+    )
+    model.attach_diffusion_model(diffusion_model)
+    texts = ["a red cat<image_start>", "a blue and very big dog<image_start>"]
+    batch = processor(text=texts, padding=True, padding_side=side, return_tensors="pt")
+    alone = processor(text=texts[:1], return_tensors="pt")
+
+    hidden = model.eval()(**batch).last_hidden_state[0][batch["attention_mask"][0].bool()]
+    pictures = generate_images(model, batch, [1, 2], steps=1)
+
+    torch.testing.assert_close(hidden, model(**alone).last_hidden_state[0], atol=1e-5, rtol=1e-5)
+    [picture] = generate_images(model, alone, [1], steps=1)
+    assert (to_tensor(pictures[0]) - to_tensor(picture)).abs().max() < 0.02
+    if side == "left":
+        answers = model.generate(**batch, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
+        answer = model.generate(**alone, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert answers[0, -3:].tolist() == answer[0, -3:].tolist()

@@ -7,7 +7,6 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import CheckpointError
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from deem_plugin.models.deem import CACHE
 from deem_plugin.models.language_synchroniser import LanguageModelSynchroniser, decoder_layers
 from deem_plugin.models.official import convert_names
 from deem_plugin.vision.deformable import image_features
@@ -186,10 +185,10 @@ def test_new_tokens_may_bring_their_own_row_of_the_mask():
         expected = language_model(TOKENS).logits
 
     with synchroniser.attached(language_model, maps, MASK[:, :5]):
-        cache = getattr(language_model(TOKENS[:, :5], use_cache=True), CACHE)
+        cache = language_model(TOKENS[:, :5], use_cache=True).cache
     for place in range(5, 9):
         with synchroniser.attached(language_model, maps, MASK[:, place : place + 1]):
-            step = language_model(TOKENS[:, place : place + 1], use_cache=True, **{CACHE: cache})
+            step = language_model(TOKENS[:, place : place + 1], use_cache=True, cache=cache)
         torch.testing.assert_close(step.logits[:, 0], expected[:, place], **VALUES)
 
 

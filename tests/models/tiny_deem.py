@@ -72,10 +72,10 @@ def tiny_language_model(tokenizer, **options) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**config | options))
 
 
-def tiny_deem(seed: int = 0, language_options=None, tower_options=None, **options):
+def tiny_deem(seed: int = 0, language_options=None, tower_options=None, tokenizer=None, **options):
     """Makes model and processor; heads and queries start large enough for a test to see what comes through them."""
     torch.manual_seed(seed)
-    tokenizer = language_tokenizer()
+    tokenizer = tokenizer or language_tokenizer()
     model, processor = assemble_deem(
         tiny_language_model(tokenizer, **language_options or {}),
         tokenizer,
