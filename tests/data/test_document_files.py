@@ -12,8 +12,8 @@ from deem_plugin.data.document_collator import DocumentCollator
 from deem_plugin.data.document_files import list_documents, write_documents
 from deem_plugin.data.examples import Examples
 from deem_plugin.data.parts import region_of
-from deem_plugin.models.interleaving import make_labels
 
+from ..models.official_labels import make_labels
 from ..models.tiny_deem import QUERIES, SIZE, tiny_deem
 from ..tiny import tiny_image
 

@@ -8,6 +8,8 @@ from safetensors.torch import load_file
 
 from deem_plugin.models import interleaving as il
 
+from .official_labels import latest_places, make_labels
+
 VALUES = {"atol": 1e-5, "rtol": 1e-5}
 BOS, IMAGE, START = 1, 101, 100
 IDS = {"bos_token_id": BOS, "image_token_id": IMAGE, "image_start_token_id": START}
@@ -30,7 +32,7 @@ def case(shared_dir):
 def test_labels_are_the_official_ones(case, shared_dir, name, options):
     shifted = json.loads((shared_dir / "parity/f4_labels.json").read_text())["labels_shifted_left_by_one"][name]
 
-    labels = il.make_labels(case["text_ids"], case["attention_mask"], **IDS, **options)
+    labels = make_labels(case["text_ids"], case["attention_mask"], **IDS, **options)
 
     assert labels[:, 1:].tolist() == shifted
     assert (labels[:, 0] == -100).all()
@@ -48,7 +50,7 @@ def test_pictures_fill_their_slots_and_the_start_is_added_by_the_embedding(case)
 
 
 def test_a_token_sees_the_pictures_of_its_own_document_that_began_before_it(case):
-    visible = il.visible_images(case["text_ids"], il.latest_places(case["text_ids"], BOS), START, IMAGE)
+    visible = il.visible_images(case["text_ids"], latest_places(case["text_ids"], BOS), START, IMAGE)
 
     assert torch.equal(visible.float(), case["cross_attention_mask"])
     none = il.visible_images(torch.tensor([[BOS, 5, 6]]), torch.zeros(1, 3), START, IMAGE)
@@ -62,7 +64,7 @@ def test_contexts_run_back_to_the_start_of_the_document(case, documents):
     rows, places = il.image_places(case["text_ids"], START)
     starts = case["nearest_bos_idxs"] if documents == "bos" else torch.zeros_like(places)
     if documents == "bos":
-        assert torch.equal(il.latest_places(case["text_ids"], BOS)[rows, places], starts)
+        assert torch.equal(latest_places(case["text_ids"], BOS)[rows, places], starts)
     decoder = ImageDecoder(64, 64, num_queries=8, num_heads=4)
     decoder.projection.load_state_dict(
         {"weight": case["context_feat_proj.weight"], "bias": case["context_feat_proj.bias"]}
@@ -85,7 +87,7 @@ def test_left_padding_and_documents_without_a_first_token_begin_with_the_row():
 
     starts = il.row_starts(input_ids, document_ids=torch.tensor([[-1, -1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1]]))
     visible = il.visible_images(input_ids, starts, START, IMAGE)
-    labels = il.make_labels(input_ids, attention_mask, **IDS)
+    labels = make_labels(input_ids, attention_mask, **IDS)
 
     assert starts.tolist() == [[0, 0, 2, 2, 2, 2, 2], [0, 0, 0, 0, 4, 4, 4]]
     assert il.row_starts(input_ids, attention_mask).tolist() == [[2] * 7, [0] * 7]
@@ -93,11 +95,11 @@ def test_left_padding_and_documents_without_a_first_token_begin_with_the_row():
     assert visible[1, :, 0].tolist() == [False] * 2 + [True] * 2 + [False] * 3
     assert visible[1, :, 1].tolist() == [False] * 6 + [True]
     assert labels[0].tolist() == [-100, -100, -100, 5, START, -100, 6]
-    padded = il.make_labels(input_ids, torch.ones_like(attention_mask), **IDS, pad_token_id=0)
+    padded = make_labels(input_ids, torch.ones_like(attention_mask), **IDS, pad_token_id=0)
     assert torch.equal(padded, labels)
     assert labels[1].tolist() == [7, START, -100, 8, -100, -100, -100]
     with pytest.raises(ValueError, match="3 prompt lengths for 2 rows"):
-        il.make_labels(input_ids, attention_mask, **IDS, prompt_lengths=[1, 2, 3])
+        make_labels(input_ids, attention_mask, **IDS, prompt_lengths=[1, 2, 3])
 
 
 def test_a_picture_that_is_yet_to_be_drawn_is_not_looked_at():

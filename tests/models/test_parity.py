@@ -9,11 +9,12 @@ from safetensors.torch import load_file
 from deem_plugin.feedback.timesteps import shrink_timesteps
 from deem_plugin.models.configuration import DeemConfig
 from deem_plugin.models.deem import DeemForConditionalGeneration
-from deem_plugin.models.interleaving import fill_image_slots, make_labels
+from deem_plugin.models.interleaving import fill_image_slots
 from deem_plugin.models.losses import Draws
 from deem_plugin.models.official import convert_state_dict
 
 from ..parity_weights import parity_generator, parity_text_config, parity_tower_config
+from .official_labels import make_labels
 
 VALUES = {"atol": 1e-5, "rtol": 1e-5}
 GRADIENTS = 1e-4  # relative

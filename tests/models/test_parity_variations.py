@@ -14,6 +14,7 @@ from deem_plugin.models.official import convert_state_dict
 from deem_plugin.vision import DeemVisionConfig, DeemVisionTower
 
 from ..parity_weights import parity_tower_config, tower_weights
+from .official_labels import make_labels
 from .test_parity import (  # noqa: F401  (fixtures)
     START,
     VALUES,
@@ -62,8 +63,8 @@ def test_labels_places_contexts_and_what_is_seen_are_those_of_an_oracle(seed):
     """The rules of the official code as prose, over every token in loops."""
     ids, mask, numbers = random_batch(seed)
     starts = il.row_starts(ids, mask, numbers)
-    labels = il.make_labels(ids, mask, bos_token_id=BOS, image_token_id=SLOT, image_start_token_id=START)
-    behind = il.make_labels(ids, mask, bos_token_id=BOS, image_token_id=SLOT, image_start_token_id=START, after=START)
+    labels = make_labels(ids, mask, bos_token_id=BOS, image_token_id=SLOT, image_start_token_id=START)
+    behind = make_labels(ids, mask, bos_token_id=BOS, image_token_id=SLOT, image_start_token_id=START, after=START)
     visible = il.visible_images(ids, starts, START, SLOT)
     rows, places = il.image_places(ids, START)
     previous = il.previous_images(rows, places, starts[rows, places])

@@ -5,10 +5,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from deem_plugin.models import assemble_deem
-from deem_plugin.models.interleaving import make_labels
 from deem_plugin.vision import DeemVisionConfig, DeemVisionTower
 
 from ..feedback.tiny_diffusion_models import CONTEXT_DIM
+from .official_labels import make_labels
 
 QUERIES = 4
 SIZE = 64  # pixels of the tower
