@@ -18,8 +18,10 @@ from transformers import (
     LlamaConfig,
 )
 
+from deem_plugin.data.chat import render_chat
 from deem_plugin.data.document_files import write_documents
 from deem_plugin.data.region_sets import list_regions
+from deem_plugin.evaluation.pope import import_pope
 from deem_plugin.feedback import DiffusionFeedback, load_diffusion_model
 from deem_plugin.models import DeemConfig, DeemForConditionalGeneration
 from deem_plugin.models.denoising import restorable_pictures
@@ -28,8 +30,10 @@ from deem_plugin.training.recipes import load_recipe
 from deem_plugin.training.run import train
 
 from ..data.test_region_sets import write_sources
+from ..evaluation.helpers import evaluated, offline_env, write_all_questions, write_pope_files
 from ..feedback.tiny_diffusion_models import save_diffusion_model
 from ..models.tiny_deem import language_tokenizer, tiny_deem, tiny_language_model, tiny_tower
+from ..text_tokenizers import metaspace_bpe
 from ..tiny import tiny_image
 from .helpers import tiny_overrides
 from .interleaved_step import TEXTS, Examples, one_step
@@ -157,6 +161,15 @@ def language_model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def bare_language_model(tmp_path_factory):
+    """As Vicuna comes: with SentencePiece's tokens, and neither a chat template nor a padding token."""
+    folder, tokenizer = tmp_path_factory.mktemp("bare"), metaspace_bpe()
+    tiny_language_model(tokenizer, pad_token_id=None).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def tower(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tower")
     tiny_tower(multiscale=True).save_pretrained(folder)
@@ -227,8 +240,9 @@ def documents(parts):
 
 
 @pytest.mark.parametrize("size", ["tiny", pytest.param("7b", marks=pytest.mark.slow)])
-def test_the_shipped_stages_run_one_after_another(size, parts, documents, language_model, tower, tmp_path):
+def test_the_shipped_stages_run_one_after_another(size, parts, documents, tower, tmp_path, request):
     """With tiny parts in place of the recipes' own, each stage starting from what the one before has saved."""
+    language_model = request.getfixturevalue("language_model" if size == "tiny" else "bare_language_model")
     diffusion_model, start = save_diffusion_model(tmp_path / "diffusion_model", "sd1"), None
     for stage in ("pretrain", "tune", "regions"):
         name = f"deem-{size}-{stage}"
@@ -260,6 +274,25 @@ def test_the_shipped_stages_run_one_after_another(size, parts, documents, langua
     assert (
         AutoProcessor.from_pretrained(start).image_processor.crop_size.height == model.config.vision_config.image_size
     )
+    if size == "7b":
+        assert_answers_questions(start, tmp_path / "evaluation")
+
+
+def assert_answers_questions(checkpoint, folder):
+    """Has lmms-eval ask a model RobustVQA and stock POPE, in a process without network."""
+    pope = write_pope_files(folder / "pope")
+    import_pope(pope, pope / "images", folder / "hf" / "datasets")
+    env = {**offline_env(folder), "DEEM_HOME": str(write_all_questions(folder / "home"))}
+
+    results = evaluated({"pretrained": checkpoint}, "robustvqa,pope", folder / "out", batch_size=2, env=env, limit=2)
+
+    assert {"robustvqa_a", "robustvqa_r", "robustvqa_v2", "pope"} <= results["results"].keys()
+    log = next((folder / "out").rglob("*_samples_pope.jsonl")).read_text().splitlines()
+    # Vicuna's form: the tokenizer brings none.
+    assert len(log) == 2 and all(json.loads(line)["resps"] for line in log)
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    prompt = render_chat(processor, [{"role": "user", "content": [{"type": "text", "text": "yes?"}]}], True)
+    assert prompt.startswith("<s>A chat between a curious human") and prompt.endswith("USER: yes? ASSISTANT:")
 
 
 def write_shards(folder):
