@@ -341,7 +341,8 @@ def test_a_recipe_reads_shards(parts, language_model, tower, tmp_path):
         load_recipe(write_recipe(tmp_path, sections | {"data": {"kind": "shards"}}))
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_on_shards_resumes_where_it_was(parts, language_model, tower, tmp_path, workers):
     """Five steps in one go, and two of them after a stop behind the third: more documents than the shards hold."""
     write_shards(tmp_path)

@@ -216,7 +216,7 @@ def test_a_broken_picture_stops_the_run_and_leaves_no_model(parts, tmp_path, dam
     (tmp_path / "data.json").write_text(json.dumps(records))
     settings = {"data__path": tmp_path / "data.json", "data__image_dir": tmp_path / "images", "training__max_steps": 4}
 
-    with pytest.raises(ValueError, match="5.png.* (does not exist|cannot be read)"):
+    with pytest.raises(ValueError, match="5.png (of record 5 .* does not exist|cannot be read)"):
         train(recipe_for("tiny-tune", parts, tmp_path / "out", **settings))
     assert list((tmp_path / "out").glob("*checkpoint*")) == [] and not (tmp_path / "out" / "final").exists()
 
