@@ -22,6 +22,10 @@ from .shard_files import jpeg, write_tar
 BATCH = 2
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def write_pairs(folder, shards, broken=()):
     """Writes shards of three to six captioned pictures; every fifth caption is short, the `broken` are cut off."""
     for shard in range(shards):
@@ -88,7 +92,7 @@ def test_each_document_comes_once_an_epoch_in_another_order(tmp_path, shards, ra
     assert first != second and first != sorted(first)
 
 
-@pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (2, 0), (2, 2), (4, 0)])
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (2, 0), (2, 2), (4, 0), slow(4, 2)])
 def test_neither_workers_nor_a_stop_change_the_order_or_what_is_skipped(tmp_path, ranks, workers):
     """In the middle of an epoch and with broken pictures, for two epochs."""
     shards = write_pairs(tmp_path, 3, broken=("0001", "2000"))

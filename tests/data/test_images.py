@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps
 
-from deem_plugin.data.images import load_image, load_mask
+from deem_plugin.data.images import _no_truncation, load_image, load_mask
 from deem_plugin.data.tables import BrokenSample
 
 from ..tiny import tiny_image
@@ -127,12 +127,22 @@ def test_damaged_exif_data_are_told_by_the_file(tmp_path, monkeypatch):
         load_image(tmp_path / "image.png")
 
 
+def test_the_setting_of_another_library_comes_back_behind_the_last_reader(monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+
+    with _no_truncation:
+        with _no_truncation:
+            pass
+        assert ImageFile.LOAD_TRUNCATED_IMAGES is False
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+
+
 def test_threads_leave_the_setting_of_another_library_as_it_was(tmp_path, monkeypatch):
     tiny_image(0, (64, 48)).save(tmp_path / "image.png")
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
 
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(load_image, [tmp_path / "image.png"] * 400))
+        list(pool.map(load_image, [tmp_path / "image.png"] * 200))
 
     assert ImageFile.LOAD_TRUNCATED_IMAGES is True
 
