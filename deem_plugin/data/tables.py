@@ -106,7 +106,7 @@ class Listing:
         from datasets.exceptions import DatasetGenerationError
 
         # The version of the layout is part of the key, so that a later change of it never reads an old file.
-        key = f"2|{self.rows.__qualname__}|{self.stamp}"
+        key = f"2|{self.rows.__module__}.{self.rows.__qualname__}|{self.stamp}"
         texts = List(Value("string"))
         fate = {"files": texts, "notes": texts, "left_out": Value("string"), "problem": Value("string")}
         try:

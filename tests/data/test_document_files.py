@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from deem_plugin.data.conversations import list_conversations
 from deem_plugin.data.document_collator import DocumentCollator
 from deem_plugin.data.document_files import list_documents, write_documents
 from deem_plugin.data.examples import Examples
@@ -52,6 +53,16 @@ def test_documents_come_back_as_they_were_written(folder):
     assert [part["text"] for part in first] == ["a cat", None, "and"]
     assert first[1]["image"] == str(folder / "0.png") and first[1]["box"] is None and first[1]["mask"] is None
     assert table[1]["parts"][0]["box"] == [0, 0, 32, 64]
+
+
+def test_a_file_may_be_read_in_two_ways_from_one_cache(folder):
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    path = write_documents(folder / "both.jsonl", [{"parts": ["a cat"], "messages": turns}])
+
+    listings = list_documents(path), list_conversations(path)
+
+    document, conversation = (listing.read(cache_dir=folder / "cache")[0] for listing in listings)
+    assert document["parts"][0]["text"] == "a cat" and conversation["messages"] == turns
 
 
 def test_regions_stay_as_they_are_given_until_the_processor_takes_them(folder):

@@ -123,7 +123,8 @@ def _not_again(source):
     raise AssertionError("the source was read again")
 
 
-_not_again.__qualname__ = "_rows"  # a part of the key of the table
+# Parts of the key of the table.
+_not_again.__module__, _not_again.__qualname__ = "deem_plugin.data.region_sets", "_rows"
 
 
 def test_a_changed_file_is_read_anew(sources, load):
