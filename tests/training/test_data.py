@@ -1,6 +1,10 @@
 """The data of a run: skipped samples are counted from all workers and over a stop, and a check lists what is wrong."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,6 +70,22 @@ def test_a_trainer_reads_each_sample_once_an_epoch_and_goes_on_after_a_stop(tmp_
     assert counts[0][-1] == counts[1][-1] == 2 * steps and "Skipped in the run: " in caplog.text
 
 
+@pytest.mark.slow
+def test_two_processes_read_each_sample_once_an_epoch_and_count_together(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command += ["-m", "tests.training.test_data", str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    # Seven steps of two samples on each of two processes: four epochs of seven.
+    seen = [value for step in range(7) for rank in ranks for value in rank["seen"][2 * step : 2 * step + 2]]
+    for epoch in range(4):
+        assert set(seen[7 * epoch : 7 * epoch + 7]) == {0, 1, 2, 3, 5, 6}
+    assert [rank["log"][6]["skipped_unreadable_image"] for rank in ranks] == [4, 4]
+
+
 def test_a_run_does_not_go_on_with_other_data(tmp_path):
     run(tmp_path)
 
@@ -99,3 +119,8 @@ def test_a_check_lists_all_that_cannot_be_used(tmp_path, capsys):
     for name in (0, 2):
         (tmp_path / f"{name}.png").touch()
     assert main(command) == 0
+
+
+if __name__ == "__main__":
+    seen, log = run(sys.argv[1], ddp_backend="gloo")
+    (Path(sys.argv[1]) / f"{os.environ['RANK']}.json").write_text(json.dumps({"seen": seen, "log": log}))
