@@ -33,12 +33,7 @@ from .views import View
 
 
 class Layout(ABC):
-    """
-    A tower's way to take pictures.
-
-    Args:
-        tower (`nn.Module`): Its config gives the sizes of patches and merges.
-    """
+    """A tower's way to take pictures; its config gives the sizes of patches and merges."""
 
     # Whether rows of the output that are never read are the same in every picture (a class token, for example).
     fixed_rows = False
@@ -56,22 +51,19 @@ class Layout(ABC):
 
     def candidates(self, inputs: dict, tokens: torch.Tensor) -> list["Layout"]:
         """
-        Returns the layouts that a call might have, where its shapes alone do not tell: the one whose pictures are
-        those that were shown is right. Arguments as of [`split`], of a call with one picture.
+        Returns the layouts that a call with one picture might have, where its shapes alone do not tell: the one whose
+        pictures are those that were shown is right. Arguments as of [`split`].
         """
         return [self]
 
     @abstractmethod
     def split(self, inputs: dict, tokens: torch.Tensor) -> list[View]:
         """
-        Takes a call of the tower apart.
+        Takes a call of the tower apart: its views in their order, pictures normalised as the tower got them.
 
         Args:
             inputs (`dict`): Arguments of the call, by name.
             tokens (`torch.Tensor`): What the language model reads of the output.
-
-        Returns:
-            `list[View]`: In the order of the call; pictures normalised as the tower got them.
 
         Raises:
             ValueError: If pictures and tokens do not agree.
@@ -406,9 +398,7 @@ LAYOUTS = {
 
 
 def signature_names(tower) -> list[str]:
-    """
-    Returns the names of the arguments of a tower's `forward`: of its class, since frameworks wrap the instance's.
-    """
+    """Returns the names of the arguments of `forward` of a tower's class: frameworks wrap the instance's."""
     return list(inspect.signature(type(tower).forward).parameters)[1:]
 
 
