@@ -324,17 +324,8 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
                     totals = self.totals_of({"input_ids": input_ids, "image_loss_mask": image_loss_mask, **given})
                     if num_items_in_batch is not None:
                         share = (labels[:, 1:] != IGNORE_INDEX).sum() / num_items_in_batch
-                reading = Reading(
-                    input_ids,
-                    starts,
-                    hidden,
-                    result.image_tokens,
-                    result.maps,
-                    pictures,
-                    region_masks,
-                    image_loss_mask,
-                    totals,
-                )
+                seen = result.image_tokens, result.maps, pictures
+                reading = Reading(input_ids, starts, hidden, *seen, region_masks, image_loss_mask, totals)
                 self._add_denoising_losses(result, reading, draws or {}, generator, share)
         return result
 

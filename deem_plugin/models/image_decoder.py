@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
+from ..vision.grids import sincos_positions
 from ..vision.resampler import PerceiverResampler
-from .interleaving import sincos_positions
 
 
 class ImageDecoder(nn.Module):

@@ -133,16 +133,3 @@ def reversed_contexts(hidden_states, rows, places, starts):
     lengths = places - starts + 1
     padded = pad_sequence(contexts, batch_first=True) if contexts else hidden_states[:0, :0]
     return padded, torch.arange(padded.shape[1], device=places.device) < lengths[:, None]
-
-
-def sincos_positions(length, dim, device=None):
-    """
-    Makes the 1-D sine-cosine position embedding (https://arxiv.org/abs/1706.03762, Sec. 3.5; all sines first).
-
-    Returns:
-        `torch.Tensor`: Shape `(length, dim)`, float32.
-    """
-    half = dim // 2
-    frequencies = 10000 ** -(torch.arange(half, device="cpu", dtype=torch.float64) / half)
-    angles = torch.arange(length, device="cpu", dtype=torch.float64)[:, None] * frequencies
-    return torch.cat([angles.sin(), angles.cos()], dim=1).float().to(device)

@@ -7,6 +7,14 @@ import torch.nn.functional as F
 POSITION_GRID = 16
 
 
+def sincos_positions(length: int, dim: int, device=None) -> torch.Tensor:
+    """Makes the 1-D sine-cosine position embedding of arXiv 1706.03762, all sines first, in float32."""
+    # In double precision on the CPU: Apple's GPUs have none.
+    frequencies = 10000 ** -(torch.arange(dim // 2, device="cpu", dtype=torch.float64) / (dim // 2))
+    angles = torch.arange(length, device="cpu", dtype=torch.float64)[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1).float().to(device)  # (length, dim)
+
+
 def sincos_position_embedding(
     dim: int, height: int, width: int, device=None, grid: int = POSITION_GRID
 ) -> torch.Tensor:
@@ -14,10 +22,7 @@ def sincos_position_embedding(
     Makes the 2-D sine-cosine position embedding of DEEM, `(height * width, dim)`, float32: that of a square grid,
     `grid` cells a side, resized bicubically. `dim` is a multiple of four.
     """
-    # In double precision on the CPU: Apple's GPUs have none.
-    frequencies = 10000 ** -(torch.arange(dim // 4, device="cpu", dtype=torch.float64) / (dim // 4))
-    angles = torch.arange(grid, device="cpu", dtype=torch.float64)[:, None] * frequencies
-    axis = torch.cat([angles.sin(), angles.cos()], dim=1).float().to(device)  # (grid, dim / 2)
+    axis = sincos_positions(grid, dim // 2, device)
     columns = axis[None, :].expand(grid, -1, -1)
     rows = axis[:, None].expand(-1, grid, -1)
     embedding = torch.cat([rows, columns], dim=2).permute(2, 0, 1)[None]

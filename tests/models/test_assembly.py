@@ -6,9 +6,9 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from deem_plugin.models.assembly import add_new_tokens, assemble_deem
-from deem_plugin.models.interleaving import sincos_positions
 from deem_plugin.models.losses import next_token_loss
 from deem_plugin.vision.deformable import DeformableAttention
+from deem_plugin.vision.grids import sincos_positions
 
 from .tiny_deem import language_tokenizer, tiny_language_model, tiny_tower
 
