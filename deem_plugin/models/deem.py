@@ -288,7 +288,9 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
             position_ids, attention_mask, use_cache = positions_in_documents(document_ids), None, False
         elif position_ids is None and isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
             # Language models with absolute positions would count padding on the left.
-            position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
+            places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+            position_ids = (places - attention_mask.long().argmax(1, keepdim=True)).clamp(min=0)
+            position_ids = position_ids[:, -inputs_embeds.shape[1] :]
 
         attached = nullcontext()
         if image_maps is not None:
