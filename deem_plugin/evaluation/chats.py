@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
-from transformers import AddedToken, PaliGemmaProcessor
 
-from deem_plugin.data.chat import render_chat
+from deem_plugin.data.chat import as_text, render_chat
 from deem_plugin.data.images import load_image
 
 
@@ -43,41 +42,25 @@ class Chat:
         Returns the prompt as text.
 
         By the chat template, and begun with the last message where it is the assistant's. A prompt about regions is a
-        document, as the model has learned them, and so is one for PaliGemma, which was not trained on chats.
+        document, as the model has learned them.
         """
-        if self.about_regions or isinstance(processor, PaliGemmaProcessor):
+        if self.about_regions:
             return self.as_document(processor)
-        messages = [
-            {**message, "content": [_without_marks(part, processor) for part in message["content"]]}
-            for message in self.messages
-        ]
-        if messages[-1]["role"] != "assistant":
-            return render_chat(processor, messages, add_generation_prompt=True)
-        begun, text = messages[-1]["content"][-1]["text"], render_chat(processor, messages)
+        if self.messages[-1]["role"] != "assistant":
+            return render_chat(processor, self.messages, add_generation_prompt=True)
+        begun, text = self.messages[-1]["content"][-1]["text"], render_chat(processor, self.messages)
         return text[: text.rindex(begun) + len(begun)]
 
     def as_document(self, processor) -> str:
         """Returns the texts with marks for pictures, without a template."""
         texts = [
             "".join(
-                processor.image_token if part["type"] == "image" else _without_marks(part, processor)["text"]
+                processor.image_token if part["type"] == "image" else as_text(processor, part["text"])
                 for part in message["content"]
             )
             for message in self.messages
         ]
         return "\n".join(texts)
-
-
-def _without_marks(part: dict, processor) -> dict:
-    """Breaks what the processor would take for a picture in a text part: `<image>` becomes `< image>`."""
-    if part["type"] != "text":
-        return part
-    tokens = [value for name, value in vars(processor).items() if name.endswith("_token")]
-    marks = {str(token) for token in tokens if isinstance(token, str | AddedToken)}
-    text = part["text"]
-    for mark in sorted(marks):
-        text = text.replace(mark, f"{mark[0]} {mark[1:]}")
-    return {**part, "text": text}
 
 
 def read_messages(messages: list[dict], task: str, doc_id: int) -> Chat:

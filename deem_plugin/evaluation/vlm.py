@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import PaliGemmaProcessor
 
+from deem_plugin.data.chat import takes_suffix
 from deem_plugin.data.tokens import tokenize
 from deem_plugin.evaluation.chats import Chat, cut
 from deem_plugin.evaluation.feature_cache import FeatureCache
@@ -63,7 +63,7 @@ class Vlm:
         """
         prompts = [chat.render(self.processor) for chat in chats]
         # lmms-eval writes a space before each target, which some prompts end in; PaliGemma's end in a line break.
-        spaced = isinstance(self.processor, PaliGemmaProcessor)
+        spaced = takes_suffix(self.processor)
         targets = [
             target.lstrip() if spaced or prompt[-1:].isspace() else target
             for prompt, target in zip(prompts, targets, strict=True)

@@ -148,6 +148,8 @@ def test_every_task_runs_offline_by_name_alone_with_any_model(workplace, model):
     assert set(results["results"]["deem_details"]["deem_details_by_category,none"]) == {"left", "big"}
     log = next(out.rglob("*_samples_robustvqa_r.jsonl")).read_text().splitlines()
     assert [json.loads(line)["robustvqa_accuracy"]["question_id"] for line in log][:2] == ["r-0-yes", "r-0-no"]
+    protocol = results["configs"]["robustvqa_paper_a"]["generation_kwargs"]
+    assert (protocol["num_beams"], protocol["max_new_tokens"], protocol["length_penalty"]) == (3, 10, 0.0)
     if model == "dummy":
         # Always yes: right for one question of two, and told by the ratio of the answers, not of the labels.
         for task in ("robustvqa_v2", "robustvqa_reworded_v2", "deem_pope", "deem_pope_adversarial"):
