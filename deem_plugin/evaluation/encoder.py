@@ -200,21 +200,17 @@ def score_zero_shot(clip: Clip, folder: str | Path, batch_size: int = 32) -> dic
 
 def _list_classes(root: Path) -> tuple[list[str], list[int], list[str]]:
     """Returns the pictures, relative to `root`, the place of each one's class, and the names of the classes."""
-    if not root.is_dir():
-        raise QuestionDataError(
-            f"No such folder: {root}. Give a folder with one subfolder of pictures for each class."
-        )
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    indices = [imagenet.folder_class(path.name) for path in folders]
+    folders = imagenet.class_folders(root)
+    indices = [index for _, index in folders]
     # A wnid by which the 1,000 classes are not called would be read to the model as if it were a name.
-    if unknown := [path.name for path in folders if re.fullmatch(r"n\d{8}", path.name) and None in indices]:
+    if unknown := [path.name for path, _ in folders if re.fullmatch(r"n\d{8}", path.name) and None in indices]:
         raise QuestionDataError(
             f"{root} has folders called by wnid ({unknown[0]}) beside others, or by wnids that are no class of "
             f"ImageNet-1k. Call all folders by wnids of ImageNet-1k, or by the classes' names."
         )
     of_imagenet = None not in indices
     paths, labels, names = [], [], []
-    for folder, index in zip(folders, indices, strict=True):
+    for folder, index in folders:
         found = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
         if not found:
             continue

@@ -125,28 +125,41 @@ def folder_class(name: str) -> int | None:
     return int(name) if re.fullmatch(r"\d{1,3}", name) else None
 
 
+def class_folders(root: Path) -> list[tuple[Path, int | None]]:
+    """
+    Lists the subfolders of a data set by name, each with its class index, see `folder_class`.
+
+    Hidden ones and files beside them (a README) do not count.
+
+    Raises:
+        QuestionDataError: If there is no such data set.
+    """
+    if not root.is_dir():
+        raise QuestionDataError(
+            f"No such folder: {root}. Give a folder with one subfolder of pictures for each class."
+        )
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return [(path, folder_class(path.name)) for path in folders]
+
+
 def list_pictures(root: str | Path) -> ClassFolders:
     """
     Lists a data set as it is distributed: subfolders called by wnid (ImageNet-A, -R) or by class index (ImageNet-V2).
-
-    Files beside the subfolders (a README) and hidden ones do not count.
 
     Raises:
         QuestionDataError: If the folder is missing, has a subfolder that names no class, mixes both layouts, or holds
             no picture.
     """
     root = Path(root).expanduser()
-    if not root.is_dir():
-        raise QuestionDataError(f"No such folder: {root}. Give the folder that holds the class folders.")
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if unknown := [path.name for path in folders if folder_class(path.name) is None]:
+    folders = class_folders(root)
+    if unknown := [path.name for path, index in folders if index is None]:
         raise QuestionDataError(
             f"{root} has {len(unknown)} folders that are no class of ImageNet-1k ({', '.join(unknown[:5])}); expected "
             f"wnids such as {wnids()[0]}, or class indices 0..999. Give the folder that holds the class folders."
         )
-    if len({bool(_WNID.fullmatch(path.name)) for path in folders}) > 1:
+    if len({bool(_WNID.fullmatch(path.name)) for path, _ in folders}) > 1:
         raise QuestionDataError(f"{root} mixes folders called by wnid and by class index; give one data set.")
-    by_class = {folder_class(path.name): path for path in folders}
+    by_class = {index: path for path, index in folders}
     if len(by_class) < len(folders):
         raise QuestionDataError(f"{root} has two folders of one class, such as 7 and 007; give one data set.")
     paths, labels, ignored = [], [], 0

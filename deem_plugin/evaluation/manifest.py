@@ -5,15 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from deem_plugin.evaluation.questions import QuestionDataError, content_hash
+from deem_plugin.files import write_whole
 
 MANIFEST = "manifest.json"
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Writes the manifest of a folder of question files; it names the content hash of each under `files`."""
-    partial = folder / f".{MANIFEST}.partial"
-    partial.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    partial.replace(folder / MANIFEST)
+    write_whole(folder / MANIFEST, json.dumps(manifest, indent=2).encode())
 
 
 def check_manifest(path: str | Path) -> None:
