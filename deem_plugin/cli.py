@@ -14,6 +14,7 @@ EXTRAS = {
     "transformers": "train",
     "yaml": "train",
     "lmms_eval": "lmms",
+    "scipy": "lmms",
     "sklearn": "lmms",
     "matplotlib": "demo",
 }
