@@ -6,8 +6,6 @@ from transformers.configuration_utils import SubConfigSpec
 from ..feedback.timesteps import TIMESTEP_SAMPLERS
 from ..vision import DeemVisionConfig
 
-OFFICIAL_DEFECTS = ("normalised_twice", "mean_over_all", "mean_over_images", "shared_rows")
-
 
 class DeemConfig(PreTrainedConfig):
     """
@@ -36,12 +34,6 @@ class DeemConfig(PreTrainedConfig):
             optimizer step by its documents, as in the callback. A loss of weight 0 is not computed.
         feedback_timesteps (`str`, *optional*, defaults to `"shrink"`):
             One of `TIMESTEP_SAMPLERS`, for the feedback. The next image is learned at uniform timesteps.
-        official_defects (`bool` or `list[str]`, *optional*, defaults to `False`):
-            Reproduces defects of the authors' code, for comparison with it; `True` is all of `OFFICIAL_DEFECTS`.
-            `"normalised_twice"`: the next-image loss restores pictures normalised twice, to [-3, 1].
-            `"mean_over_all"`: its mean also counts pictures that have no loss. `"mean_over_images"`: the feedback is
-            divided by the pictures in place of the documents, so that one among many teaches less. `"shared_rows"`:
-            packed documents read each other's text.
         language_synchroniser (`dict`, *optional*):
             Options of a [`LanguageModelSynchroniser`], such as `{"frequency": 4}` of the paper; without them the
             language model looks at no maps. Needs a `multiscale` tower.
@@ -79,7 +71,6 @@ class DeemConfig(PreTrainedConfig):
     image_weight: float = 5.0
     feedback_weight: float = 5.0
     feedback_timesteps: str = "shrink"
-    official_defects: bool | list[str] = False
     language_synchroniser: dict | None = None
     unet_synchroniser: dict | None = None
     feedback_maps: bool = False
@@ -109,22 +100,15 @@ class DeemConfig(PreTrainedConfig):
             raise ValueError(
                 f"`feedback_timesteps` is {self.feedback_timesteps!r}; choose one of {', '.join(TIMESTEP_SAMPLERS)}."
             )
-        if not isinstance(self.official_defects, bool) and not set(self.official_defects) <= set(OFFICIAL_DEFECTS):
-            raise ValueError(
-                f"`official_defects` is {self.official_defects}; choose true, false, or some of "
-                f"{', '.join(OFFICIAL_DEFECTS)}."
-            )
         if not 0 <= self.null_context_rate < 1:
             raise ValueError(f"`null_context_rate` is {self.null_context_rate}; it must be in [0, 1).")
         looks = self.language_synchroniser is not None or self.unet_synchroniser is not None
         if looks and not self.vision_config.multiscale:
             raise ValueError("A synchroniser reads the tower's maps. Set `multiscale=True` in `vision_config`.")
+        if self.unet_synchroniser is not None and self.context_dim is None:
+            raise ValueError("A UNet's synchroniser is of no use to a model that only reads. Set `context_dim`, too.")
         if self.feedback_maps and self.unet_synchroniser is None:
             raise ValueError("`feedback_maps` is read by the UNet's synchroniser. Set `unet_synchroniser`, too.")
         for name in ("lm_weight", "image_weight", "feedback_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; a weight must be 0 or more.")
-
-    def has_defect(self, name: str) -> bool:
-        """Tells whether one of `OFFICIAL_DEFECTS` is reproduced."""
-        return self.official_defects is True or (self.official_defects is not False and name in self.official_defects)

@@ -2,7 +2,6 @@
 
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -10,19 +9,17 @@ from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTraine
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..feedback.denoisers import check_context_dim
 from ..feedback.loss import ImageLosses
-from ..feedback.synchroniser import UNetSynchroniser, UNetSynchroniserBlock
+from ..feedback.synchroniser import UNetSynchroniserBlock
 from ..vision.deformable import DeformableAttention
 from ..vision.grids import positioned_maps
 from ..vision.tower import DeemVisionOutput, DeemVisionTower
 from .configuration import DeemConfig
-from .denoising import Reading, feedback_loss, image_loss, restorable_pictures, totals_of
+from .denoising import DenoisingBatch, DenoisingHeads, restorable_pictures, totals_of
 from .image_decoder import ImageDecoder
-from .interleaving import IGNORE_INDEX, fill_image_slots, positions_in_documents, row_starts, visible_images
+from .interleaving import IGNORE_INDEX, by_rows, fill_image_slots, positions_in_documents, row_starts, visible_images
 from .language_synchroniser import GatedImageAttention, LanguageModelSynchroniser
 from .losses import Draws, next_token_loss
-from .maps import by_rows
 
 # A new token's logit starts this much below the others, so that an untrained one is hardly ever said (official code).
 NEW_TOKEN_BIAS = -5.0
@@ -108,18 +105,8 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
         self.new_embeddings = nn.Embedding(config.num_new_tokens, width)
         self.new_head = nn.Linear(width, config.num_new_tokens)
-        self.feedback_head = self.image_decoder = None
-        if config.context_dim is not None:
-            self.feedback_head = nn.Linear(config.vision_config.hidden_size, config.context_dim)
-            self.image_decoder = ImageDecoder(
-                width,
-                config.context_dim,
-                num_queries=config.vision_config.num_image_tokens,
-                num_layers=config.image_decoder_layers,
-                num_heads=config.image_decoder_heads,
-                intermediate_dim=config.image_decoder_intermediate_size,
-            )
-        self.language_synchroniser = self.unet_synchroniser = None
+        self.denoising = None if config.context_dim is None else DenoisingHeads(config)
+        self.language_synchroniser = None
         if config.language_synchroniser is not None:
             self.language_synchroniser = LanguageModelSynchroniser(
                 width,
@@ -128,18 +115,13 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 norm_eps=getattr(config.text_config, "rms_norm_eps", 1e-6),
                 **config.language_synchroniser,
             )
-        if config.unet_synchroniser is not None:
-            options = dict(config.unet_synchroniser)
-            unet = SimpleNamespace(**options.pop("unet"))
-            self.unet_synchroniser = UNetSynchroniser(unet, config.vision_config.encoder_dim, **options)
-        self.diffusion_model = None
         self.post_init()
 
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, ImageDecoder):
             init.normal_(module.null_context, std=self.config.initializer_range)
-        elif module is self.connector or module is self.feedback_head:
+        elif module is self.connector or module is getattr(self.denoising, "feedback_head", None):
             init.normal_(module.weight, std=HEAD_STD)
         elif module is self.new_head:
             init.zeros_(module.weight)
@@ -159,17 +141,16 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: If the model only reads, or its heads do not fit the denoiser's context.
         """
-        if self.config.context_dim is None:
+        if self.denoising is None:
             raise ValueError(
                 "This model only reads (`context_dim` is None), so a diffusion model has nothing to listen to."
             )
-        check_context_dim(self.config.context_dim, diffusion_model.denoiser)
-        self.diffusion_model = diffusion_model
+        self.denoising.attach(diffusion_model)
 
     @property
-    def reads_maps(self) -> bool:
-        """Whether anything of the model looks at the tower's multi-scale maps."""
-        return self.language_synchroniser is not None or self.unet_synchroniser is not None
+    def diffusion_model(self):
+        """The `DiffusionModel` that was attached, or None."""
+        return None if self.denoising is None else self.denoising.diffusion_model
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **options):
         """As everywhere in transformers; layers that look at maps find them again when they are recomputed."""
@@ -283,7 +264,7 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 )
                 if self.language_synchroniser is not None:
                     image_maps = self._maps_for_text(features.maps, input_ids, starts, image_maps)
-        if document_ids is not None and not self.config.has_defect("shared_rows"):
+        if document_ids is not None:
             # Positions that start anew, without mask and cache, tell transformers' attention of packed documents.
             position_ids, attention_mask, use_cache = positions_in_documents(document_ids), None, False
         elif position_ids is None and isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
@@ -319,36 +300,46 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
             result.lm_loss = next_token_loss(result.logits, labels, num_items_in_batch)
             result.loss = self.config.lm_weight * result.lm_loss
             if features is not None and (self.training or draws):
-                pictures = restorable_pictures(self.config, pixel_values, target_pixel_values)
                 share, totals = 1.0, step_totals
                 if totals is None:
                     given = {"attention_mask": padding, "document_ids": document_ids}
                     totals = self.totals_of({"input_ids": input_ids, "image_loss_mask": image_loss_mask, **given})
                     if num_items_in_batch is not None:
                         share = (labels[:, 1:] != IGNORE_INDEX).sum() / num_items_in_batch
-                seen = result.image_tokens, result.maps, pictures
-                reading = Reading(input_ids, starts, hidden, *seen, region_masks, image_loss_mask, totals)
-                self._add_denoising_losses(result, reading, draws or {}, generator, share)
+                batch = DenoisingBatch(
+                    input_ids=input_ids,
+                    starts=starts,
+                    hidden_states=hidden,
+                    image_tokens=result.image_tokens,
+                    maps=result.maps,
+                    pictures=restorable_pictures(self.config, pixel_values, target_pixel_values),
+                    totals=totals,
+                    region_masks=region_masks,
+                    image_loss_mask=image_loss_mask,
+                )
+                self._add_denoising_losses(result, batch, draws, generator, share)
         return result
 
     def totals_of(self, inputs) -> torch.Tensor:
         """Counts documents and images of a batch for `step_totals`, `(2,)`."""
         return totals_of(self.config, inputs)
 
-    def _add_denoising_losses(self, result, reading, draws, generator, share):
+    def _add_denoising_losses(self, result, batch, draws, generator, share):
         """Adds the two losses of the diffusion model to a result, those of weight 0 left out."""
         config = self.config
-        if (config.feedback_weight or config.image_weight) and self.diffusion_model is None:
+        if not (config.feedback_weight or config.image_weight):
+            return
+        if self.diffusion_model is None:
             raise ValueError(
                 "Training with `feedback_weight` or `image_weight` above 0 needs the frozen diffusion model: call "
                 "`model.attach_diffusion_model(load_diffusion_model(PATH))`, or set both weights of the config to 0."
             )
-        if config.feedback_weight:
-            losses = feedback_loss(self, reading, draws.get("feedback"), generator)
-            result.feedback, result.feedback_loss = losses, losses.mean
-            result.loss = result.loss + config.feedback_weight * share * losses.total / reading.totals[0]
-        if config.image_weight:
-            result.image_loss = share * image_loss(self, reading, draws.get("image"), generator)
+        same, next_image = self.denoising(batch, draws, generator)
+        if same is not None:
+            result.feedback, result.feedback_loss = same, same.mean
+            result.loss = result.loss + config.feedback_weight * share * same.total / batch.totals[0]
+        if next_image is not None:
+            result.image_loss = share * next_image
             result.loss = result.loss + config.image_weight * result.image_loss
 
     def _maps_for_text(self, maps, input_ids, starts, before=None):

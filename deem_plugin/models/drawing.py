@@ -6,7 +6,6 @@ from torchvision.transforms.functional import to_pil_image
 
 from ..feedback.sampling import sample_pictures
 from .deem import IMAGE_INPUTS
-from .denoising import attached_previous, image_contexts
 from .interleaving import image_places, row_starts
 from .processing import IMAGE_START_TOKEN
 
@@ -128,14 +127,14 @@ def _draw(model, ids, starts, hidden, maps, seeds, options) -> list[Image.Image]
     if absent:
         raise ValueError(f"Rows {absent} have no {IMAGE_START_TOKEN}; end each text where the picture is to begin.")
     last = [int((rows == row).nonzero()[-1]) for row in range(len(ids))]
-    context, _ = image_contexts(model, hidden, ids, starts)
+    context, _ = model.denoising.contexts(hidden, ids, starts)
     # The null context hides what was read, not the picture before: guidance leads away from it with its maps.
     repeats = 1 if options["guidance"] == 1.0 else 2
-    with attached_previous(model, maps, ids, starts, chosen=last, repeats=repeats):
+    with model.denoising.attached_previous(maps, ids, starts, chosen=last, repeats=repeats):
         pictures = sample_pictures(
             model.diffusion_model.to(context.device),
             context[last],
-            null_context=model.image_decoder.null_context,
+            null_context=model.denoising.image_decoder.null_context,
             generator=[torch.Generator(device=context.device).manual_seed(seed) for seed in seeds],
             **options,
         )

@@ -14,37 +14,25 @@ class ImageDecoder(nn.Module):
     The states come nearest first, so that a position means a distance from the picture, however long the text is.
 
     Args:
-        hidden_dim (`int`): Width of the language model.
-        context_dim (`int`): Width of the denoiser's context.
-        num_queries (`int`, *optional*, defaults to 77): Length of the context.
-        num_layers (`int`, *optional*, defaults to 1): Layers of the resampler.
-        num_heads (`int`, *optional*, defaults to 16): Its heads; must divide `context_dim`.
-        intermediate_dim (`int`, *optional*): Width inside its feed-forward; four times `context_dim` by default.
+        config (`DeemConfig`): Reads its widths and what begins with `image_decoder`.
     """
 
-    def __init__(
-        self,
-        hidden_dim: int,
-        context_dim: int,
-        num_queries: int = 77,
-        num_layers: int = 1,
-        num_heads: int = 16,
-        intermediate_dim: int | None = None,
-    ):
+    def __init__(self, config):
         super().__init__()
-        self.projection = nn.Linear(hidden_dim, hidden_dim)
+        width, num_queries = config.text_config.hidden_size, config.vision_config.num_image_tokens
+        self.projection = nn.Linear(width, width)
         self.resampler = PerceiverResampler(
-            hidden_dim,
-            hidden_dim=context_dim,
+            width,
+            hidden_dim=config.context_dim,
             num_queries=num_queries,
-            num_layers=num_layers,
-            num_heads=num_heads,
-            intermediate_dim=intermediate_dim,
+            num_layers=config.image_decoder_layers,
+            num_heads=config.image_decoder_heads,
+            intermediate_dim=config.image_decoder_intermediate_size,
             qk_norm=False,
         )
         # What stands for "no text" in classifier-free guidance (https://arxiv.org/abs/2207.12598). The official code
         # starts it at the text encoder's embedding of the empty prompt, which only Stable Diffusion has.
-        self.null_context = nn.Parameter(torch.empty(1, num_queries, context_dim))
+        self.null_context = nn.Parameter(torch.empty(1, num_queries, config.context_dim))
         nn.init.normal_(self.null_context, std=0.02)
 
     def positioned(self, states):

@@ -1,6 +1,7 @@
 """Where pictures stand in a row of tokens, and what follows from it. Pure functions, checked against fixture F4."""
 
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 IGNORE_INDEX = -100
@@ -133,3 +134,21 @@ def reversed_contexts(hidden_states, rows, places, starts):
     lengths = places - starts + 1
     padded = pad_sequence(contexts, batch_first=True) if contexts else hidden_states[:0, :0]
     return padded, torch.arange(padded.shape[1], device=places.device) < lengths[:, None]
+
+
+def by_rows(maps, counts):
+    """
+    Arranges maps of images by the rows of tokens that show them.
+
+    Args:
+        maps (`list[torch.Tensor]`): Each `(images, dim, height, width)`, in reading order.
+        counts (`list[int]`): Images of each row.
+
+    Returns:
+        `list[torch.Tensor]`: Each `(rows, most images of a row, dim, height, width)`, zero where a row has fewer.
+    """
+    most = max(counts)
+    return [
+        torch.stack([F.pad(own, (0, 0) * 3 + (0, most - len(own))) for own in torch.split(level, counts)])
+        for level in maps
+    ]

@@ -62,11 +62,11 @@ _RENAMED = [
         for index in range(3)
     ),
     (r"^visual_tokenizer\.proj_t\.", "connector.", ()),
-    (r"^visual_tokenizer\.proj_i\.", "feedback_head.", ()),
-    (_OF_UNET, "unet_synchroniser.", _SYNCHRONISER),
-    (r"^image_decoder\.perceiver_resampler\.", "image_decoder.resampler.", _RESAMPLER),
-    (r"^(?:image_decoder|visual_tokenizer)\.neg_prompt_embeds$", "image_decoder.null_context", ()),
-    (r"^context_feat_proj\.", "image_decoder.projection.", ()),
+    (r"^visual_tokenizer\.proj_i\.", "denoising.feedback_head.", ()),
+    (_OF_UNET, "denoising.unet_synchroniser.", _SYNCHRONISER),
+    (r"^image_decoder\.perceiver_resampler\.", "denoising.image_decoder.resampler.", _RESAMPLER),
+    (r"^(?:image_decoder|visual_tokenizer)\.neg_prompt_embeds$", "denoising.image_decoder.null_context", ()),
+    (r"^context_feat_proj\.", "denoising.image_decoder.projection.", ()),
     (r"^mm_decoder\.layers\.(\d+)\.llama_cross_attn\.", r"language_synchroniser.blocks.\1.", _SYNCHRONISER),
     (r"^mm_decoder\.(?!embed_tokens\.)", "language_model.model.", ()),
 ]
@@ -210,7 +210,7 @@ def _reshaped(ours, value):
         return value.unflatten(0, (-1, OFFICIAL_POINTS + 1))[:, :-1].flatten(0, 1)
     if ours.endswith(".null_value"):
         return value.flatten()
-    if ours.startswith("unet_synchroniser.") and ours.endswith(".zero.weight") and value.ndim == 4:
+    if ours.startswith("denoising.unet_synchroniser.") and ours.endswith(".zero.weight") and value.ndim == 4:
         return value[:, :, 0, 0]  # a 1 x 1 convolution
     return value
 

@@ -58,7 +58,7 @@ def _converted(weights):
 def _official_synchroniser(unet, weights):
     synchroniser = UNetSynchroniser(unet.config, feature_dim=64, inner_dim=32, num_heads=4)
     converted = _converted(weights)
-    synchroniser.load_state_dict(part(converted.weights, "unet_synchroniser."), strict=True)
+    synchroniser.load_state_dict(part(converted.weights, "denoising.unet_synchroniser."), strict=True)
     return synchroniser
 
 
@@ -154,7 +154,7 @@ def test_the_loss_with_maps_and_its_gradients_are_the_official_ones(
     parameters = dict(synchroniser.named_parameters())
     for theirs, name in _converted(trained_weights).renamed.items():
         expected = norms[theirs.removeprefix("visual_tokenizer.")]
-        gradient = parameters[name.removeprefix("unet_synchroniser.")].grad
+        gradient = parameters[name.removeprefix("denoising.unet_synchroniser.")].grad
         assert gradient.norm() == pytest.approx(expected, rel=1e-3, abs=1e-7), theirs
 
 
@@ -178,7 +178,7 @@ def test_at_the_start_the_prediction_is_the_plain_one_and_the_last_layers_alone_
     for theirs, name in _converted(weights).renamed.items():
         expected = norms[theirs.removeprefix("visual_tokenizer.")]
         assert (expected > 0) == (".zero." in name)
-        gradient = parameters[name.removeprefix("unet_synchroniser.")].grad
+        gradient = parameters[name.removeprefix("denoising.unet_synchroniser.")].grad
         assert gradient.norm() == pytest.approx(expected, rel=1e-3, abs=1e-7), theirs
 
 

@@ -12,6 +12,7 @@ from deem_plugin.cli import main
 from deem_plugin.models.convert import convert_official, load_official
 from deem_plugin.models.official import convert_state_dict
 from deem_plugin.models.official_config import config_options
+from experiments.faithful.deem import PublishedDeem
 
 from ..parity_weights import parity_text_config
 from .test_parity import VALUES, documents, normalised
@@ -74,8 +75,7 @@ def test_the_command_writes_a_folder_that_reads_as_the_official_model(
 
     assert main(["convert-official", str(source), str(out), *arguments]) == 0
 
-    model = AutoModelForImageTextToText.from_pretrained(out).eval()
-    model.config.official_defects = True
+    model = PublishedDeem.from_pretrained(out).eval()
     ids = case["text_ids"]
     output = model(
         ids,
@@ -86,7 +86,7 @@ def test_the_command_writes_a_folder_that_reads_as_the_official_model(
     torch.testing.assert_close(output.logits, case["text_logits"], **VALUES)
     processor = AutoProcessor.from_pretrained(out)
     assert (processor.image_start_token_id, processor.image_token_id) == (100, 101)
-    assert model.image_decoder is not None and model.unet_synchroniser is not None
+    assert model.denoising.image_decoder is not None and model.denoising.unet_synchroniser is not None
     report = json.loads((out / "conversion.json").read_text())
     assert report["renamed"].keys() | report["ignored"].keys() == weights.keys()
     assert not report["renamed"].keys() & report["ignored"].keys()
@@ -107,7 +107,7 @@ def test_the_third_stage_has_region_tokens_and_no_diffusion_model(weights, langu
         third[f"visual_tokenizer.feature_extractor.{name}.bias"] = torch.randn(shape[0]) * 0.02
     model, conversion = convert(third, language_model, tmp_path)
 
-    assert model.image_decoder is None and model.feedback_head is None and model.unet_synchroniser is None
+    assert model.denoising is None
     expected = third["visual_tokenizer.feature_extractor.mask_linear.layers.2.weight"]
     assert torch.equal(model.vision_tower.region_tokens.shape[4].weight, expected)
     assert conversion.ignored["visual_tokenizer.proj_i.weight"].startswith("a head for a diffusion model")
@@ -312,7 +312,7 @@ def test_a_model_without_one_of_the_synchronisers_is_one_without(weights, langua
     model, conversion = convert(others, language_model, tmp_path)
 
     assert (model.language_synchroniser is None) == (absent == "llama_cross_attn")
-    assert (model.unet_synchroniser is None) == (absent == "mmfs_module")
+    assert (model.denoising.unet_synchroniser is None) == (absent == "mmfs_module")
     assert conversion.renamed.keys() | conversion.ignored.keys() == others.keys()
 
 

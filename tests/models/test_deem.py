@@ -15,7 +15,6 @@ from transformers import (
 
 from deem_plugin.feedback import load_diffusion_model
 from deem_plugin.models import Draws, assemble_deem, drawing, generate_images, generate_interleaved
-from deem_plugin.models.denoising import image_contexts
 from deem_plugin.models.interleaving import row_starts
 
 from ..feedback.tiny_diffusion_models import CONTEXT_DIM, save_diffusion_model
@@ -78,7 +77,7 @@ def test_three_losses_come_under_their_names_and_add_up(diffusion_model):
 def test_a_loss_of_weight_zero_is_not_computed(diffusion_model, monkeypatch):
     model, processor = tiny_deem(image_weight=0.0)
     model.attach_diffusion_model(diffusion_model)
-    monkeypatch.setattr("deem_plugin.models.deem.image_loss", None)
+    monkeypatch.setattr(model.denoising, "image_loss", None)
     inputs = inputs_of(processor, TEXTS, 3)
 
     output = model.train()(**inputs)
@@ -86,7 +85,7 @@ def test_a_loss_of_weight_zero_is_not_computed(diffusion_model, monkeypatch):
     assert output.image_loss is None and output.feedback_loss is not None
     model.config.feedback_weight = 0.0
     assert model(**inputs).feedback_loss is None
-    model.config.feedback_weight, model.diffusion_model = 5.0, None
+    model.config.feedback_weight, model.denoising.diffusion_model = 5.0, None
     with pytest.raises(ValueError, match="needs the frozen diffusion model"):
         model(**inputs)
     assert model.eval()(**inputs).loss is not None  # reading needs none
@@ -129,12 +128,11 @@ def test_packed_documents_do_not_see_each_other(diffusion_model):
     torch.testing.assert_close(together.last_hidden_state[:, : sum(lengths)], alone, atol=1e-5, rtol=1e-5)
     contexts = torch.cat(
         [
-            image_contexts(model, o.last_hidden_state, r["input_ids"], torch.zeros_like(r["input_ids"]))[0]
+            model.denoising.contexts(o.last_hidden_state, r["input_ids"], torch.zeros_like(r["input_ids"]))[0]
             for o, r in zip(apart, rows, strict=True)
         ]
     )
-    ours, lengths_of = image_contexts(
-        model,
+    ours, lengths_of = model.denoising.contexts(
         together.last_hidden_state,
         packed["input_ids"],
         row_starts(packed["input_ids"], document_ids=packed["document_ids"]),
@@ -256,7 +254,7 @@ def model_with_maps(diffusion_model, **options):
     model.attach_diffusion_model(diffusion_model)
     open_gates(model)
     with torch.no_grad():
-        for block in (*model.unet_synchroniser.skip_blocks, model.unet_synchroniser.middle_block):
+        for block in (*model.denoising.unet_synchroniser.skip_blocks, model.denoising.unet_synchroniser.middle_block):
             torch.nn.init.normal_(block.zero.weight, std=5.0)
         for adapter in model.vision_tower.encoder.adapters.parameters():
             torch.nn.init.normal_(adapter)  # beside positions of size one, new adapters would not be seen
@@ -303,18 +301,18 @@ def test_text_and_pictures_come_in_turn_from_the_very_tokens_that_were_generated
         model, processor = tiny_deem(**given)
         model.attach_diffusion_model(diffusion_model)
         model.eval()
-    contexts, maps, attach = [], [], drawing.attached_previous
+    contexts, maps, attach = [], [], model.denoising.attached_previous
 
     def sample(diffusion_model, context, **options):
         contexts.append(context)
         return torch.rand(1, 3, 32, 32, generator=options["generator"][0])
 
-    def attached(model, shown, *args, **options):
+    def attached(shown, *args, **options):
         maps.append(shown)
-        return attach(model, shown, *args, **options)
+        return attach(shown, *args, **options)
 
     monkeypatch.setattr(drawing, "sample_pictures", sample)
-    monkeypatch.setattr(drawing, "attached_previous", attached)
+    monkeypatch.setattr(model.denoising, "attached_previous", attached)
     start, slots = processor.image_start_token_id, [processor.image_token_id] * QUERIES
     words = tokenizer(["big red dog", " yes", "no"], add_special_tokens=False)["input_ids"]
     # As no tokenizer would write it: letter by letter.

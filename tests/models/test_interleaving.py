@@ -61,11 +61,13 @@ def test_a_token_sees_the_pictures_of_its_own_document_that_began_before_it(case
 def test_contexts_run_back_to_the_start_of_the_document(case, documents):
     from deem_plugin.models.image_decoder import ImageDecoder
 
+    from .test_parity import parity_config
+
     rows, places = il.image_places(case["text_ids"], START)
     starts = case["nearest_bos_idxs"] if documents == "bos" else torch.zeros_like(places)
     if documents == "bos":
         assert torch.equal(latest_places(case["text_ids"], BOS)[rows, places], starts)
-    decoder = ImageDecoder(64, 64, num_queries=8, num_heads=4)
+    decoder = ImageDecoder(parity_config())
     decoder.projection.load_state_dict(
         {"weight": case["context_feat_proj.weight"], "bias": case["context_feat_proj.bias"]}
     )

@@ -12,6 +12,7 @@ from deem_plugin.models.deem import DeemForConditionalGeneration
 from deem_plugin.models.interleaving import fill_image_slots
 from deem_plugin.models.losses import Draws
 from deem_plugin.models.official import convert_state_dict
+from experiments.faithful.deem import PublishedDeem
 
 from ..parity_weights import parity_generator, parity_text_config, parity_tower_config
 from .official_labels import make_labels
@@ -64,8 +65,8 @@ def diffusion_model(shared_dir, weights):
     return parity_generator(shared_dir, weights, "visual_tokenizer.")
 
 
-def parity_model(weights, diffusion_model=None, **options):
-    model = DeemForConditionalGeneration(parity_config(**options))
+def parity_model(weights, diffusion_model=None, kind=DeemForConditionalGeneration, **options):
+    model = kind(parity_config(**options))
     model.load_state_dict(convert_state_dict(weights, START).weights, strict=True)
     if diffusion_model is not None:
         model.attach_diffusion_model(diffusion_model)
@@ -128,7 +129,7 @@ def documents(ids):
 
 
 def test_hidden_states_and_logits_are_the_official_ones(weights, f4):
-    model = parity_model(weights, official_defects=True).eval()
+    model = parity_model(weights, kind=PublishedDeem).eval()
     pixel_values = normalised(f4["image_tensors"], model.config.vision_config)
 
     output = model(
@@ -155,20 +156,20 @@ def test_without_the_defects_only_the_second_document_of_a_row_reads_otherwise(w
 
 # Weights of ours whose gradients have a norm in the summary under one official name.
 SAME = {
-    "visual_tokenizer.neg_prompt_embeds": "image_decoder.null_context",
+    "visual_tokenizer.neg_prompt_embeds": "denoising.image_decoder.null_context",
     "text_decoder.head_new.weight": "new_head.weight",
     "text_decoder.head_new.bias": "new_head.bias",
 }
 
 
 def test_losses_and_gradients_are_the_official_ones(weights, diffusion_model, f5, f5_summary, draws):
-    model = parity_model(weights, diffusion_model, official_defects=True, feedback_maps=True).train()
+    model = parity_model(weights, diffusion_model, PublishedDeem, feedback_maps=True).train()
     expected = f5_summary["cases"]["as_is"]
 
     output = model(**f5_inputs(f5, model), draws=draws)
     output.loss.backward()
 
-    torch.testing.assert_close(model.feedback_head(output.image_tokens), f5["call0.cond"], **VALUES)
+    torch.testing.assert_close(model.denoising.feedback_head(output.image_tokens), f5["call0.cond"], **VALUES)
     torch.testing.assert_close(output.logits, f5["text_logits"], **VALUES)
     assert output.feedback_loss.item() == pytest.approx(expected["loss_sniffer"], abs=1e-5)
     assert output.lm_loss.item() == pytest.approx(expected["loss_txt"], abs=1e-5)
@@ -184,9 +185,9 @@ def test_losses_and_gradients_are_the_official_ones(weights, diffusion_model, f5
     start = model.config.image_start_token_id - model.config.first_new_token_id
     for name, ours in {
         "soi_token": gradients["new_embeddings.weight"][start][None],
-        "context_feat_proj.weight": gradients["image_decoder.projection.weight"],
+        "context_feat_proj.weight": gradients["denoising.image_decoder.projection.weight"],
         "text_decoder.head_new.weight": gradients["new_head.weight"],
-        "visual_tokenizer.neg_prompt_embeds": gradients["image_decoder.null_context"],
+        "visual_tokenizer.neg_prompt_embeds": gradients["denoising.image_decoder.null_context"],
         "visual_tokenizer.proj_t.weight": gradients["connector.weight"],
         "visual_tokenizer.sniffer.vision_model.visual.trunk.stem.0.weight": gradients[
             "vision_tower.encoder.trunk.stem.0.weight"

@@ -8,10 +8,10 @@ from safetensors.torch import load_file
 from torch.nn.functional import interpolate
 
 from deem_plugin.models import interleaving as il
-from deem_plugin.models.configuration import DeemConfig
-from deem_plugin.models.denoising import Reading, feedback_loss, image_loss
+from deem_plugin.models.denoising import DenoisingBatch, DenoisingHeads, totals_of
 from deem_plugin.models.official import convert_state_dict
 from deem_plugin.vision import DeemVisionConfig, DeemVisionTower
+from experiments.faithful.deem import PublishedDeem
 
 from ..parity_weights import parity_tower_config, tower_weights
 from .official_labels import make_labels
@@ -134,45 +134,41 @@ def reading_of(f5, model, **changes):  # noqa: F811
         "maps": output.maps,
         "pictures": f5["image_tensors_dec"],
         "region_masks": inputs["region_masks"],
+        "totals": model.totals_of(inputs | changes),
     }
-    return Reading(**given | changes)
+    return DenoisingBatch(**given | changes)
 
 
 @pytest.fixture(scope="module")
 def official(weights, diffusion_model):  # noqa: F811
-    return parity_model(weights, diffusion_model, official_defects=True, feedback_maps=True).eval()
-
-
-def with_defects(model, defects):
-    model.config.official_defects = defects
-    return model
+    return parity_model(weights, diffusion_model, PublishedDeem, feedback_maps=True).eval()
 
 
 @pytest.mark.parametrize("learned", [[1, 1, 1, 1], [1, 0, 1, 1], [0, 1, 1, 0], [0, 0, 0, 0]])
 def test_pictures_that_are_not_to_be_learned_stay_in_the_official_mean(official, f5, draws, learned):  # noqa: F811
     """The official errors of each picture, times the masks, over all of them; ours is over those that count."""
     mask = torch.tensor(learned)
-    reading = reading_of(f5, with_defects(official, True), image_loss_mask=mask)
+    reading = reading_of(f5, official, image_loss_mask=mask)
     errors = f5["call1.sd_loss"].flatten(1).mean(1)
     # Only the second row begins with a picture: it has nothing before it but `bos`.
     valid = mask * torch.tensor([1, 1, 0, 1])
     if il.image_places(reading.input_ids, START)[1].tolist()[3] == 16:  # the packed document of row 1 begins at 15
         valid[3] = 0
 
-    theirs = image_loss(official, reading, draws["image"])
-    official.config.official_defects = ["normalised_twice", "shared_rows"]
-    ours = image_loss(official, reading, draws["image"])
+    theirs = official.denoising.image_loss(reading, draws["image"])
+    inputs = f5_inputs(f5, official) | {"image_loss_mask": mask}
+    reading.totals = totals_of(official.config, inputs)
+    ours = official.denoising.image_loss(reading, draws["image"])
 
     assert theirs.item() == pytest.approx((errors * valid).sum().item() / 4, abs=1e-5)
     assert ours.item() == pytest.approx((errors * valid).sum().item() / max(int(valid.sum()), 1), abs=1e-5)
 
 
-def test_each_defect_is_reproduced_by_itself(official, f5, f5_summary, draws):  # noqa: F811
+def test_pictures_normalised_twice_are_what_the_next_image_differs_by(official, f5, f5_summary, draws):  # noqa: F811
     """With the pictures normalised once, everything else as official: as their code would be with that line right."""
-    twice = image_loss(official, reading_of(f5, with_defects(official, True)), draws["image"])
-    once = image_loss(
-        official, reading_of(f5, with_defects(official, ["mean_over_all", "shared_rows"])), draws["image"]
-    )
+    reading = reading_of(f5, official)
+    twice = official.denoising.image_loss(reading, draws["image"])
+    once = DenoisingHeads.image_loss(official.denoising, reading, draws["image"])
 
     assert twice.item() == pytest.approx(f5_summary["cases"]["as_is"]["loss_img"], abs=1e-5)
     assert 0 < abs(twice.item() - once.item()) < 1e-2
@@ -180,11 +176,6 @@ def test_each_defect_is_reproduced_by_itself(official, f5, f5_summary, draws):  
     # first.
     before = f5["call0.image_in"]
     torch.testing.assert_close(before, f5["image_tensors_dec"])
-    with pytest.raises(
-        ValueError,
-        match="choose true, false, or some of normalised_twice, mean_over_all, mean_over_images, shared_rows",
-    ):
-        DeemConfig(official_defects=["normalized"])
 
 
 def test_a_region_that_comes_out_empty_is_a_loss_of_zero_by_the_official_rule(  # noqa: F811
@@ -196,16 +187,16 @@ def test_a_region_that_comes_out_empty_is_a_loss_of_zero_by_the_official_rule(  
     """Of four pictures one with a mask of zeros: the sum of the three others over four."""
     masks = torch.ones(4, 1, 64, 64)
     masks[2] = 0
-    whole = reading_of(f5, with_defects(official, True), region_masks=torch.ones(4, 1, 64, 64))
+    whole = reading_of(f5, official, region_masks=torch.ones(4, 1, 64, 64))
     errors = []
     for index in range(4):
         alone = torch.ones(4, 1, 64, 64)
         alone[[other for other in range(4) if other != index]] = 0
         whole.region_masks = alone
-        errors.append(feedback_loss(official, whole, draws["feedback"]).total.item() / 4)
+        errors.append(official.denoising.feedback_loss(whole, draws["feedback"]).total.item() / 4)
     whole.region_masks = masks
 
-    loss = feedback_loss(official, whole, draws["feedback"])
+    loss = official.denoising.feedback_loss(whole, draws["feedback"])
 
     assert min(errors) > 0.1 and loss.counted.tolist() == [True, True, False, True]
     assert loss.total.item() / 4 == pytest.approx(errors[0] + errors[1] + errors[3], abs=1e-5)
@@ -241,6 +232,6 @@ def test_a_null_context_that_safetensors_has_kept_under_its_other_name_is_found(
 
     conversion = convert_state_dict(kept, START)
 
-    assert torch.equal(conversion.weights["image_decoder.null_context"], expected)
-    assert conversion.renamed["visual_tokenizer.neg_prompt_embeds"] == "image_decoder.null_context"
+    assert torch.equal(conversion.weights["denoising.image_decoder.null_context"], expected)
+    assert conversion.renamed["visual_tokenizer.neg_prompt_embeds"] == "denoising.image_decoder.null_context"
     assert conversion.renamed.keys() | conversion.ignored.keys() == kept.keys()

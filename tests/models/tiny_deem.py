@@ -83,9 +83,9 @@ def tiny_deem(seed: int = 0, language_options=None, tower_options=None, tokenize
         **{"context_dim": CONTEXT_DIM, "image_decoder_heads": 4, **options},
     )
     with torch.no_grad():
-        for head in (model.connector, model.feedback_head, model.new_head):
-            if head is not None:
-                torch.nn.init.normal_(head.weight, std=0.5)
+        heads = [] if model.denoising is None else [model.denoising.feedback_head]
+        for head in (model.connector, *heads, model.new_head):
+            torch.nn.init.normal_(head.weight, std=0.5)
         for module in model.vision_tower.resampler.modules():
             if isinstance(module, torch.nn.Linear):
                 torch.nn.init.normal_(module.weight, std=0.3)
