@@ -2,6 +2,7 @@
 
 import io
 import os
+import stat
 import threading
 from typing import Any
 
@@ -97,13 +98,20 @@ def _open_source(source) -> tuple[str, Any]:
     if isinstance(source, bytes):
         return "given as bytes", lambda: Image.open(io.BytesIO(source))
     if not isinstance(source, dict):
-        return str(source), lambda: Image.open(source)
+        return str(source), lambda: _open_file(source)
     name = source.get("path") or "stored in the data set"
     if source.get("bytes") is not None:
         return name, lambda: Image.open(io.BytesIO(source["bytes"]))
     if source.get("offset") is not None:
         return f"at byte {source['offset']} of {name}", lambda: Image.open(io.BytesIO(_read_member(**source)))
-    return name, lambda: Image.open(name)
+    return name, lambda: _open_file(name)
+
+
+def _open_file(path) -> Image.Image:
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError("it is no regular file")  # a pipe would be waited for without end
+    return Image.open(path)
 
 
 def _read_member(path: str, offset: int, size: int, **_) -> bytes:
@@ -115,14 +123,14 @@ def _read_member(path: str, offset: int, size: int, **_) -> bytes:
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
     """Brings grey values to 0 to 255; `convert` would cut off all that is above."""
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
     low, high = values.min(), values.max()
     if image.mode.startswith("I;16") or (255 < high <= 65535 and low >= 0):
         values = values / 257
     elif image.mode == "F" and low >= 0 and high <= 1:
         values = values * 255
     elif low < 0 or high > 255:
-        values = (values - low) * (255 / (high - low))
+        values = (values - low) * (255 / (high - low or 1))
     return Image.fromarray(values.round().astype(np.uint8))
 
 

@@ -281,7 +281,7 @@ def iter_json_lines(path: str | os.PathLike) -> Iterator[Any]:
                 continue
             try:
                 yield json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"Line {number + 1} of {path} is no valid JSON: {error}.") from error
 
 

@@ -1,4 +1,5 @@
 import io
+import os
 import struct
 from concurrent.futures import ThreadPoolExecutor
 
@@ -84,6 +85,8 @@ def test_a_corrupt_image_is_an_error_that_names_it(tmp_path, data):
         (np.array([[0, 0.5, 0.25, 1]], np.float32), [0, 128, 64, 255]),
         (np.array([[0, 7, 128, 255]], np.float32), [0, 7, 128, 255]),
         (np.array([[-1, 0, 1, np.nan]], np.float32), [0, 128, 255, 128]),
+        (np.array([[-1, 0, 1, np.inf]], np.float32), [0, 128, 255, 128]),
+        (np.array([[-5, -5, -5, -5]], np.int32), [0, 0, 0, 0]),
     ],
 )
 def test_grey_values_of_more_than_8_bits_keep_their_content(tmp_path, values, expected):
@@ -92,6 +95,15 @@ def test_grey_values_of_more_than_8_bits_keep_their_content(tmp_path, values, ex
     loaded = np.asarray(load_image(tmp_path / "a.tif"))
 
     assert loaded[0].tolist() == [[value] * 3 for value in expected]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the platform has no named pipes")
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+
+    for source in (tmp_path / "a.png", {"path": str(tmp_path / "a.png"), "bytes": None}):
+        with pytest.raises(BrokenSample, match="a.png cannot be read .it is no regular file"):
+            load_image(source)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])

@@ -55,6 +55,13 @@ def test_text_in_another_encoding_is_told_by_its_file(tmp_path):
         list(iter_json_lines(tmp_path / "a.jsonl"))
 
 
+def test_a_line_nested_too_deep_to_be_read_is_an_error_that_names_it(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{}\n" + "[" * 100_000)
+
+    with pytest.raises(ValueError, match="Line 2 of .*a.jsonl is no valid JSON"):
+        list(iter_json_lines(tmp_path / "a.jsonl"))
+
+
 def test_files_are_found_by_one_look_at_each_folder(tmp_path, monkeypatch):
     (tmp_path / "a.png").touch()
     files = Files()
