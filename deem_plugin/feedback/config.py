@@ -91,7 +91,8 @@ class ConditionConfig:
 
     def __post_init__(self):
         _check_choice("condition.kind", self.kind, CONDITIONS)
-        _check_at_least_1("num_patches", self.num_patches)
+        for name in ("num_patches", "num_queries", "resampler_dim", "resampler_layers", "resampler_heads"):
+            _check_at_least_1(name, getattr(self, name))
         _check_owner("num_patches", self.num_patches, "condition.kind", self.kind, "cls+patches")
         _check_heads("resampler_dim", self.resampler_dim, "resampler_heads", self.resampler_heads)
 

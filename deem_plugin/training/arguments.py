@@ -31,6 +31,10 @@ class LoraArguments:
     modules: list[str] = field(default_factory=lambda: ["language_model"])
     full: list[str] = field(default_factory=list)
 
+    def __post_init__(self):
+        if self.r < 0 or not 0 <= self.dropout < 1:
+            raise ValueError(f"`model.lora` needs r >= 0 and 0 <= dropout < 1, got {self.r} and {self.dropout}.")
+
 
 @dataclass
 class ModelArguments:

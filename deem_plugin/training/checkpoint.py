@@ -61,10 +61,11 @@ def write_manifest(checkpoint: Path):
 def find_damage(checkpoint: Path) -> str | None:
     """Returns what is wrong with a checkpoint, naming the first file, or None where all is as it was written."""
     try:
-        entries = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        entries = {name: {key: entry[key] for key in ("size", "sha256")} for name, entry in files.items()}
     except FileNotFoundError:
         return f"it has no {MANIFEST}, so its save was cut off, or another program wrote it"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"its {MANIFEST} is damaged"
     for name, entry in entries.items():
         path = checkpoint / name

@@ -13,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from deem_plugin.data.examples import CountSkipped, EpochSampler, Examples
 from deem_plugin.data.tables import Listing
 from deem_plugin.training.recipes import Recipe, load_recipe
+from deem_plugin.training.training_arguments import naming_training
 
 logger = logging.getLogger(__name__)
 
@@ -90,10 +91,16 @@ class ExamplesTrainer(Trainer):
     """
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+        with naming_training():
+            super().__init__(*args, **kwargs)
         self.data_collator = CountSkipped(self.data_collator)
         self.skipped = SkippedSamples(self.train_dataset)
         self.add_callback(self.skipped)
+
+    def get_train_dataloader(self):
+        """As the stock method."""
+        with naming_training():
+            return super().get_train_dataloader()
 
     def _get_train_sampler(self, train_dataset=None):
         if self.args.train_sampling_strategy != "random":

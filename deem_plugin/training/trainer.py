@@ -11,6 +11,7 @@ from deem_plugin.feedback.state import Sums
 from deem_plugin.training.data import ExamplesTrainer
 from deem_plugin.training.parts import find, matches, resolve
 from deem_plugin.training.sharding import PictureInEachBatch, is_sharded, name_sharded_layers
+from deem_plugin.training.training_arguments import naming_training
 
 # What the interleaved model returns beside its loss, as shares of an optimizer step's mean; logged by these names.
 NAMED_LOSSES = ("lm_loss", "image_loss")
@@ -41,7 +42,8 @@ class RecipeTrainer(ExamplesTrainer):
     def create_optimizer(self, model=None):
         """Makes the stock optimizer and splits its groups by learning rate."""
         exists = self.optimizer is not None
-        optimizer = super().create_optimizer(model)
+        with naming_training():
+            optimizer = super().create_optimizer(model)
         if exists or not self.learning_rates:
             return optimizer
         rates = {}  # id of a parameter -> learning rate
@@ -117,6 +119,13 @@ class RecipeTrainer(ExamplesTrainer):
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        """As the stock method; names the checkpoint in a `ValueError` where it trained other parameters."""
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            raise ValueError(f"The run of {checkpoint} cannot go on, it trained other parameters: {error}.") from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Loads a checkpoint's weights by [`load_by_class`]."""

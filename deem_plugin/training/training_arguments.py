@@ -1,6 +1,7 @@
 """The section `training` of a recipe."""
 
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -8,6 +9,15 @@ from transformers.trainer_utils import SaveStrategy
 
 # What a run needs at least 1 of.
 _COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+
+
+@contextmanager
+def naming_training():
+    """Turns what transformers refuses of the settings into a `ValueError` that names their section of the recipe."""
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, ImportError) as error:
+        raise ValueError(f"The section `training` cannot be used: {error}") from error
 
 
 @dataclass
@@ -29,7 +39,12 @@ class RecipeTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
-        super().__post_init__()
+        with naming_training():
+            super().__post_init__()
+        if self.do_eval or self.eval_on_start:
+            raise ValueError("A recipe has no data for `training.eval_strategy`. Evaluate checkpoints by `deem eval`.")
+        if min(self.seed, self.data_seed or 0) < 0:
+            raise ValueError(f"`training.seed` and `data_seed` must be at least 0, got {self.seed}, {self.data_seed}.")
         for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"`training.{name}` must be at least 1, got {getattr(self, name)}.")

@@ -79,8 +79,9 @@ def test_a_manifest_tells_what_is_wrong_with_a_checkpoint(tmp_path):
     assert find_damage(tmp_path) == "its file global_step3/two has 6 bytes, 8 were written"
     (tmp_path / "global_step3/two").unlink()
     assert find_damage(tmp_path) == "its file global_step3/two is missing"
-    (tmp_path / "manifest.json").write_text('{"fil')
-    assert find_damage(tmp_path) == "its manifest.json is damaged"
+    for text in ('{"fil', '{"files": []}', '{"files": {"weights": {}}}'):
+        (tmp_path / "manifest.json").write_text(text)
+        assert find_damage(tmp_path) == "its manifest.json is damaged"
 
 
 def test_each_file_of_a_checkpoint_is_vouched_for(whole):

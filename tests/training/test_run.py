@@ -7,6 +7,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, CLIPModel, TrainerCallback
 
+from deem_plugin.cli import main as command
 from deem_plugin.training import run
 from deem_plugin.training.recipes import list_recipes, load_recipe, read_sections
 from deem_plugin.training.report import MovementCheck
@@ -278,6 +279,31 @@ def test_resuming_from_nothing_starts_anew_and_from_a_wrong_folder_is_an_error(p
     train(recipe_for("tiny-tune", parts, tmp_path, training__resume_from_checkpoint="last"))
     with pytest.raises(ValueError, match="no checkpoint nowhere to resume from"):
         train(recipe_for("tiny-tune", parts, tmp_path, training__resume_from_checkpoint="nowhere"))
+
+
+def test_resuming_with_other_parameters_is_an_error_that_names_the_checkpoint(parts, tmp_path):
+    settings = {"training__save_strategy": "steps", "training__save_steps": 1}
+    train(recipe_for("tiny-tune", parts, tmp_path, **settings, training__max_steps=1))
+    path = tmp_path / "without.yaml"
+    path.write_text("extends: tiny-tune\nfeedback: null\n")
+    other = recipe_for("llava-1.5-7b-baseline", parts, tmp_path, path, training__resume_from_checkpoint="last")
+    with pytest.raises(ValueError, match="checkpoint-1 cannot go on, it trained other parameters: loaded state"):
+        train(other)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "report_to=wanbd",
+        "dataloader_persistent_workers=true",
+        "train_sampling_strategy=group_by_length",
+        "adam_beta1=2",
+    ],
+)
+def test_what_transformers_refuses_of_the_settings_is_no_bug(parts, tmp_path, capsys, setting):
+    overrides = tiny_overrides(parts, tmp_path, None, model__model=parts / "llava")
+    assert command(["train", "tiny-tune", *overrides, "feedback=null", f"training.{setting}"]) == 1
+    assert "deem train: The section `training` cannot be used: " in capsys.readouterr().err
 
 
 def test_the_command_reports_the_parts_and_where_the_model_is(parts, tmp_path, caplog):
