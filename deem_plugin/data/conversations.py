@@ -220,7 +220,6 @@ def _to_marks(content: Any) -> str:
         if part.get("type") == "image":
             texts.append(IMAGE_MARK + "\n")
         elif part.get("type") == "text" and isinstance(part["text"], str):
-            part["text"].encode()  # half of a surrogate pair could not be stored
             texts.append(part["text"])
         else:
             raise ValueError(f"a content part is {part!r}; expected type 'image', or 'text' with a text")

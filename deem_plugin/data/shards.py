@@ -184,6 +184,8 @@ def _documents(shards: list[str], make, rules: dict[str, Any]) -> Iterator[dict[
 
 def _interleaved(name, key, sample: Sample, min_similarity, max_images, keep_single, seed, incomplete):
     record = _read_json(name, sample, ("text_list", "image_info"))
+    if not isinstance(record["text_list"], list):
+        raise ValueError(f"its `text_list` is {record['text_list']!r}; expected a list of texts")
     texts = [text.strip() for text in record["text_list"]]
     notes: list[str] = []
     chosen = []
@@ -191,7 +193,7 @@ def _interleaved(name, key, sample: Sample, min_similarity, max_images, keep_sin
         if not 0 <= info["matched_text_index"] < len(texts):
             raise ValueError(f"an image belongs to text {info['matched_text_index']} of {len(texts)}")
         image = sample.get(info["image_name"].lower())
-        if info["matched_sim"] < min_similarity:
+        if not info["matched_sim"] >= min_similarity:  # NaN is unlike, too
             notes.append("image unlike its text")
         elif image is not None:
             chosen.append({**image, "text": info["matched_text_index"]})
@@ -293,7 +295,7 @@ def _stamp(shard: str) -> str:
     from fsspec.core import url_to_fs
 
     filesystem, path = url_to_fs(shard)
-    if not filesystem.exists(path):
+    if not filesystem.isfile(path):  # a pipe would be waited for
         raise ValueError(f"There is no shard {shard}. Give paths, addresses or globs of tar files.")
     return stamp_of(path) if "file" in filesystem.protocol else f"{shard} {filesystem.ukey(path)}"
 

@@ -48,7 +48,7 @@ def reading(where: str):
     """Turns what a record of an unforeseen form raises into a `BrokenSample` that names it."""
     try:
         yield
-    except (LookupError, TypeError, AttributeError, ValueError, OSError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, OSError, RecursionError) as error:
         if isinstance(error, BrokenSample):
             raise
         what = str(error) if type(error) is ValueError else f"{type(error).__name__} {error}"
@@ -115,7 +115,7 @@ class Listing:
                 features=Features(self.columns | fate),
                 gen_kwargs={"rows": self.rows, "name": self.name, **self.arguments},
                 cache_dir=cache_dir,
-                fingerprint=hashlib.sha256(key.encode()).hexdigest()[:16],
+                fingerprint=hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:16],
                 num_proc=self.processes if self.processes > 1 else None,
             )
         except DatasetGenerationError as error:
@@ -205,16 +205,21 @@ def check_on_error(on_error: str) -> None:
 
 
 def _with_fate(rows, name, **arguments):
-    empty = True
-    for row in rows(**arguments):
-        empty = False
+    number = -1
+    for number, row in enumerate(rows(**arguments)):
+        try:
+            named = row.get("name") if isinstance(row, dict) else None
+            with reading(ascii(named or f"sample {number} of {name}")):
+                json.dumps(row, ensure_ascii=False, default=str).encode()  # half of a surrogate pair is no text
+        except BrokenSample as error:
+            row = error
         if isinstance(row, LeftOut):
             yield {"left_out": row.reason, "notes": list(row.notes)}
         elif isinstance(row, BrokenSample):
             yield {"left_out": row.reason, "problem": str(row)}
         else:
             yield row
-    if empty:
+    if number < 0:
         raise ValueError(f"{name} holds no sample. Check its files, and its `split` where it has one.")
 
 

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import sys
 import tarfile
 
 import fsspec
@@ -75,7 +77,7 @@ def test_every_reason_is_counted_for_interleaved_documents(tmp_path, check, load
     good = ("a.jpg", 0, 0.3, jpeg())
     files = (
         web_document("0", ["many"], [(f"{i}.jpg", 0, 0.3, jpeg()) for i in range(8)])
-        | web_document("1", ["unlike"], [("a.jpg", 0, 0.23, jpeg())])
+        | web_document("1", ["unlike"], [("a.jpg", 0, 0.23, jpeg()), ("b.jpg", 0, float("nan"), jpeg())])
         | web_document("2", ["none"], [])
         | web_document("3", ["see <image>"], [good])
         | web_document("4", ["broken"], [("c.jpg", 0, 0.3, jpeg()[:60]), ("b.jpg", 0, 0.3, None), good])
@@ -91,7 +93,7 @@ def test_every_reason_is_counted_for_interleaved_documents(tmp_path, check, load
 
     assert checked.samples == 10 and checked.left_out == {
         "image beyond the most": 2,
-        "image unlike its text": 1,
+        "image unlike its text": 2,
         "document without image": 2,
         "mark within the text": 1,
         "missing image": 1,
@@ -138,6 +140,12 @@ def test_a_damaged_picture_is_skipped_for_the_next_or_refused(tmp_path, load):
         (web_document("0", ["a"], [("a.jpg", 0, 0.3, None)]), r"image .*a.tar::0.a.jpg is not in its shard"),
         (web_document("0", ["a"], [("a.jpg", 3, 0.3, b"")]), "belongs to text 3 of 1"),
         ({"0.json": "[]"}, "a.tar::0 .* JSON lacks one of text_list, image_info"),
+        (web_document("0", "text", [("a.jpg", 0, 0.3, jpeg())]), "its `text_list` is 'text'; expected a list"),
+        (
+            web_document("0", ["\ud800"], [("a.jpg", 0, 0.3, jpeg())] * 2),
+            "'.*a.tar::0' is not .*surrogates not allowed",
+        ),
+        ({"0.json": "[" * 100_000}, "a.tar::0 is not as expected: RecursionError"),
         ({"0.jpg": b""}, r"with the files \['jpg'\] it has no readable .json"),
     ],
 )
@@ -200,6 +208,9 @@ def test_globs_are_sorted_and_addresses_stay_addresses(tmp_path):
         list_shards(str(tmp_path / "none-*.tar"))
     with pytest.raises(ValueError, match="There is no shard .*none.tar"):
         list_pairs(str(tmp_path / "none.tar"))
+    (tmp_path / "folder.tar").mkdir()
+    with pytest.raises(ValueError, match="There is no shard .*folder.tar"):
+        list_pairs(str(tmp_path / "folder.tar"))
 
 
 def test_shards_behind_an_address_are_read(tmp_path, load):
@@ -234,6 +245,15 @@ def test_pictures_alone_are_those_of_a_folder_and_of_its_tar_files(tmp_path, loa
     assert len(seeds) == 8 and examples[5]["seed"] == examples[5]["seed"]
     (data / "b" / "4.png").write_bytes(gray(4))
     assert numbers(load(list_pictures(data))) == [0, 1, 4, 2, 3]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are text")
+def test_a_picture_whose_name_is_no_text_is_named(tmp_path, load):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / os.fsdecode(b"\xe9.png")).write_bytes(gray(0))
+
+    with pytest.raises(ValueError, match="(?s)1 of 1 samples of .*'sample 0 of .* surrogates not allowed"):
+        load(list_pictures(tmp_path / "data"))
 
 
 def test_a_missing_or_empty_folder_is_an_error(tmp_path):
