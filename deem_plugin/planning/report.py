@@ -1,6 +1,7 @@
 """`deem plan`: a plan as text for the terminal and as JSON."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -33,12 +34,17 @@ def main(
         gpus (`Sequence[int]`): Numbers of GPUs.
         tokens (`int`, *optional*): Length of a conversation, as [`make_plan`] takes it.
         out (`Path`, *optional*): JSON file to write.
+
+    Raises:
+        ValueError: If there is no GPU, or one without memory.
     """
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # its hints are for runs
     if gpu is not None and memory_gib is None:
         memory_gib = gpu_memory(gpu)
+    if min(gpus) < 1 or not 0 < (1 if memory_gib is None else memory_gib) < math.inf:
+        raise ValueError(f"Cannot plan for {list(gpus)} GPUs of {memory_gib} GiB. Give numbers above 0.")
     plan = make_plan(load_recipe(name, [*overrides, *ON_ANY_MACHINE]), gpus, tokens)
     if memory_gib is not None:
         fit(plan, name, overrides, gpus, int(memory_gib * GIB))

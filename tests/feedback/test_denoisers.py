@@ -123,7 +123,14 @@ def test_an_unknown_diffusion_model_is_refused_with_what_is_known(tmp_path, chan
 
 
 def test_a_folder_that_is_no_diffusion_model_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"no `model_index.json`.*mirror"):
+    with pytest.raises(ValueError, match=r"no readable `model_index.json`.*mirror"):
+        load_diffusion_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", ""])
+def test_an_index_that_is_none_is_an_error_that_says_so(tmp_path, text):
+    (tmp_path / "model_index.json").write_text(text)
+    with pytest.raises(ValueError, match="no readable `model_index.json`"):
         load_diffusion_model(str(tmp_path))
 
 

@@ -12,6 +12,7 @@ from deem_plugin.planning.memory import (
     gpu_memory,
     state_memory,
 )
+from deem_plugin.planning.report import main
 
 ADAMW = OptimizerStates(per_element=2, per_tensor=4)
 WEIGHTS = [Weight((10, 7), 4, True), Weight((5,), 4, True), Weight((3, 3), 2, False)]
@@ -101,3 +102,9 @@ def test_an_unknown_gpu_is_an_error_that_lists_the_known():
     assert gpu_memory("H100") == GPUS["h100"]
     with pytest.raises(ValueError, match=r"Unknown GPU 'h1000'. Known: t4, .*--gpu-memory GIB"):
         gpu_memory("h1000")
+
+
+@pytest.mark.parametrize("settings", [{"gpus": [0]}, {"memory_gib": float("nan")}, {"memory_gib": -1.0}])
+def test_no_gpus_and_no_memory_are_errors(settings):
+    with pytest.raises(ValueError, match="Cannot plan for .* Give numbers above 0"):
+        main("tiny-tune", [], **settings)
