@@ -1,7 +1,11 @@
-"""Files that are whole or not there, even after a power cut."""
+"""Files that are whole or not there, even after a power cut, and what is said of those that are not."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 
 def write_whole(path: Path, data: bytes):
@@ -17,3 +21,21 @@ def write_whole(path: Path, data: bytes):
         os.fsync(folder)  # the new name itself
     finally:
         os.close(folder)
+
+
+@contextmanager
+def naming_the_checkpoint(setting: str, path: str | os.PathLike | None) -> Iterator[None]:
+    """
+    Turns what a library says of a checkpoint that is missing or damaged into a `ValueError` that names the setting.
+
+    Args:
+        setting (`str`): Dotted name of the setting that `path` stands in.
+        path (`str` or `PathLike`, *optional*): Folder or hub id that is loaded.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"`{setting}: {path}` cannot be loaded ({str(error).splitlines()[0]}). Expected a folder with a whole "
+            f"checkpoint or the id of one on the hub. Correct the path, fetch it again, or go online."
+        ) from error

@@ -102,6 +102,10 @@ class ModelArguments:
         if self.vision_tower is None and self.vision_pretrained is not None:
             raise ValueError(TOWER_ONLY.format(name="vision_pretrained"))
 
+    def source(self) -> tuple[str, str]:
+        """Returns the setting that names what is trained, and its folder or hub id."""
+        return next((f"model.{name}", getattr(self, name)) for name in SOURCES if getattr(self, name) is not None)
+
     def loading(self) -> dict:
         """Returns how a model is loaded, as arguments of `from_pretrained`."""
         options = {"dtype": self.dtype, "attn_implementation": self.attn_implementation}

@@ -17,6 +17,8 @@ from accelerate import PartialState
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from deem_plugin.files import write_whole
+
 logger = logging.getLogger(__name__)
 
 FINAL_NAME = "final"
@@ -50,12 +52,7 @@ def check_writable(folder: str | os.PathLike):
 def write_manifest(checkpoint: Path):
     """Writes the sizes and SHA-256 of a checkpoint's files beside them, in one piece: it is complete from then on."""
     entries = {str(path.relative_to(checkpoint)): _entry(path) for path in _files(checkpoint)}
-    partial = checkpoint / f"{MANIFEST}.partial"
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump({"files": entries}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, checkpoint / MANIFEST)
+    write_whole(checkpoint / MANIFEST, json.dumps({"files": entries}, indent=1).encode())
 
 
 def find_damage(checkpoint: Path) -> str | None:
@@ -188,11 +185,12 @@ def naming_a_full_disk(folder: str | os.PathLike) -> Iterator[None]:
     except Exception as error:
         if not (getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or _FULL.search(str(error))):
             raise
-        newest = _newest(folder)
-        kept = f"The newest complete checkpoint is {newest.name}" if newest else "There is no complete checkpoint yet"
-        size = f" and takes {_size(newest) / 2**20:.0f} MiB" if newest else ""
+        newest, kept = _newest(folder), "There is no complete checkpoint yet"
+        if newest:
+            takes = sum(path.stat().st_size for path in _files(newest))
+            kept = f"The newest complete checkpoint is {newest.name} and takes {takes / 2**20:.0f} MiB"
         raise ValueError(
-            f"The disk of {folder} is full ({shutil.disk_usage(folder).free / 2**20:.0f} MiB free). {kept}{size}. "
+            f"The disk of {folder} is full ({shutil.disk_usage(folder).free / 2**20:.0f} MiB free). {kept}. "
             f"Free space, or keep fewer checkpoints (`training.save_total_limit`), and go on with "
             f"`training.resume_from_checkpoint={RESUME_LAST}`."
         ) from error
@@ -236,15 +234,9 @@ def _entry(path: Path) -> dict[str, int | str]:
         return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _size(checkpoint: Path) -> int:
-    return sum(path.stat().st_size for path in _files(checkpoint))
-
-
 def _checkpoints(folder: str | os.PathLike) -> list[Path]:
     """Returns the Trainer's checkpoints in `folder`, newest step first."""
-    if not Path(folder).is_dir():
-        return []
-    found = [path for path in Path(folder).iterdir() if path.is_dir() and _CHECKPOINT.match(path.name)]
+    found = [path for path in Path(folder).glob("*") if path.is_dir() and _CHECKPOINT.match(path.name)]
     return sorted(found, key=_step, reverse=True)
 
 

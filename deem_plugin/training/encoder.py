@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from deem_plugin.files import naming_the_checkpoint
 from deem_plugin.training.arguments import ModelArguments
 from deem_plugin.training.parts import freeze_names
 from deem_plugin.vision.reading import parameters_of
@@ -57,10 +58,12 @@ def load_encoder(arguments: ModelArguments, reads_pooled: bool = False):
 
     import deem_plugin.vision.auto  # noqa: F401  # so that our own towers load
 
-    whole = AutoModel.from_pretrained(arguments.encoder, **arguments.loading())
+    with naming_the_checkpoint(*arguments.source()):
+        whole = AutoModel.from_pretrained(arguments.encoder, **arguments.loading())
+        image_processor = AutoImageProcessor.from_pretrained(arguments.encoder)
     # CLIP and SigLIP: the text tower stays as it is and is kept, so that zero-shot evaluation remains possible.
     tower = vision_part(whole, reads_pooled)
-    return whole, tower, AutoImageProcessor.from_pretrained(arguments.encoder)
+    return whole, tower, image_processor
 
 
 def vision_part(whole, reads_pooled: bool = False):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from torch import nn
 
+from deem_plugin.files import naming_the_checkpoint
 from deem_plugin.training.arguments import DeemArguments, ModelArguments
 from deem_plugin.training.interleaved import load_deem
 from deem_plugin.training.parts import find, freeze, freeze_names, matches, resolve
@@ -48,15 +49,16 @@ def _load(arguments: ModelArguments):
     import deem_plugin.vision.auto  # noqa: F401  # so that checkpoints with our tower load
     from deem_plugin.vision import assemble_llava, build_vision_tower
 
-    if arguments.language_model is not None:
-        source = AutoModelForCausalLM.from_pretrained(arguments.language_model, **arguments.loading())
-        tokenizer, template = AutoTokenizer.from_pretrained(arguments.language_model), None
-    else:
-        source = AutoModelForImageTextToText.from_pretrained(arguments.model, **arguments.loading())
-        processor = AutoProcessor.from_pretrained(arguments.model)
-        if arguments.vision_tower is None:
-            return source, processor
-        tokenizer, template = processor.tokenizer, processor.chat_template
+    with naming_the_checkpoint(*arguments.source()):
+        if arguments.language_model is not None:
+            source = AutoModelForCausalLM.from_pretrained(arguments.language_model, **arguments.loading())
+            tokenizer, template = AutoTokenizer.from_pretrained(arguments.language_model), None
+        else:
+            source = AutoModelForImageTextToText.from_pretrained(arguments.model, **arguments.loading())
+            processor = AutoProcessor.from_pretrained(arguments.model)
+            if arguments.vision_tower is None:
+                return source, processor
+            tokenizer, template = processor.tokenizer, processor.chat_template
     tower = build_vision_tower(**arguments.tower(), pretrained=arguments.vision_pretrained)
     model, processor = assemble_llava(source, tokenizer, tower)
     processor.chat_template = template or processor.chat_template

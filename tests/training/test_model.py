@@ -1,8 +1,11 @@
+import shutil
+
 import pytest
 from transformers import AutoProcessor
 
 from deem_plugin.data.chat import render_chat
 from deem_plugin.training.arguments import ModelArguments
+from deem_plugin.training.encoder import load_encoder
 from deem_plugin.training.model import make_model
 
 from ..tiny import tiny_full_clip, tiny_llama, tiny_tokenizer
@@ -72,3 +75,16 @@ def test_the_shipped_vicuna_template_is_vicunas_format(assembled):
         "detailed, and polite answers to the human's questions. USER: <image>\nWhat? ASSISTANT: It<|im_end|>USER: "
         "Sure? ASSISTANT:"
     )
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_checkpoint_that_cannot_be_loaded_is_named_with_its_setting(parts, tmp_path, damage):
+    folder = tmp_path / "llava"
+    if damage == "truncated":
+        shutil.copytree(parts / "llava", folder)
+        (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
+
+    with pytest.raises(ValueError, match=f"`model.model: {folder}` cannot be loaded .* Expected a folder"):
+        make_model(ModelArguments(model=str(folder)))
+    with pytest.raises(ValueError, match=f"`model.encoder: {folder}/nowhere` cannot be loaded"):
+        load_encoder(ModelArguments(encoder=f"{folder}/nowhere"))
