@@ -1,11 +1,10 @@
 import errno
 import json
 import os
-import random
 import shutil
-import signal
+import subprocess
 import sys
-import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -26,6 +25,7 @@ from deem_plugin.training.run import train
 
 from .helpers import tiny_overrides
 
+ROOT = Path(__file__).resolve().parents[2]
 EVERY_STEP = {"training__save_strategy": "steps", "training__save_steps": 1}
 
 
@@ -244,60 +244,16 @@ def test_a_run_whose_result_finds_no_room_does_not_begin(tmp_path, monkeypatch):
         check_room(tmp_path, torch.nn.Linear(4, 4))  # 20 parameters of 4 bytes
 
 
-def start(parts, folder, steps):
-    """Forks a process that trains, so that each attempt costs no import; returns its id."""
-    if child := os.fork():
-        return child
-    try:
-        log = os.open(folder.with_suffix(".log"), os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-        os.dup2(log, 1), os.dup2(log, 2)
-        settings = {"training__max_steps": steps, "training__resume_from_checkpoint": "last", **EVERY_STEP}
-        train(recipe(parts, folder, training__save_total_limit=2, **settings))
-        os._exit(0)
-    except BaseException as error:
-        sys.stderr.write(repr(error))
-        sys.stderr.flush()
-        os._exit(1)
-
-
-def in_a_save(folder):
-    """Tells whether a checkpoint or the final folder is being written."""
-    return (folder / "final.partial").exists() or any(
-        not (path / "manifest.json").exists() for path in folder.glob("checkpoint-*")
-    )
-
-
 @pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_where_the_uninterrupted_one_does(parts, tmp_path):
     """40 kills, every second one in the middle of a save."""
-    steps, kills, draw = 60, 40, random.Random(0)
-    train(recipe(parts, tmp_path / "whole", training__max_steps=steps))
-    folder = tmp_path / "killed"
-    folder.mkdir()
-    killed = during = attempts = 0
-    while True:
-        attempts += 1
-        assert attempts < 4 * kills
-        child = start(parts, folder, steps)
-        begun, patience = time.monotonic(), draw.uniform(0.5, 3.0)
-        while True:
-            ended, status = os.waitpid(child, os.WNOHANG)
-            if ended:
-                break
-            saving = in_a_save(folder)
-            if killed < kills and (saving if killed % 2 else time.monotonic() - begun > patience):
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-                killed, during = killed + 1, during + in_a_save(folder)
-                break
-            time.sleep(draw.uniform(0, 0.003))
-        if ended:
-            assert status == 0, folder.with_suffix(".log").read_text()[-2000:]
-            if killed >= kills:
-                break
-            # It was done before it could be killed: once more from the middle.
-            for path in (*folder.glob("checkpoint-*"), folder / "final"):
-                shutil.rmtree(path, ignore_errors=True)
+    settings = {"model__model": parts / "llava", "training__max_steps": 60, "training__save_total_limit": 2}
+    settings |= {"training__resume_from_checkpoint": "last", **EVERY_STEP}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name, kills in (("whole", "0"), ("killed", "40")):
+        command = [sys.executable, "-m", "tests.training.run_killed", tmp_path / name, kills]
+        command += tiny_overrides(parts, tmp_path / name, **settings)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr[-4000:]
 
-    assert killed == kills and during >= 10
-    same_weights(tmp_path / "whole/final", folder / "final")
+    same_weights(tmp_path / "whole/final", tmp_path / "killed/final")
