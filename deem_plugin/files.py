@@ -24,18 +24,22 @@ def write_whole(path: Path, data: bytes):
 
 
 @contextmanager
-def naming_the_checkpoint(setting: str, path: str | os.PathLike | None) -> Iterator[None]:
+def naming_the_checkpoint(setting: str, path: str) -> Iterator[None]:
     """
     Turns what a library says of a checkpoint that is missing or damaged into a `ValueError` that names the setting.
 
     Args:
         setting (`str`): Dotted name of the setting that `path` stands in.
-        path (`str` or `PathLike`, *optional*): Folder or hub id that is loaded.
+        path (`str`): Folder or hub id that is loaded.
+
+    Raises:
+        ValueError: If it cannot be loaded.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
+        problem, *_ = str(error).split("\n")
         raise ValueError(
-            f"`{setting}: {path}` cannot be loaded ({str(error).splitlines()[0]}). Expected a folder with a whole "
+            f"`{setting}: {path}` cannot be loaded ({problem}). Expected a folder with a whole "
             f"checkpoint or the id of one on the hub. Correct the path, fetch it again, or go online."
         ) from error

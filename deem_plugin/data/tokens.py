@@ -47,34 +47,11 @@ def tokenize(
     Raises:
         ValueError: If there are spans, and the processor does not tell where its tokens lie in the text.
     """
-    tokenizer = processor.tokenizer
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     spans = [[] for _ in texts] if spans is None else spans
-    text_kwargs = {
-        "padding": True,
-        "padding_side": padding_side,
-        "return_tensors": None,  # Pixtral's and Janus's processors make tensors unasked
-        "return_special_tokens_mask": tokenizer.is_fast,
-        "return_offsets_mapping": tokenizer.is_fast,
-    }
-    if tokenizer.bos_token and texts[0].startswith(tokenizer.bos_token):
-        text_kwargs["add_special_tokens"] = False
-    prompts, more = list(texts), {}
+    prompts, suffixes = list(texts), None
     if any(spans) and takes_suffix(processor):
-        prompts, more["suffix"] = _split_suffixes(processor, texts, spans)
-    if regions is not None and any(region is not None for own in regions for region in own):
-        more["regions"] = list(regions)
-    encoded = dict(
-        processor(
-            text=prompts,
-            images=list(images) if any(images) else None,
-            text_kwargs=text_kwargs,
-            images_kwargs={"return_tensors": "pt"},
-            return_text_replacement_offsets=True,
-            **more,
-        )
-    )
+        prompts, suffixes = _split_suffixes(processor, texts, spans)
+    encoded = _process(processor, prompts, suffixes, images, regions, padding_side)
     encoded.pop("labels", None)  # PaliGemma's
     offsets, special = (encoded.pop(name, None) for name in ("offset_mapping", "special_tokens_mask"))
     replaced = encoded.pop("text_replacement_offsets", None) or [[] for _ in texts]
@@ -84,29 +61,58 @@ def tokenize(
 
     tokens: list[list[list[int]]] = [[[] for _ in own] for own in spans]
     if any(spans):
-        _check_offsets(processor, prompts, offsets, replaced, appends="suffix" in more)
+        _check_offsets(processor, prompts, offsets, replaced, appends=suffixes is not None)
     for row, (text, own) in enumerate(zip(texts, spans, strict=True)):
         written = [] if special is None else [index for index, added in enumerate(special[row]) if not added]
         if not written:
             continue
         suffix = []
-        if "suffix" in more:
+        if suffixes is not None:
             suffix = [index for index in written if encoded["token_type_ids"][row][index]]
             written = written[: -len(suffix)]
-            if not text.endswith(tokenizer.eos_token):
+            if not text.endswith(processor.tokenizer.eos_token):
                 del suffix[-1]  # the processor writes it unasked
         tokens[row] = [
             suffix if suffix and span[1] == len(text) else _overlapping(span, offsets[row], written, replaced[row])
             for span in own
         ]
         for index in range(max([*written, *suffix]) + 1, len(special[row])):
-            encoded["input_ids"][row][index] = tokenizer.pad_token_id
+            encoded["input_ids"][row][index] = processor.tokenizer.pad_token_id
             encoded["attention_mask"][row][index] = 0
     inputs = {name: torch.as_tensor(value) for name, value in encoded.items()}
     filled = inputs["attention_mask"].any(0).nonzero()
     for name in per_token(inputs):
         inputs[name] = inputs[name][:, : int(filled[-1]) + 1]
     return BatchFeature(_with_all_rows(inputs, len(texts))), tokens
+
+
+def _process(processor, prompts, suffixes, images, regions, padding_side) -> dict[str, Any]:
+    """Calls the processor; values for each token come as lists, with the offsets where the tokenizer has them."""
+    tokenizer = processor.tokenizer
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    text_kwargs = {
+        "padding": True,
+        "padding_side": padding_side,
+        "return_tensors": None,  # Pixtral's and Janus's processors make tensors unasked
+        "return_special_tokens_mask": tokenizer.is_fast,
+        "return_offsets_mapping": tokenizer.is_fast,
+    }
+    if tokenizer.bos_token and prompts[0].startswith(tokenizer.bos_token):
+        text_kwargs["add_special_tokens"] = False
+    more = {} if suffixes is None else {"suffix": suffixes}
+    if regions is not None and any(region is not None for own in regions for region in own):
+        more["regions"] = list(regions)
+    return dict(
+        processor(
+            text=prompts,
+            images=list(images) if any(images) else None,
+            text_kwargs=text_kwargs,
+            images_kwargs={"return_tensors": "pt"},
+            return_text_replacement_offsets=True,
+            **more,
+        )
+    )
 
 
 def per_token(inputs: dict[str, torch.Tensor]) -> list[str]:

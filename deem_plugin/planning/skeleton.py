@@ -107,10 +107,8 @@ def _picture(model, tower, arguments: ModelArguments, notes: list[str]) -> dict[
 
 def _vlm(arguments: ModelArguments, notes: list[str]):
     """Makes the VLM that `training.model.make_model` would load or assemble."""
-    if arguments.language_model is not None:
-        path, auto_class, setting = arguments.language_model, AutoModelForCausalLM, "model.language_model"
-    else:
-        path, auto_class, setting = arguments.model, AutoModelForImageTextToText, "model.model"
+    setting, path = arguments.source()
+    auto_class = AutoModelForImageTextToText if arguments.language_model is None else AutoModelForCausalLM
     source = _from_config(auto_class, path, setting, arguments)
     if arguments.vision_tower is None:
         return source

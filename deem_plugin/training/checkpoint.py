@@ -79,8 +79,8 @@ def resolve_resume(args):
     """
     Puts the folder of the checkpoint to resume from into `args.resume_from_checkpoint`, where callbacks look for it.
 
-    With `last` it is the newest checkpoint whose files are what was written. What is newer but damaged or cut off is
-    renamed to `damaged-checkpoint-<step>`, and so are checkpoints after the one that is resumed.
+    With `last` it is the newest checkpoint whose files are what was written; what is newer, so damaged or cut off, is
+    renamed to `damaged-checkpoint-<step>`. Checkpoints behind one that is named become `later-checkpoint-<step>`.
 
     Args:
         args (`RecipeTrainingArguments`): Of the run.
@@ -226,7 +226,7 @@ def check_finite(model):
 
 
 def _files(checkpoint: Path) -> list[Path]:
-    return sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return sorted(path for path in checkpoint.rglob("*") if path.is_file() and path != checkpoint / MANIFEST)
 
 
 def _entry(path: Path) -> dict[str, int | str]:

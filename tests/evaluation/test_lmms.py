@@ -8,7 +8,7 @@ import torch
 from deem_plugin.data.chat import render_chat
 from deem_plugin.evaluation.lmms import DeemChat, DeemSimple
 
-from ..tiny import tiny_image, tiny_llava
+from ..tiny import tiny_llava
 from .helpers import request
 
 GREEDY = {"max_new_tokens": 6, "temperature": 0, "top_p": 0, "num_beams": 1, "do_sample": False, "until": ["\n\n"]}
@@ -19,18 +19,6 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llava")
     tiny_llava(folder)
     return str(folder)
-
-
-@pytest.fixture
-def docs():
-    """Documents with one, two and no pictures, and questions of other lengths."""
-    return [
-        {
-            "images": [tiny_image(10 * index + k, (40, 32)) for k in range(count)],
-            "question": "What is it? " * (index + 1),
-        }
-        for index, count in enumerate([1, 2, 0, 1, 1])
-    ]
 
 
 def to_messages(doc):

@@ -16,7 +16,7 @@ from ..feedback.tiny_diffusion_models import save_diffusion_model
 from ..models.tiny_deem import tiny_deem
 from ..tiny import tiny_image, tiny_llava
 from .helpers import request
-from .test_lmms import GREEDY, chat, chat_requests, docs, to_messages  # noqa: F401  (a fixture)
+from .test_lmms import GREEDY, chat, chat_requests, to_messages
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def checkpoint(tmp_path_factory):
     return str(folder)
 
 
-def test_a_batch_answers_what_each_prompt_alone_does(checkpoint, docs):  # noqa: F811
+def test_a_batch_answers_what_each_prompt_alone_does(checkpoint, docs):
     model = chat(checkpoint, docs, batch_size=3)
 
     together = model.generate_until(chat_requests(docs))
@@ -77,7 +77,7 @@ def test_a_model_without_regions_is_told_of_the_task_that_draws_them(tmp_path):
         model.generate_until([request("", region_messages, dict(GREEDY), 0, "deem_refcoco_val", "test")])
 
 
-def test_it_answers_by_pictures_of_the_prompts_in_a_batch_or_alone(checkpoint, diffusion_model, tmp_path, docs):  # noqa: F811
+def test_it_answers_by_pictures_of_the_prompts_in_a_batch_or_alone(checkpoint, diffusion_model, tmp_path, docs):
     options = {"diffusion_model": diffusion_model, "steps": 2, "guidance": 2.0}
     model = chat(checkpoint, docs, batch_size=3, image_dir=str(tmp_path / "one"), **options)
 
@@ -96,7 +96,7 @@ def test_it_answers_by_pictures_of_the_prompts_in_a_batch_or_alone(checkpoint, d
     assert len({path.read_bytes() for path in paths}) == len(docs)
 
 
-def test_it_draws_first_and_then_answers_with_the_drawing_before_it(checkpoint, diffusion_model, docs):  # noqa: F811
+def test_it_draws_first_and_then_answers_with_the_drawing_before_it(checkpoint, diffusion_model, docs):
     text = "[GEN_PROMPT]mark it[/GEN_PROMPT][QUESTION]What is it?[/QUESTION]"
     asked = [{"images": doc["images"], "question": text} for doc in docs]
     model = DeemSimple(

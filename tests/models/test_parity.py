@@ -1,45 +1,20 @@
 """The whole interleaved model against tensors of the authors' own code (fixtures F4 and F5), from their weights."""
 
-import json
-
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from deem_plugin.feedback.timesteps import shrink_timesteps
 from deem_plugin.models.configuration import DeemConfig
 from deem_plugin.models.deem import DeemForConditionalGeneration
 from deem_plugin.models.interleaving import fill_image_slots
-from deem_plugin.models.losses import Draws
 from deem_plugin.models.official import convert_state_dict
 from experiments.faithful.deem import PublishedDeem
 
-from ..parity_weights import parity_generator, parity_text_config, parity_tower_config
+from ..parity_weights import parity_text_config, parity_tower_config
 from .official_labels import make_labels
 
 VALUES = {"atol": 1e-5, "rtol": 1e-5}
 GRADIENTS = 1e-4  # relative
 NEW_TOKENS, START = 100, 100
-
-
-@pytest.fixture(scope="module")
-def weights(shared_dir):
-    return load_file(shared_dir / "parity/f45_weights.safetensors")
-
-
-@pytest.fixture(scope="module")
-def f4(shared_dir):
-    return load_file(shared_dir / "parity/f4_interleave.safetensors")
-
-
-@pytest.fixture(scope="module")
-def f5(shared_dir):
-    return load_file(shared_dir / "parity/f5_as_is.safetensors")
-
-
-@pytest.fixture(scope="module")
-def f5_summary(shared_dir):
-    return json.loads((shared_dir / "parity/f5_losses.json").read_text())
 
 
 def parity_config(**options) -> DeemConfig:
@@ -60,35 +35,12 @@ def parity_config(**options) -> DeemConfig:
     )
 
 
-@pytest.fixture(scope="module")
-def diffusion_model(shared_dir, weights):
-    return parity_generator(shared_dir, weights, "visual_tokenizer.")
-
-
 def parity_model(weights, diffusion_model=None, kind=DeemForConditionalGeneration, **options):
     model = kind(parity_config(**options))
     model.load_state_dict(convert_state_dict(weights, START).weights, strict=True)
     if diffusion_model is not None:
         model.attach_diffusion_model(diffusion_model)
     return model
-
-
-@pytest.fixture(scope="module")
-def draws(f5):
-    """The official draws in their order; `inverted_noise` shrinks the feedback's timesteps after they are drawn."""
-    return {
-        "feedback": Draws(
-            latent_noise=f5["draw.0.vae_eps"],
-            noise=f5["draw.1.randn_like"],
-            timesteps=shrink_timesteps(f5["draw.2.randint"], 1000),
-        ),
-        "image": Draws(
-            latent_noise=f5["draw.4.vae_eps"],
-            noise=f5["draw.5.randn_like"],
-            timesteps=f5["draw.6.randint"],
-            dropped=f5["draw.3.rand_like"].flatten() < 0.1,
-        ),
-    }
 
 
 def normalised(images, config):

@@ -15,19 +15,12 @@ from experiments.faithful.deem import PublishedDeem
 
 from ..parity_weights import parity_tower_config, tower_weights
 from .official_labels import make_labels
-from .test_parity import (  # noqa: F401  (fixtures)
+from .test_parity import (
     START,
     VALUES,
-    diffusion_model,
-    documents,
-    draws,
-    f4,
-    f5,
     f5_inputs,
-    f5_summary,
     normalised,
     parity_model,
-    weights,
 )
 
 BOS, EOS, PAD, SLOT, SLOTS = 1, 2, 99, 101, 3
@@ -122,7 +115,7 @@ def test_raw_masks_give_the_official_queries_by_the_official_rule(shared_dir, of
     assert torch.equal(cells[..., 0], partial["latent_image_mask"].flatten(1).float())
 
 
-def reading_of(f5, model, **changes):  # noqa: F811
+def reading_of(f5, model, **changes):
     """What the losses of the diffusion model are made of, for the official inputs."""
     inputs = f5_inputs(f5, model)
     output = model(**{name: value for name, value in inputs.items() if name != "labels"})
@@ -140,12 +133,12 @@ def reading_of(f5, model, **changes):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def official(weights, diffusion_model):  # noqa: F811
+def official(weights, diffusion_model):
     return parity_model(weights, diffusion_model, PublishedDeem, feedback_maps=True).eval()
 
 
 @pytest.mark.parametrize("learned", [[1, 1, 1, 1], [1, 0, 1, 1], [0, 1, 1, 0], [0, 0, 0, 0]])
-def test_pictures_that_are_not_to_be_learned_stay_in_the_official_mean(official, f5, draws, learned):  # noqa: F811
+def test_pictures_that_are_not_to_be_learned_stay_in_the_official_mean(official, f5, draws, learned):
     """The official errors of each picture, times the masks, over all of them; ours is over those that count."""
     mask = torch.tensor(learned)
     reading = reading_of(f5, official, image_loss_mask=mask)
@@ -164,7 +157,7 @@ def test_pictures_that_are_not_to_be_learned_stay_in_the_official_mean(official,
     assert ours.item() == pytest.approx((errors * valid).sum().item() / max(int(valid.sum()), 1), abs=1e-5)
 
 
-def test_pictures_normalised_twice_are_what_the_next_image_differs_by(official, f5, f5_summary, draws):  # noqa: F811
+def test_pictures_normalised_twice_are_what_the_next_image_differs_by(official, f5, f5_summary, draws):
     """With the pictures normalised once, everything else as official: as their code would be with that line right."""
     reading = reading_of(f5, official)
     twice = official.denoising.image_loss(reading, draws["image"])
@@ -178,10 +171,10 @@ def test_pictures_normalised_twice_are_what_the_next_image_differs_by(official, 
     torch.testing.assert_close(before, f5["image_tensors_dec"])
 
 
-def test_a_region_that_comes_out_empty_is_a_loss_of_zero_by_the_official_rule(  # noqa: F811
+def test_a_region_that_comes_out_empty_is_a_loss_of_zero_by_the_official_rule(
     official,
-    f5,  # noqa: F811
-    draws,  # noqa: F811
+    f5,
+    draws,
     official_rule,
 ):
     """Of four pictures one with a mask of zeros: the sum of the three others over four."""
@@ -202,7 +195,7 @@ def test_a_region_that_comes_out_empty_is_a_loss_of_zero_by_the_official_rule(  
     assert loss.total.item() / 4 == pytest.approx(errors[0] + errors[1] + errors[3], abs=1e-5)
 
 
-def test_rows_padded_on_the_left_and_a_row_without_images_read_as_by_themselves(weights, f4):  # noqa: F811
+def test_rows_padded_on_the_left_and_a_row_without_images_read_as_by_themselves(weights, f4):
     model = parity_model(weights).eval()
     pixel_values = normalised(f4["image_tensors"], model.config.vision_config)
     ids = f4["text_ids"][0, :29]
@@ -225,7 +218,7 @@ def test_rows_padded_on_the_left_and_a_row_without_images_read_as_by_themselves(
     assert torch.equal(plain[0], plain[1])
 
 
-def test_a_null_context_that_safetensors_has_kept_under_its_other_name_is_found(weights):  # noqa: F811
+def test_a_null_context_that_safetensors_has_kept_under_its_other_name_is_found(weights):
     """It is one parameter under two names, of which a safetensors file holds one."""
     expected = weights["image_decoder.neg_prompt_embeds"]
     kept = {name: value for name, value in weights.items() if name != "image_decoder.neg_prompt_embeds"}
