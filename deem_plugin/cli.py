@@ -16,6 +16,7 @@ EXTRAS = {
     "lmms_eval": "lmms",
     "scipy": "lmms",
     "sklearn": "lmms",
+    "torchmetrics": "lmms",
     "matplotlib": "demo",
 }
 
@@ -181,9 +182,34 @@ def _import_mmvp(arguments) -> int:
 def _reconstruct(arguments) -> int:
     from .evaluation.reconstruction import reconstruct_files
 
-    reconstruct_files(
-        arguments.checkpoint, arguments.images, arguments.out, arguments.diffusion_model, arguments.steps
+    rows = reconstruct_files(
+        arguments.checkpoint,
+        arguments.images,
+        arguments.out,
+        arguments.diffusion_model,
+        before=arguments.before,
+        strength=arguments.strength,
+        steps=arguments.steps,
+        seed=arguments.seed,
     )
+    for title, row in rows.items():
+        print(f"{title}: PSNR {row.psnr:.2f} dB, SSIM {row.ssim:.3f}, cosine of the tokens {row.similarity:.3f}")
+    print(f"Saved {arguments.out}.")
+    return 0
+
+
+def _mismatch(arguments) -> int:
+    from .evaluation.mismatch_report import write_mismatch
+
+    page = write_mismatch(
+        arguments.checkpoint,
+        arguments.images,
+        arguments.out,
+        arguments.new,
+        arguments.diffusion_model,
+        arguments.draws,
+    )
+    print(f"Saved {page} and {page.with_suffix('.parquet').name} beside it.")
     return 0
 
 
@@ -304,8 +330,24 @@ def _add_models(commands) -> None:
     reconstruct.add_argument("images", type=Path, nargs="+", help="picture files")
     reconstruct.add_argument("--out", type=Path, default=Path("out/reconstruction.png"))
     reconstruct.add_argument("--diffusion-model", help="its folder, if it is no longer where the training run had it")
+    reconstruct.add_argument("--before", type=Path, help="an earlier checkpoint, for a row of its own")
+    reconstruct.add_argument(
+        "--strength", type=float, default=1.0, help="noise strength in (0, 1]; 1: from pure noise"
+    )
     reconstruct.add_argument("--steps", type=int, default=50, help="denoising steps")
+    reconstruct.add_argument("--seed", type=int, default=0, help="of the noise")
     reconstruct.set_defaults(run=_reconstruct)
+
+    mismatch = commands.add_parser(
+        "mismatch", help="rank pictures by how little a checkpoint's visual tokens tell of them"
+    )
+    mismatch.add_argument("checkpoint", type=Path, help="folder of a VLM or an encoder trained with feedback")
+    mismatch.add_argument("images", type=Path, help="folder of pictures")
+    mismatch.add_argument("--new", type=Path, help="a second checkpoint: what was lost and won from the first to it")
+    mismatch.add_argument("--out", type=Path, default=Path("out/mismatch"), help="folder for page and table")
+    mismatch.add_argument("--diffusion-model", help="its folder, if it is no longer where the training run had it")
+    mismatch.add_argument("--draws", type=int, default=16, help="noises and timesteps for each picture")
+    mismatch.set_defaults(run=_mismatch)
 
     convert = commands.add_parser("convert-official", help="convert a checkpoint of the authors' code")
     convert.add_argument("checkpoint", type=Path, help="weights file, or folder of shards")

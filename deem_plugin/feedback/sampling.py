@@ -16,9 +16,12 @@ def sample_pictures(
     guidance=1.0,
     null_context=None,
     generator=None,
+    latents=None,
+    strength=1.0,
 ):
     """
-    Samples pictures `(batch, 3, size, size)` in [0, 1] from context alone, starting at pure noise.
+    Samples pictures `(batch, 3, size, size)` in [0, 1] from context alone, starting at pure noise, or at noisy
+    latents as image-to-image pipelines do (SDEdit, https://arxiv.org/abs/2108.01073).
 
     Args:
         diffusion_model (`DiffusionModel`): The frozen diffusion model.
@@ -32,9 +35,13 @@ def sample_pictures(
         null_context (`torch.Tensor`, *optional*): What guidance leads away from, `(1, tokens, context_dim)`.
         generator (`torch.Generator` or `list[torch.Generator]`, *optional*): Source of the first noise and of the
             scheduler's, on the context's device: one for all, or one a picture.
+        latents (`torch.Tensor`, *optional*): Where to start, with noise, `(batch, channels, h, w)`.
+        strength (`float`, *optional*, defaults to `1.0`): Share of the steps that are taken, in (0, 1], and so how
+            much noise `latents` get, as in diffusers. At 1 they are not looked at.
 
     Raises:
-        ValueError: If guidance is asked for without a null context, or there is not one source of noise a picture.
+        ValueError: If guidance is asked for without a null context, there is not one source of noise a picture, or
+            `strength` is not in (0, 1], or below 1 without latents.
     """
     from diffusers.utils.torch_utils import randn_tensor
 
@@ -44,18 +51,24 @@ def sample_pictures(
         raise ValueError(
             f"Got {len(generator)} sources of noise for {len(context)} pictures; expected one, or one each."
         )
+    if not 0 < strength <= 1 or (strength < 1 and latents is None):
+        raise ValueError(f"strength={strength} must be in (0, 1], and 1 where there are no latents to start at.")
     denoiser = diffusion_model.denoiser
     scheduler = scheduler or denoiser.process.sampler()
     scheduler.set_timesteps(steps, device=context.device)
     shape = (len(context), denoiser.channels, denoiser.sample_size, denoiser.sample_size)
-    latents = randn_tensor(shape, generator=generator, device=context.device)
-    latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
+    noise = randn_tensor(shape, generator=generator, device=context.device)
+    timesteps = scheduler.timesteps[-max(1, round(steps * strength)) :]
+    if strength == 1.0:
+        latents = noise * getattr(scheduler, "init_noise_sigma", 1.0)
+    else:
+        latents = _noised(scheduler, latents, noise, timesteps)
     contexts = context if guidance == 1.0 else torch.cat([null_context.to(context).expand_as(context), context])
     vectors = vector
     if vector is not None and guidance != 1.0:
         vectors = torch.cat([torch.zeros_like(vector), vector])
     options = _options_of_step(scheduler, generator)
-    for timestep in scheduler.timesteps:
+    for timestep in timesteps:
         inputs = latents
         if hasattr(scheduler, "scale_model_input"):
             inputs = scheduler.scale_model_input(latents, timestep)
@@ -67,6 +80,14 @@ def sample_pictures(
             prediction = without + guidance * (given - without)
         latents = scheduler.step(prediction, timestep, latents, **options).prev_sample
     return diffusion_model.codec.decode(latents) / 2 + 0.5
+
+
+def _noised(scheduler, latents, noise, timesteps):
+    """Returns latents with the noise of the first of the last `timesteps` of a scheduler, which goes on from there."""
+    if not hasattr(scheduler, "scale_noise"):
+        return scheduler.add_noise(latents, noise, timesteps[:1])
+    scheduler.set_begin_index(len(scheduler.timesteps) - len(timesteps))
+    return scheduler.scale_noise(latents, timesteps[:1], noise)
 
 
 def _options_of_step(scheduler, generator):
