@@ -199,8 +199,11 @@ def _reconstruct(arguments) -> int:
 
 
 def _mismatch(arguments) -> int:
-    from .evaluation.mismatch_report import write_mismatch
+    from .evaluation.mismatch_report import gap_report, write_mismatch
 
+    if arguments.gap:
+        print(gap_report(arguments.checkpoint, arguments.images, arguments.diffusion_model))
+        return 0
     page = write_mismatch(
         arguments.checkpoint,
         arguments.images,
@@ -344,6 +347,7 @@ def _add_models(commands) -> None:
     mismatch.add_argument("checkpoint", type=Path, help="folder of a VLM or an encoder trained with feedback")
     mismatch.add_argument("images", type=Path, help="folder of pictures")
     mismatch.add_argument("--new", type=Path, help="a second checkpoint: what was lost and won from the first to it")
+    mismatch.add_argument("--gap", action="store_true", help="instead print what the condition is worth, by timestep")
     mismatch.add_argument("--out", type=Path, default=Path("out/mismatch"), help="folder for page and table")
     mismatch.add_argument("--diffusion-model", help="its folder, if it is no longer where the training run had it")
     mismatch.add_argument("--draws", type=int, default=16, help="noises and timesteps for each picture")

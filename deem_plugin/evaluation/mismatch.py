@@ -7,6 +7,7 @@ picture is denoised twice, from the same noise at the same timestep, and the two
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,38 +93,99 @@ def measure_mismatch(
     Raises:
         ValueError: If there are fewer than two pictures or draws.
     """
-    if len(paths) < 2 or draws < 2:
-        raise ValueError(
-            f"Got {len(paths)} picture(s) and {draws} draw(s). Each one is compared with the tokens of others, and "
-            f"the standard error is over the draws: give at least two of both."
-        )
     generator = torch.Generator().manual_seed(seed)
-    process, device = feedback.diffusion_model.denoiser.process, feedback.device
     sampler = TIMESTEP_SAMPLERS[feedback.config.objective.timestep_sampling]
+    process = feedback.diffusion_model.denoiser.process
     timesteps = sampler(draws, process.num_train_timesteps, generator=generator, device=torch.device("cpu"))
+    measured = []
+    for path, picture, errors in _denoised(feedback, paths, timesteps, generator, batch_size):
+        own, other = errors.flatten(2).nanmean(2)
+        measured.append(PictureMismatch(path, own, other, *errors.mean(1), picture))
+    return measured
+
+
+@torch.no_grad()
+def condition_gap(
+    feedback: TrainedFeedback,
+    paths: Sequence[Path],
+    bins: int = 10,
+    draws: int = 4,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> list[dict]:
+    """
+    Measures how much the condition helps the diffusion model, by timestep: how much a tower can be taught through it.
+
+    Args:
+        feedback (`TrainedFeedback`): A checkpoint, of `feedback.conditioner_only` for the tower as it is.
+        paths (`Sequence[Path]`): Picture files, at least two.
+        bins (`int`, *optional*, defaults to `10`): Equal parts of the noise schedule.
+        draws (`int`, *optional*, defaults to `4`): Noises and timesteps in each of them.
+        batch_size, seed: As for [`measure_mismatch`].
+
+    Returns:
+        `list[dict]`: For each part `first` and `last` (timesteps); the mean errors `right`, `wrong` and `without`,
+        given the picture's own tokens, those of another, and zeros; `gap`, by how much `right` is below `wrong` as a
+        share of it; and `gap_standard_error`, over the pictures.
+
+    Raises:
+        ValueError: If there are fewer than two pictures.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    edges = torch.linspace(0, feedback.diffusion_model.denoiser.process.num_train_timesteps, bins + 1).long()
+    parts = list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
+    timesteps = torch.cat([torch.randint(*part, (draws,), generator=generator) for part in parts])
+    measured = _denoised(feedback, paths, timesteps, generator, batch_size, without=True)
+    # (3, pictures, bins)
+    errors = torch.stack([e.flatten(2).nanmean(2).unflatten(1, (bins, draws)).mean(2) for _, _, e in measured], dim=1)
+    rows = []
+    for (first, end), (right, wrong, without) in zip(parts, errors.unbind(2), strict=True):
+        gap = 1 - right.mean() / wrong.mean()
+        residuals = right - (1 - gap) * wrong
+        rows.append(
+            {
+                "first": first,
+                "last": end - 1,
+                "right": right.mean().item(),
+                "wrong": wrong.mean().item(),
+                "without": without.mean().item(),
+                "gap": gap.item(),
+                "gap_standard_error": (residuals.std() / (len(right) ** 0.5 * wrong.mean())).item(),
+            }
+        )
+    return rows
+
+
+def _denoised(feedback, paths, timesteps, generator, batch_size, without=False):
+    """
+    Yields each picture's path, itself in the square that is denoised, and the errors `(2, draws, h, w)` at
+    `timesteps` given its own tokens and another's, and, if asked, a third given zeros.
+    """
+    if len(paths) < 2 or len(timesteps) < 2:
+        raise ValueError(
+            f"Got {len(paths)} picture(s) and {len(timesteps)} draw(s). Each one is compared with the tokens of "
+            f"others, and the standard error is over the draws: give at least two of both."
+        )
     chosen = torch.randperm(len(paths), generator=generator)[:NUM_REFERENCES].tolist()
     references = {index: _view(feedback, paths[index]) for index in tqdm(chosen, desc="references")}
     # Which one stands in for each picture's own at each draw; one place further where it would be itself.
-    lent = torch.randint(len(chosen), (draws, len(paths)), generator=generator).tolist()
-    seeds = torch.randint(2**31, (draws,), generator=generator).tolist()
-    measured = []
+    lent = torch.randint(len(chosen), (len(timesteps), len(paths)), generator=generator).tolist()
+    seeds = torch.randint(2**31, (len(timesteps),), generator=generator).tolist()
     for start in tqdm(range(0, len(paths), batch_size), desc="denoising"):
         indices = range(start, min(start + batch_size, len(paths)))
         views = [_view(feedback, paths[index]) for index in indices]
         pictures, latents, mask = _latents(feedback, views)
-        own, other = [], []
+        errors = []
         for timestep, row, noise_seed in zip(timesteps, lent, seeds, strict=True):
             others = [_other(references, chosen, index, row[index]) for index in indices]
-            noise = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(noise_seed)).to(device)
-            errors = _errors(feedback, views + others, latents.repeat(2, 1, 1, 1), noise, timestep.to(device))
-            for kept, part in zip((own, other), errors.chunk(2), strict=True):
-                kept.append(part.masked_fill(mask == 0, torch.nan).cpu())
-        own, other = (torch.stack(errors, dim=1) for errors in (own, other))
+            noise = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(noise_seed))
+            drawn = latents, noise.to(latents), timestep.to(latents.device)
+            given = [_errors(feedback, group, *drawn) for group in (views, others)]
+            if without:
+                given.append(_errors(feedback, views, *drawn, informed=False))
+            errors.append(torch.stack(given).masked_fill(mask == 0, torch.nan).cpu())
         for place, index in enumerate(indices):
-            pair = own[place], other[place]
-            scalars, maps = (error.flatten(1).nanmean(1) for error in pair), (error.mean(0) for error in pair)
-            measured.append(PictureMismatch(paths[index], *scalars, *maps, pictures[place]))
-    return measured
+            yield paths[index], pictures[place], torch.stack([draw[:, place] for draw in errors], dim=1)
 
 
 def _view(feedback, path) -> View:
@@ -152,12 +214,14 @@ def _latents(feedback, views):
     return small, latents, torch.ones_like(latents[:, 0]) if mask is None else mask[:, 0].expand_as(latents[:, 0])
 
 
-def _errors(feedback, views, latents, noise, timestep):
+def _errors(feedback, views, latents, noise, timestep, informed=True):
     """Returns the squared error of the prediction by latent cell, mean over the channels, `(views, h, w)`, float32."""
     denoiser = feedback.diffusion_model.denoiser
     context, vector = feedback.condition(views)
     noise, timesteps = noise.expand_as(latents), timestep.expand(len(latents))
-    with feedback.maps(views):
+    if not informed:
+        context, vector = torch.zeros_like(context), None if vector is None else torch.zeros_like(vector)
+    with feedback.maps(views) if informed else nullcontext():
         prediction = denoiser(denoiser.process.noise(latents, noise, timesteps), timesteps, context, vector)
     target = denoiser.process.target(latents, noise, timesteps)
     return (prediction.float() - target.float()).square().mean(dim=1)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
-from deem_plugin.evaluation.mismatch import PictureMismatch, find_pictures, measure_mismatch
+from deem_plugin.evaluation.mismatch import PictureMismatch, condition_gap, find_pictures, measure_mismatch
 from deem_plugin.evaluation.trained_feedback import TrainedFeedback
 
 _QUALITY = 75
@@ -73,6 +73,24 @@ def write_mismatch(
     page = out / "mismatch.html"
     page.write_text(_page(rows, checkpoint, new), encoding="utf-8")
     return page
+
+
+def gap_report(checkpoint: str | Path, folder: str | Path, diffusion_model: str | None = None) -> str:
+    """
+    Returns a Markdown table of the [`condition_gap`] of a checkpoint on a folder's pictures; arguments and errors as
+    for [`write_mismatch`].
+    """
+    rows = condition_gap(TrainedFeedback.load(checkpoint, diffusion_model), find_pictures(folder))
+    lines = ["| timesteps | own tokens | another's | zeros | gap |", "|---|---|---|---|---|"]
+    for row in rows:
+        errors = " | ".join(f"{row[name]:.4f}" for name in ("right", "wrong", "without"))
+        gap = f"{row['gap']:.1%} ± {row['gap_standard_error']:.1%}"
+        lines.append(f"| {row['first']} to {row['last']} | {errors} | {gap} |")
+    lines.append(
+        "\nMean denoising errors; the gap is what the own tokens save of the error with another picture's, ± one "
+        "standard error over the pictures."
+    )
+    return "\n".join(lines)
 
 
 def _rows(base: Sequence[PictureMismatch], later: Sequence[PictureMismatch] | None, folder: Path) -> list[dict]:

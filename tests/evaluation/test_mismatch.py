@@ -1,5 +1,6 @@
 """Planted damage: what a tower does not see must show in the score of the picture and at its place on the map."""
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from torchvision.transforms.functional import gaussian_blur, pil_to_tensor, to_p
 from deem_plugin.demo.diffusion_model import load_code, shipped_diffusion_model
 from deem_plugin.demo.sets import probe_scenes
 from deem_plugin.evaluation import mismatch_report
-from deem_plugin.evaluation.mismatch import find_pictures, measure_mismatch
+from deem_plugin.evaluation.mismatch import condition_gap, find_pictures, measure_mismatch
 from deem_plugin.evaluation.trained_feedback import TrainedFeedback
 from deem_plugin.feedback.config import FeedbackConfig
 from deem_plugin.feedback.diffusion_model import load_diffusion_model
@@ -105,6 +106,21 @@ def test_pictures_are_measured_alike_in_any_batch_and_bars_do_not_count(folder):
         assert one.mismatch == pytest.approx(other.mismatch, rel=1e-4)
         assert one.map[:, 12:].isnan().all() and not one.map[:, :12].isnan().any()
         torch.testing.assert_close(one.own.mean(), one.own_map.nanmean())
+
+
+def test_the_condition_gap_is_what_the_tokens_save_and_grows_with_the_noise(folder, monkeypatch, tmp_path):
+    paths = find_pictures(folder)[:24]
+    seen, blind = (condition_gap(feedback(damage), paths, bins=4, draws=2) for damage in (None, torch.zeros_like))
+
+    assert [(row["first"], row["last"]) for row in seen] == [(0, 249), (250, 499), (500, 749), (750, 999)]
+    assert all(row["right"] < row["without"] < row["wrong"] for row in seen)
+    assert seen[0]["gap"] < seen[1]["gap"] < seen[2]["gap"] and seen[2]["gap"] > 0.5
+    assert all(row["gap"] == pytest.approx(0, abs=1e-6) for row in blind)
+    monkeypatch.setattr(mismatch_report.TrainedFeedback, "load", lambda checkpoint, path: feedback())
+    for picture in paths[:2]:
+        shutil.copy(picture, tmp_path)
+    report = mismatch_report.gap_report("any", tmp_path)
+    assert "| 900 to 999 |" in report
 
 
 def test_too_few_pictures_or_draws_and_an_empty_folder_are_errors(folder, tmp_path):
