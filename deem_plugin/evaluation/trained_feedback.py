@@ -9,7 +9,7 @@ from torch import nn
 
 from deem_plugin.feedback.checkpoint import load_conditioner
 from deem_plugin.feedback.conditions import attached_maps, condition_of
-from deem_plugin.feedback.config import FeedbackConfig, RossConfig
+from deem_plugin.feedback.config import FeedbackConfig, ObjectiveConfig, RossConfig
 from deem_plugin.feedback.diffusion_model import DiffusionModel, load_diffusion_model
 from deem_plugin.vision.eyes import Eyes
 from deem_plugin.vision.normalization import process_image
@@ -19,13 +19,13 @@ from deem_plugin.vision.views import View
 @dataclass
 class TrainedFeedback:
     """
-    A trained model, and what its feedback told a diffusion model of each picture.
+    A trained model, and what its feedback tells a diffusion model of each picture.
 
     Args:
-        model (`nn.Module`): A vision-language model, or a vision encoder alone, in eval mode.
+        model (`nn.Module`): A vision-language or interleaved model, or a vision encoder alone, in eval mode.
         image_processor: Makes its inputs.
         eyes (`Eyes`): Of the model.
-        conditioner (`Conditioner`): Makes the denoiser's context of visual tokens.
+        conditioner (`Conditioner` or `HeadsConditioner`): Makes the denoiser's context of visual tokens.
         config (`FeedbackConfig`): The settings that it was trained with.
         diffusion_model (`DiffusionModel`): The frozen diffusion model.
     """
@@ -33,7 +33,7 @@ class TrainedFeedback:
     model: nn.Module
     image_processor: Any
     eyes: Eyes
-    conditioner: nn.Module
+    conditioner: Any
     config: FeedbackConfig
     diffusion_model: DiffusionModel
 
@@ -47,21 +47,23 @@ class TrainedFeedback:
             diffusion_model (`str`, *optional*): Folder or hub id; by default the one that the run was trained with.
 
         Raises:
-            FileNotFoundError: If there is no `feedback.safetensors`.
+            FileNotFoundError: If there is no `feedback.safetensors`, which an interleaved model does not need.
             ValueError: If the feedback did not read the tower's tokens, or something cannot be loaded.
         """
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        conditioner, config = load_conditioner(checkpoint)
-        if isinstance(config, RossConfig):
-            raise ValueError(
-                f"The feedback of {checkpoint} read what the language model says (`ross`), and a picture is "
-                f"reconstructed from a tower's tokens. Give a checkpoint that was trained with the section `feedback`."
-            )
-        model, image_processor = _load_model(str(checkpoint), config.condition.reads_pooled)
+        model, image_processor, conditioner, config = _load(str(checkpoint))
         held = config.diffusion_model
-        frozen = load_diffusion_model(diffusion_model or held.path, held.dtype, image_size=held.image_size)
-        model, conditioner = model.to(device).eval(), conditioner.to(device).eval()
-        return cls(model, image_processor, Eyes.of(model, image_processor), conditioner, config, frozen.to(device))
+        path = diffusion_model or held.path
+        if path is None:
+            raise ValueError(
+                f"{checkpoint} is an interleaved model, which does not say what diffusion model it was trained with. "
+                f"Name its folder by `--diffusion-model`."
+            )
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        frozen = load_diffusion_model(path, held.dtype, image_size=held.image_size).to(device)
+        model = model.to(device).eval()
+        if isinstance(conditioner, nn.Module):
+            conditioner.to(device).eval()
+        return cls(model, image_processor, Eyes.of(model, image_processor), conditioner, config, frozen)
 
     @property
     def device(self) -> torch.device:
@@ -88,17 +90,35 @@ class TrainedFeedback:
         return attached_maps(views, self.config.condition, self.conditioner, self.diffusion_model)
 
 
-def _load_model(checkpoint: str, reads_pooled: bool):
-    """Returns a vision-language model or a vision encoder, and its image processor."""
+def _load(checkpoint: str):
+    """Returns a model, its image processor, its conditioner, and the settings of its feedback."""
     from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoImageProcessor, AutoModel
 
-    import deem_plugin.models  # noqa: F401  # registers our model and tower with the Auto classes
     from deem_plugin.evaluation.loading import load_vlm
+    from deem_plugin.models import DeemConfig  # registers our model and tower with the Auto classes
+    from deem_plugin.models.denoising import HeadsConditioner
     from deem_plugin.training.encoder import vision_part
 
     is_adapter = (Path(checkpoint) / "adapter_config.json").is_file()
-    if is_adapter or type(AutoConfig.from_pretrained(checkpoint)) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+    kind = None if is_adapter else AutoConfig.from_pretrained(checkpoint)
+    if isinstance(kind, DeemConfig):
         model, processor = load_vlm(checkpoint)
-        return model, processor.image_processor
+        if model.denoising is None:
+            raise ValueError(
+                f"{checkpoint} was made without a diffusion model, so its tokens were never shown to one."
+            )
+        objective = ObjectiveConfig(timestep_sampling=kind.feedback_timesteps)
+        config = FeedbackConfig(condition=model.denoising.condition, objective=objective)
+        return model, processor.image_processor, HeadsConditioner(model.denoising), config
+    conditioner, config = load_conditioner(checkpoint)
+    if isinstance(config, RossConfig):
+        raise ValueError(
+            f"The feedback of {checkpoint} read what the language model says (`ross`), and a picture is "
+            f"reconstructed from a tower's tokens. Give a checkpoint that was trained with the section `feedback`."
+        )
+    if is_adapter or type(kind) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        model, processor = load_vlm(checkpoint)
+        return model, processor.image_processor, conditioner, config
     whole = AutoModel.from_pretrained(checkpoint)
-    return vision_part(whole, reads_pooled), AutoImageProcessor.from_pretrained(checkpoint)
+    tower = vision_part(whole, config.condition.reads_pooled)
+    return tower, AutoImageProcessor.from_pretrained(checkpoint), conditioner, config

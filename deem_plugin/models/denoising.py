@@ -55,11 +55,18 @@ class DenoisingBatch:
 
 
 @dataclass
-class _Conditioner:
-    """The heads as the conditioner of a [`FeedbackLoss`]: a linear layer, and the maps of the pictures of a batch."""
+class HeadsConditioner:
+    """
+    The heads as the conditioner of a [`FeedbackLoss`]: a linear layer, and the maps of the pictures.
+
+    Args:
+        heads (`DenoisingHeads`): The heads.
+        region_masks (`torch.Tensor`, *optional*): What of each picture the denoiser sees maps of, `(images, 1, height,
+            width)`; all by default.
+    """
 
     heads: "DenoisingHeads"
-    batch: DenoisingBatch
+    region_masks: torch.Tensor | None = None
 
     def __call__(self, tokens, token_mask=None, positions=None):
         """Makes the denoiser's context of queries `(images, queries, tower width)`."""
@@ -70,7 +77,8 @@ class _Conditioner:
 
     def attached_to(self, unet, views):
         """Returns a context in which `unet` sees the maps of each picture, inside its region where there is one."""
-        maps = positioned_maps(self.batch.maps, self.batch.region_masks)
+        stacked = {name: torch.stack([view.maps[name] for view in views]) for name in views[0].maps}
+        maps = positioned_maps(stacked, self.region_masks)
         itself = torch.ones(len(views), 1, device=maps[0].device)
         return self.heads.unet_synchroniser.attached(unet, [level[:, None] for level in maps], itself)
 
@@ -122,6 +130,11 @@ class DenoisingHeads(nn.Module):
             next_image = self.image_loss(batch, draws.get("image", Draws()), generator)
         return same, next_image
 
+    @property
+    def condition(self) -> ConditionConfig:
+        """What the denoiser is shown of the same image."""
+        return ConditionConfig(kind="queries+dense" if self.config.feedback_maps else "queries")
+
     def feedback_loss(self, batch: DenoisingBatch, draws: Draws, generator=None) -> ImageLosses:
         """
         The error of each image from its own queries (CSR, Eq. 5), inside its region where there is one, by the path
@@ -129,10 +142,9 @@ class DenoisingHeads(nn.Module):
         """
         latents = self._draw_latents(batch, draws, generator)
         objective = DiffusionFeedback(self.diffusion_model.denoiser, TIMESTEP_SAMPLERS[self.config.feedback_timesteps])
-        condition = ConditionConfig(kind="queries+dense" if self.config.feedback_maps else "queries")
-        return FeedbackLoss(self.diffusion_model, objective, condition)(
+        return FeedbackLoss(self.diffusion_model, objective, self.condition)(
             self._views(batch, latents.shape[-2:]),
-            _Conditioner(self, batch),
+            HeadsConditioner(self, batch.region_masks),
             generator,
             latents=latents,
             noise=draws.noise,
@@ -145,8 +157,11 @@ class DenoisingHeads(nn.Module):
         if batch.region_masks is not None:
             cells = region_to_patches(batch.region_masks, *size)
             masks = cells.bool().mT.unflatten(-1, tuple(size))[:, 0]
-        pairs = zip(batch.image_tokens, batch.pictures, masks, strict=True)
-        return [View(tokens, picture, index, mask=mask) for index, (tokens, picture, mask) in enumerate(pairs)]
+        views = []
+        for index, (tokens, picture, mask) in enumerate(zip(batch.image_tokens, batch.pictures, masks, strict=True)):
+            maps = {name: level[index] for name, level in batch.maps.items()}
+            views.append(View(tokens, picture, index, maps=maps, mask=mask))
+        return views
 
     def image_loss(self, batch: DenoisingBatch, draws: Draws, generator=None) -> torch.Tensor:
         """

@@ -16,6 +16,7 @@ from deem_plugin.training.run import train as train_recipe
 
 from ..feedback.helpers import feedback_config, train
 from ..feedback.tiny_diffusion_models import save_diffusion_model
+from ..models.tiny_deem import CONTEXT_DIM, tiny_deem
 from ..tiny import tiny_image, tiny_llava, tiny_sd_folder
 from ..training.conftest import parts  # noqa: F401
 from ..training.helpers import tiny_overrides
@@ -93,3 +94,17 @@ def test_rows_are_enlarged_and_titled():
     page = draw_rows({"original": torch.zeros(3, 3, 16, 16), "reconstructed": torch.ones(3, 3, 16, 16)})
 
     assert page.width == 3 * 128 + 8 and page.getpixel((10, 40)) == (0, 0, 0)
+
+
+def test_an_interleaved_model_is_reconstructed_by_its_own_head(checkpoint, tmp_path, capsys):
+    for name, width in (("draws", CONTEXT_DIM), ("reads", None)):
+        model, processor = tiny_deem(context_dim=width)
+        model.save_pretrained(tmp_path / name)
+        processor.save_pretrained(tmp_path / name)
+    picture, out = str(checkpoint / "0.png"), tmp_path / "grid.png"
+    arguments = ["reconstruct", str(tmp_path / "draws"), picture, "--out", str(out), "--steps", "1"]
+
+    assert main([*arguments, "--diffusion-model", str(checkpoint / "sd")]) == 0 and out.is_file()
+    assert main(arguments) == 1 and "Name its folder by `--diffusion-model`" in capsys.readouterr().err
+    arguments[1] = str(tmp_path / "reads")
+    assert main(arguments) == 1 and "made without a diffusion model" in capsys.readouterr().err
