@@ -78,17 +78,20 @@ def _eval(arguments) -> int:
 
 
 def _eval_encoder(arguments) -> int:
-    from .evaluation.encoder import evaluate_encoder, report
+    from .evaluation.encoder import EncoderData
+    from .evaluation.encoder_report import main
 
-    result = evaluate_encoder(
-        arguments.model,
-        pretrained=arguments.pretrained,
-        mmvp_vlm_dir=arguments.mmvp_vlm,
-        image_folder=arguments.zero_shot,
-        out=arguments.out,
-        batch_size=arguments.batch_size,
+    data = EncoderData(arguments.mmvp_vlm, arguments.zero_shot, arguments.retrieval, arguments.linear_probe)
+    print(
+        main(
+            arguments.model,
+            data,
+            pretrained=arguments.pretrained,
+            before=arguments.before,
+            out=arguments.out,
+            batch_size=arguments.batch_size,
+        )
     )
-    print(report(result))
     return 0
 
 
@@ -289,13 +292,20 @@ def _add_evaluation(commands) -> None:
     evaluate.usage = "deem eval [-h] [--num-processes N] PRETRAINED [-- ANY ARGUMENTS OF LMMS-EVAL]"
     evaluate.set_defaults(run=_eval)
 
-    encoder = commands.add_parser("eval-encoder", help="score a CLIP by itself: MMVP-VLM, zero-shot classification")
+    encoder = commands.add_parser("eval-encoder", help="score a CLIP by itself: what it won in detail, what it lost")
     encoder.add_argument("model", help="folder or hub id of a whole CLIP or SigLIP, or a model name of open_clip")
     encoder.add_argument("--pretrained", help="for a model name of open_clip: its checkpoint file or tag")
-    encoder.add_argument("--mmvp-vlm", type=Path, help="folder of MMVP-VLM, as published")
-    encoder.add_argument("--zero-shot", type=Path, help="folder with one subfolder of pictures for each class")
+    encoder.add_argument("--before", help="an earlier model, or the JSON file of its scores, to compare with")
+    encoder.add_argument("--mmvp-vlm", type=Path, metavar="FOLDER", help="MMVP-VLM, as published")
+    encoder.add_argument("--zero-shot", type=Path, metavar="FOLDER", help="with one subfolder of pictures a class")
+    encoder.add_argument(
+        "--retrieval", type=Path, nargs=2, metavar=("CAPTIONS", "IMAGES"), help="COCO or Flickr30k, as published"
+    )
+    encoder.add_argument(
+        "--linear-probe", type=Path, nargs=2, metavar=("FIT", "TEST"), help="folders with one subfolder a class"
+    )
     encoder.add_argument("--batch-size", type=int, default=32)
-    encoder.add_argument("--out", type=Path, help="JSON file for the scores, picture by picture")
+    encoder.add_argument("--out", type=Path, help="JSON file for the scores, item by item; and a plot beside it")
     encoder.set_defaults(run=_eval_encoder)
 
     compare = commands.add_parser("compare", help="two evaluations question by question: differences and flips")

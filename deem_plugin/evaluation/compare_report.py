@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from deem_plugin.evaluation.compare import Comparison, Comparisons, Flip, compare_runs
+from deem_plugin.evaluation.statistics import Estimate
 
 _SHOWN = 20  # flips of a kind that the Markdown lists
 _PIXELS = 224  # longer side of the images in the HTML
@@ -58,7 +59,8 @@ def main(base_dir: Path, new_dir: Path, out: Path | None = None, with_html: bool
     comparisons = compare_runs(base_dir, new_dir)
     out = Path(new_dir if out is None else out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
-    draw_forest(out / "compare.png", [*comparisons.groups, *comparisons.tasks])
+    results = [*comparisons.groups, *comparisons.tasks]
+    draw_forest(out / "compare.png", {f"{result.task}, {result.metric}": result.difference for result in results})
     _write(out / "compare.json", json.dumps(to_json(comparisons), indent=1, ensure_ascii=False))
     if with_html:
         _write(out / "compare.html", to_html(comparisons, out / "compare.png"))
@@ -222,29 +224,29 @@ def _image_tag(result: Comparison, flip: Flip) -> str:
     return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
-def draw_forest(path: Path, results: list[Comparison]):
-    """Draws the differences with their intervals, one task or group a line, around the line of no difference."""
+def draw_forest(path: Path, differences: dict[str, Estimate]):
+    """Draws differences by name with their intervals, one a line, around the line of no difference."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 0.9 + 0.4 * len(results)), layout="constrained")
+    figure = Figure(figsize=(8, 0.9 + 0.4 * len(differences)), layout="constrained")
     FigureCanvasAgg(figure)  # draws to files whatever backend the process uses
     axis = figure.add_subplot()
     axis.axvline(0, color="black", linewidth=0.8)
-    for line, result in enumerate(results):
-        known = not math.isnan(result.difference.low)
+    for line, difference in enumerate(differences.values()):
+        known = not math.isnan(difference.low)
         reach = [
-            [result.difference.value - result.difference.low if known else 0],
-            [result.difference.high - result.difference.value if known else 0],
+            [difference.value - difference.low if known else 0],
+            [difference.high - difference.value if known else 0],
         ]
         # An interval of percentiles may leave out the value itself when there are only a few images.
         reach = [[max(0.0, length) for length in side] for side in reach]
-        axis.errorbar(result.difference.value, line, xerr=reach, fmt="s", color="tab:blue", capsize=3)
+        axis.errorbar(difference.value, line, xerr=reach, fmt="s", color="tab:blue", capsize=3)
     axis.set(
-        yticks=range(len(results)),
-        yticklabels=[f"{result.task}, {result.metric}" for result in results],
+        yticks=range(len(differences)),
+        yticklabels=list(differences),
         xlabel="difference, new minus base, with its 95 % interval",
-        ylim=(len(results) - 0.5, -0.5),
+        ylim=(len(differences) - 0.5, -0.5),
     )
     axis.grid(alpha=0.3, axis="x")
     figure.savefig(path, dpi=110)

@@ -1,9 +1,9 @@
-"""What a CLIP sees by itself: the MMVP-VLM protocol, and zero-shot classification, which training may have cost it."""
+"""What a CLIP sees by itself: details (MMVP-VLM), and what training may have cost it: classes, retrieval, a probe."""
 
 import csv
-import json
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from deem_plugin.data.images import IMAGE_SUFFIXES, load_image
 from deem_plugin.evaluation import imagenet
 from deem_plugin.evaluation.clip import Clip, load_clip
 from deem_plugin.evaluation.questions import QuestionDataError
+from deem_plugin.evaluation.retrieval import score_retrieval
 from deem_plugin.evaluation.statistics import cluster_totals, estimate
 
 # MMVP-VLM's nine patterns; a pair's place in the question file says which is its.
@@ -34,46 +35,61 @@ PAIRS_A_PATTERN = 15
 _IMAGE_FOLDERS = ("MLLM_VLM Images", "MLLM_VLM_Images")
 
 
+@dataclass(frozen=True)
+class EncoderData:
+    """
+    What a CLIP is evaluated on; what is left out is not.
+
+    Args:
+        mmvp_vlm (`Path`, *optional*): Folder of MMVP-VLM, see [`score_mmvp_vlm`].
+        zero_shot (`Path`, *optional*): Pictures sorted by class, see [`score_zero_shot`].
+        retrieval (`tuple[Path, Path]`, *optional*): Captions and pictures, see
+            [`~deem_plugin.evaluation.retrieval.score_retrieval`].
+        linear_probe (`tuple[Path, Path]`, *optional*): Folders to fit and to score on, see [`score_linear_probe`].
+    """
+
+    mmvp_vlm: Path | None = None
+    zero_shot: Path | None = None
+    retrieval: tuple[Path, Path] | None = None
+    linear_probe: tuple[Path, Path] | None = None
+
+
 def evaluate_encoder(
-    name: str,
-    *,
-    pretrained: str | None = None,
-    mmvp_vlm_dir: str | Path | None = None,
-    image_folder: str | Path | None = None,
-    out: str | Path | None = None,
-    device: str | None = None,
-    batch_size: int = 32,
+    name: str, data: EncoderData, *, pretrained: str | None = None, device: str | None = None, batch_size: int = 32
 ) -> dict[str, Any]:
     """
     Evaluates a CLIP or SigLIP, vision and text tower, in float32.
 
     Args:
         name (`str`): Model name of open_clip, or a folder or hub id, see `clip.load_clip`.
+        data (`EncoderData`): What to evaluate it on.
         pretrained (`str`, *optional*): For a model name of open_clip: its weights.
-        mmvp_vlm_dir (`str` or `Path`, *optional*): Folder of MMVP-VLM, see `score_mmvp_vlm`.
-        image_folder (`str` or `Path`, *optional*): Pictures sorted by class, see `score_zero_shot`.
-        out (`str` or `Path`, *optional*): JSON file to write the result to.
         device (`str`, *optional*): By default a GPU where there is one, else the CPU.
         batch_size (`int`): Pictures encoded at once.
 
     Returns:
-        `dict`: "mmvp_vlm" and "zero_shot" as asked for, beside "model" and "weights" (their hash).
+        `dict`: "mmvp_vlm", "zero_shot", "retrieval" and "linear_probe" as asked for, beside "model" and "weights"
+        (their hash).
 
     Raises:
         ValueError: If nothing is asked for, or the model or the data cannot be used.
     """
-    if mmvp_vlm_dir is None and image_folder is None:
-        raise ValueError("Nothing to evaluate on: give a folder for --mmvp-vlm, for --zero-shot, or for both.")
+    if data == EncoderData():
+        raise ValueError(
+            "Nothing to evaluate on: give data for --mmvp-vlm, --zero-shot, --retrieval or --linear-probe."
+        )
     clip = load_clip(name, pretrained, device)
     result: dict[str, Any] = {"model": name, "pretrained": pretrained, "weights": clip.weights_hash()}
-    if mmvp_vlm_dir is not None:
-        result["mmvp_vlm"] = score_mmvp_vlm(clip, mmvp_vlm_dir, batch_size)
-    if image_folder is not None:
-        result["zero_shot"] = score_zero_shot(clip, image_folder, batch_size)
-    if out is not None:
-        path = Path(out).expanduser()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2), encoding="utf-8")
+    if data.mmvp_vlm is not None:
+        result["mmvp_vlm"] = score_mmvp_vlm(clip, data.mmvp_vlm, batch_size)
+    if data.zero_shot is not None:
+        result["zero_shot"] = score_zero_shot(clip, data.zero_shot, batch_size)
+    if data.retrieval is not None:
+        result["retrieval"] = score_retrieval(
+            clip, *data.retrieval, lambda paths: _encode_images(clip, paths, batch_size)
+        )
+    if data.linear_probe is not None:
+        result["linear_probe"] = score_linear_probe(clip, *data.linear_probe, batch_size)
     return result
 
 
@@ -198,6 +214,41 @@ def score_zero_shot(clip: Clip, folder: str | Path, batch_size: int = 32) -> dic
     }
 
 
+def score_linear_probe(clip: Clip, fitted: str | Path, scored: str | Path, batch_size: int = 32) -> dict[str, Any]:
+    """
+    Classifies pictures by a logistic regression on their features of unit length, with the strength of CLIP's example
+    (https://github.com/openai/CLIP, C = 0.316).
+
+    Args:
+        clip (`Clip`): The model.
+        fitted (`str` or `Path`): Pictures that the regression is fitted to, one subfolder for each class.
+        scored (`str` or `Path`): Pictures that it is scored on, in subfolders of the same names.
+        batch_size (`int`): Pictures encoded at once.
+
+    Returns:
+        `dict`: "accuracy", "low", "high", "classes", "pictures" and "right", as of [`score_zero_shot`].
+
+    Raises:
+        QuestionDataError: If a folder is missing or empty, or the two have other classes.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    sets = []
+    for folder in (fitted, scored):
+        root = Path(folder).expanduser()
+        paths, labels, names = _list_classes(root)
+        sets.append((_encode_images(clip, [root / path for path in paths], batch_size).numpy(), labels, paths, names))
+    if sets[0][3] != sets[1][3]:
+        only = sorted(set(sets[0][3]) ^ set(sets[1][3]))
+        raise QuestionDataError(f"{fitted} and {scored} have other classes ({only[0]} is in one of them alone).")
+    probe = LogisticRegression(C=0.316, max_iter=1000).fit(*sets[0][:2])
+    features, labels, paths, names = sets[1]
+    right = [bool(guess == label) for guess, label in zip(probe.predict(features), labels, strict=True)]
+    mean = estimate(cluster_totals([float(flag) for flag in right], paths))
+    counts = {"classes": len(names), "pictures": len(paths), "right": dict(zip(paths, right, strict=True))}
+    return {"accuracy": mean.value, "low": mean.low, "high": mean.high, **counts}
+
+
 def _list_classes(root: Path) -> tuple[list[str], list[int], list[str]]:
     """Returns the pictures, relative to `root`, the place of each one's class, and the names of the classes."""
     folders = imagenet.class_folders(root)
@@ -242,20 +293,3 @@ def _open(paths: Iterable[Path]) -> Iterable[Image.Image]:
             yield load_image(path)
         except ValueError as error:
             raise QuestionDataError(f"Cannot read the picture {path}: {error}") from error
-
-
-def report(result: dict[str, Any]) -> str:
-    """Returns a result of `evaluate_encoder` as text, in percent."""
-    lines = []
-    if scores := result.get("mmvp_vlm"):
-        lines += [f"{name:<36}{100 * share:5.1f}" for name, share in scores["patterns"].items()]
-        lines.append(_line("MMVP-VLM", scores["mean"], scores))
-    if scores := result.get("zero_shot"):
-        counts = f"zero-shot, {scores['pictures']} pictures of {scores['classes']} classes"
-        lines.append(_line(counts, scores["accuracy"], scores))
-        lines.append(f"{'mean over classes':<36}{100 * scores['mean_per_class']:5.1f}")
-    return "\n".join(lines)
-
-
-def _line(name: str, value: float, scores: dict[str, Any]) -> str:
-    return f"{name:<36}{100 * value:5.1f}  [{100 * scores['low']:.1f}, {100 * scores['high']:.1f}]"

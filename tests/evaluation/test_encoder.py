@@ -11,7 +11,14 @@ from transformers import AutoImageProcessor, AutoTokenizer, SiglipConfig, Siglip
 
 from deem_plugin.cli import main
 from deem_plugin.evaluation.clip import load_clip
-from deem_plugin.evaluation.encoder import PATTERNS, evaluate_encoder, pairs_right, score_mmvp_vlm, score_zero_shot
+from deem_plugin.evaluation.encoder import (
+    PATTERNS,
+    EncoderData,
+    evaluate_encoder,
+    pairs_right,
+    score_mmvp_vlm,
+    score_zero_shot,
+)
 from deem_plugin.evaluation.questions import QuestionDataError
 
 from ..tiny import IMAGE_SIZE, PATCH_SIZE, tiny_image, tiny_image_processor, tiny_tokenizer
@@ -148,7 +155,7 @@ def test_the_command_prints_the_scores_and_writes_them(clip_folder, mmvp_vlm, tm
 def test_bad_data_is_named(clip_folder, mmvp_vlm, tmp_path):
     clip = load_clip(str(clip_folder), device="cpu")
     with pytest.raises(ValueError, match="Nothing to evaluate on"):
-        evaluate_encoder(str(clip_folder))
+        evaluate_encoder(str(clip_folder), EncoderData())
     with pytest.raises(QuestionDataError, match="Questions.csv is no question file of MMVP-VLM"):
         score_mmvp_vlm(clip, tmp_path)
     lines = (mmvp_vlm / "Questions.csv").read_text().splitlines()
