@@ -242,6 +242,13 @@ def _lmms_tasks_dir(arguments) -> int:
     return 0
 
 
+def _count(text: str) -> int:
+    """Reads a number from 1 up."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 up, got {text!r}")
+    return int(text)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of the `deem` command."""
     parser = argparse.ArgumentParser(prog="deem", description="Diffusion eyes for vision-language models.")
@@ -269,7 +276,7 @@ def _add_training(commands) -> None:
     cache = commands.add_parser("cache-latents", help="encode a recipe's pictures once, into a latent cache")
     cache.add_argument("recipe", help="as `deem train` takes it")
     cache.add_argument("overrides", nargs="*", metavar="section.key=value", help="as `deem train` takes them")
-    cache.add_argument("--batch-size", type=int, default=16, metavar="N", help="examples that are encoded together")
+    cache.add_argument("--batch-size", type=_count, default=16, metavar="N", help="examples that are encoded together")
     cache.set_defaults(run=_cache_latents)
 
     plan = commands.add_parser("plan", help="parameters, FLOPs and memory of a recipe, before a GPU is booked")
@@ -277,9 +284,9 @@ def _add_training(commands) -> None:
     plan.add_argument("overrides", nargs="*", metavar="section.key=value", help="as `deem train` takes them")
     plan.add_argument("--gpu", help="GPU that it shall fit, for example h100 or rtx4090")
     plan.add_argument("--gpu-memory", type=float, metavar="GIB", help="memory of a GPU that is not known by name")
-    plan.add_argument("--gpus", type=int, nargs="+", default=[1, 8], metavar="N", help="numbers of GPUs")
+    plan.add_argument("--gpus", type=_count, nargs="+", default=[1, 8], metavar="N", help="numbers of GPUs")
     plan.add_argument(
-        "--tokens", type=int, help="length of a conversation with its picture; data.max_length if left out"
+        "--tokens", type=_count, help="length of a conversation with its picture; data.max_length if left out"
     )
     plan.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here, in bytes and FLOPs")
     plan.set_defaults(run=_plan)
@@ -288,7 +295,7 @@ def _add_training(commands) -> None:
 def _add_evaluation(commands) -> None:
     evaluate = commands.add_parser("eval", help="run lmms-eval on a checkpoint; fails when the evaluation fails")
     evaluate.add_argument("pretrained", help="checkpoint folder or hub id: any Hugging Face VLM")
-    evaluate.add_argument("--num-processes", type=int, default=1, metavar="N", help="that share the questions")
+    evaluate.add_argument("--num-processes", type=_count, default=1, metavar="N", help="that share the questions")
     evaluate.usage = "deem eval [-h] [--num-processes N] PRETRAINED [-- ANY ARGUMENTS OF LMMS-EVAL]"
     evaluate.set_defaults(run=_eval)
 
@@ -304,7 +311,7 @@ def _add_evaluation(commands) -> None:
     encoder.add_argument(
         "--linear-probe", type=Path, nargs=2, metavar=("FIT", "TEST"), help="folders with one subfolder a class"
     )
-    encoder.add_argument("--batch-size", type=int, default=32)
+    encoder.add_argument("--batch-size", type=_count, default=32)
     encoder.add_argument("--out", type=Path, help="JSON file for the scores, item by item; and a plot beside it")
     encoder.set_defaults(run=_eval_encoder)
 
@@ -347,7 +354,7 @@ def _add_models(commands) -> None:
     reconstruct.add_argument(
         "--strength", type=float, default=1.0, help="noise strength in (0, 1]; 1: from pure noise"
     )
-    reconstruct.add_argument("--steps", type=int, default=50, help="denoising steps")
+    reconstruct.add_argument("--steps", type=_count, default=50, help="denoising steps")
     reconstruct.add_argument("--seed", type=int, default=0, help="of the noise")
     reconstruct.set_defaults(run=_reconstruct)
 
@@ -360,23 +367,23 @@ def _add_models(commands) -> None:
     mismatch.add_argument("--gap", action="store_true", help="instead print what the condition is worth, by timestep")
     mismatch.add_argument("--out", type=Path, default=Path("out/mismatch"), help="folder for page and table")
     mismatch.add_argument("--diffusion-model", help="its folder, if it is no longer where the training run had it")
-    mismatch.add_argument("--draws", type=int, default=16, help="noises and timesteps for each picture")
+    mismatch.add_argument("--draws", type=_count, default=16, help="noises and timesteps for each picture")
     mismatch.set_defaults(run=_mismatch)
 
     convert = commands.add_parser("convert-official", help="convert a checkpoint of the authors' code")
     convert.add_argument("checkpoint", type=Path, help="weights file, or folder of shards")
     convert.add_argument("out", type=Path, help="folder for model and processor")
     convert.add_argument("--language-model", default="lmsys/vicuna-7b-v1.5", help="folder or hub id it was trained on")
-    convert.add_argument("--image-size", type=int, default=256, help="the encoder's pixels; 448 behind stage 1")
-    convert.add_argument("--image-decoder-heads", type=int, default=16, help="as trained")
-    convert.add_argument("--resampler-heads", type=int, default=12, help="as trained, if it has no QK norm")
+    convert.add_argument("--image-size", type=_count, default=256, help="the encoder's pixels; 448 behind stage 1")
+    convert.add_argument("--image-decoder-heads", type=_count, default=16, help="as trained")
+    convert.add_argument("--resampler-heads", type=_count, default=12, help="as trained, if it has no QK norm")
     convert.set_defaults(run=_convert_official)
 
 
 def _add_demo(commands) -> None:
     demo = commands.add_parser("demo", help="train a small VLM with and without feedback and compare them")
     demo.add_argument("--out", type=Path, default=Path("out/demo"))
-    demo.add_argument("--seeds", type=int, default=1, help="pairs of runs")
+    demo.add_argument("--seeds", type=_count, default=1, help="pairs of runs")
     demo.add_argument("--fast", action="store_true", help="a few steps of everything, to see that it runs")
     what = demo.add_mutually_exclusive_group()
     what.add_argument("--controls", action="store_true", help="also the arms that keep the claim honest")
@@ -406,13 +413,13 @@ def _add_robustvqa(commands) -> None:
         "--candidates", choices=("split", "all"), help="wrong classes: of the split (default) or all 1000 (official)"
     )
     build.add_argument("--skip-unreadable", action="store_true", help="leave out pictures that cannot be read")
-    build.add_argument("--batch-size", type=int, default=64)
+    build.add_argument("--batch-size", type=_count, default=64)
     build.set_defaults(run=_build_robustvqa)
     check.set_defaults(run=_check_robustvqa)
     convert.set_defaults(run=_import_robustvqa)
 
 
-def _is_for_the_user(error: Exception) -> bool:
+def is_for_the_user(error: Exception) -> bool:
     """
     Tells an error that a user can mend from a bug, of which the traceback must be seen.
 
@@ -446,7 +453,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"deem {arguments.command}: {error}. {remedy}", file=sys.stderr)
         return 1
     except (ValueError, OSError, RuntimeError) as error:
-        if not _is_for_the_user(error):
+        if not is_for_the_user(error):
             raise
         print(f"deem {arguments.command}: {error}", file=sys.stderr)
         return 1

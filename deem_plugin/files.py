@@ -5,8 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 
 def write_whole(path: Path, data: bytes):
     """Writes a file beside its place, and gives it its name once all of it is on the disk."""
@@ -37,9 +35,11 @@ def naming_the_checkpoint(setting: str, path: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        problem, *_ = str(error).split("\n")
+    except ImportError:  # says itself what to install
+        raise
+    except Exception as error:  # damaged and foreign folders make transformers raise nearly anything
+        problem, *_ = str(error).strip().split("\n")
         raise ValueError(
-            f"`{setting}: {path}` cannot be loaded ({problem}). Expected a folder with a whole "
+            f"`{setting}: {path}` cannot be loaded ({problem[:500]}). Expected a folder with a whole "
             f"checkpoint or the id of one on the hub. Correct the path, fetch it again, or go online."
         ) from error

@@ -10,6 +10,9 @@ from enum import Enum
 from functools import cache
 from typing import Any
 
+# Lists whose values are checked one by one.
+_LISTS = (list[str], list[float], list[dict])
+
 
 def build_settings(cls: type, values: dict | None, name: str, origin: str, *, strict: bool = True) -> Any:
     """
@@ -130,6 +133,13 @@ def default_of(item: dataclasses.Field) -> Any:
     return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
 
 
+def _item(value: Any, hint: Any, name: str) -> Any:
+    """Returns a value in a list or dictionary, where none is not one."""
+    if value is None:
+        raise ValueError(f"`{name}` must be of kind {hint.__name__}, got None.")
+    return _coerce(value, hint, name)
+
+
 def _coerce(value: Any, hint: Any, name: str, strict: bool = True) -> Any:
     """Returns `value` as its field wants it; raises if it is plainly of another kind and `strict`."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
@@ -146,7 +156,9 @@ def _coerce(value: Any, hint: Any, name: str, strict: bool = True) -> Any:
         if isinstance(value, int):
             return value if int in kinds else float(value)
     if dict in kinds and isinstance(value, dict) and dict[str, float] in options:
-        return {key: _coerce(item, float, f"{name}.{key}") for key, item in value.items()}
+        return {key: _item(item, float, f"{name}.{key}") for key, item in value.items()}
+    if isinstance(value, list) and (of := [typing.get_args(option)[0] for option in options if option in _LISTS]):
+        return [_item(item, of[0], f"{name}[{number}]") for number, item in enumerate(value)]
     if value is False and not strict and any(isinstance(kind, type) and issubclass(kind, Enum) for kind in kinds):
         return "no"  # what YAML makes of `save_strategy: no`
     # Even where annotations are loose, a number is a number.

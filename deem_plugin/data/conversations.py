@@ -8,7 +8,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from deem_plugin.data.chat import IMAGE_MARK
-from deem_plugin.data.images import load_image
+from deem_plugin.data.images import ImageFolder, load_image
 from deem_plugin.data.tables import (
     BrokenSample,
     Listing,
@@ -30,7 +30,9 @@ _PICTURES = ("images", "image")
 _OTHER_MEDIA = ("video", "videos", "audio", "audios")
 
 
-def list_conversations(path: str | os.PathLike, image_dir: str | os.PathLike | None = None) -> Listing:
+def list_conversations(
+    path: str | os.PathLike, image_dir: str | os.PathLike | None = None, *, allow_outside: bool = False
+) -> Listing:
     """
     Lists conversations, whatever their source.
 
@@ -45,6 +47,7 @@ def list_conversations(path: str | os.PathLike, image_dir: str | os.PathLike | N
             parquet files, or the hub id of a data set.
         image_dir (`str` or `PathLike`, *optional*):
             Folder that image paths are relative to. By default the folder of the data.
+        allow_outside (`bool`, *optional*, defaults to `False`): Whether image paths may lead out of that folder.
 
     Returns:
         `Listing`: With `messages` (`{"role", "content"}`, contents with `<image>` marks) and `images`; opened,
@@ -74,9 +77,10 @@ def list_conversations(path: str | os.PathLike, image_dir: str | os.PathLike | N
         folder = Path(image_dir or (local if local.is_dir() else local.parent)).absolute()
         source, stored = _without_pictures(table, path)
         stamp = table._fingerprint
-    arguments = {"source": source, "path": str(path), "image_dir": str(folder)}
+    images = {"image_dir": str(folder), "allow_outside": allow_outside}
+    arguments = {"source": source, "path": str(path), **images}
     return Listing(
-        str(path), _rows, arguments, columns, f"{folder}|{stamp}", partial(open_conversation, stored=stored)
+        str(path), _rows, arguments, columns, f"{images}|{stamp}", partial(open_conversation, stored=stored)
     )
 
 
@@ -126,16 +130,19 @@ def _count_pictures(stored: "Dataset", name: str) -> list[int]:
     return counts
 
 
-def _rows(source: "str | Dataset", path: str, image_dir: str) -> Iterator[dict[str, Any] | BrokenSample]:
+def _rows(
+    source: "str | Dataset", path: str, image_dir: str, allow_outside: bool
+) -> Iterator[dict[str, Any] | BrokenSample]:
+    folder = ImageFolder(image_dir, allow_outside)
     if not isinstance(source, str):
         records: Any = source
     else:
         records = iter_json_lines(source) if source.endswith(".jsonl") else iter_json_array(source)
     numbered = enumerate(records)
-    return rows_of(numbered, "record", path, lambda record, where: _row(*record, image_dir, where))
+    return rows_of(numbered, "record", path, lambda record, where: _row(*record, folder, where))
 
 
-def _row(number: int, record: Any, image_dir: str, where: str) -> dict[str, Any]:
+def _row(number: int, record: Any, folder: ImageFolder, where: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError(f"it is {record!r}; expected an object with `conversations` or `messages`")
     if unread := [name for name in _OTHER_MEDIA if record.get(name)]:
@@ -149,7 +156,7 @@ def _row(number: int, record: Any, image_dir: str, where: str) -> dict[str, Any]
     pictures = [record[name] for name in _PICTURES if record.get(name)]
     if len(pictures) > 1:
         raise ValueError("it has `image` and `images`; give one of them")
-    paths = [os.path.join(image_dir, path) for path in _as_list(pictures[0] if pictures else None)]
+    paths = [folder.resolve(path) for path in _as_list(pictures[0] if pictures else None)]
     turns = [turn for name in named for turn in record[name]]
     messages, notes = to_messages(turns, record.get("count", len(paths)), where)
     return {"messages": messages, "images": paths, "row": number, "files": paths, "notes": notes}
@@ -178,17 +185,22 @@ def to_messages(turns: list[dict], num_images: int, where: str) -> tuple[list[di
     """
     messages, notes = [], []
     for turn in turns:
-        speaker = turn["from"] if "from" in turn else turn["role"]
-        if speaker not in ROLES:
+        if not isinstance(turn, dict):
+            raise ValueError(f"a turn is {turn!r}; expected an object")
+        said_by, said = ("from", "value") if "from" in turn else ("role", "content")
+        speaker = turn.get(said_by)
+        if not isinstance(speaker, str) or speaker not in ROLES:
             raise ValueError(f"unknown speaker {speaker!r}; expected one of {', '.join(ROLES)}")
-        content = _to_marks(turn["value"] if "from" in turn else turn["content"])
+        content = _to_marks(turn.get(said))
         if ROLES[speaker] == "assistant" and all(message["role"] == "system" for message in messages):
             # As LLaVA's own code has it. Chat templates do not render what comes before a question.
             notes.append("turn before the first question")
             continue
         messages.append({"role": ROLES[speaker], "content": content})
+    answers = [message["content"].strip() for message in messages if message["role"] == "assistant"]
+    notes += ["empty answer"] * answers.count("")
     roles = [message["role"] for message in messages if message["role"] != "system"]
-    if "assistant" not in roles:
+    if not any(answers):
         what = "has no answer to learn" if turns else "is empty"
         raise BrokenSample("without answer", f"The conversation in {where} {what}. Take the record out of the data.")
     if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"] * (len(roles) % 2):
@@ -217,9 +229,10 @@ def _to_marks(content: Any) -> str:
         raise ValueError(f"a message has the content {content!r}; expected text or a list of parts")
     texts = []
     for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-        if part.get("type") == "image":
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "image":
             texts.append(IMAGE_MARK + "\n")
-        elif part.get("type") == "text" and isinstance(part["text"], str):
+        elif kind == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
         else:
             raise ValueError(f"a content part is {part!r}; expected type 'image', or 'text' with a text")

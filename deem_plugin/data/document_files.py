@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from deem_plugin.data.images import load_image, load_mask
+from deem_plugin.data.images import ImageFolder, load_image, load_mask
 from deem_plugin.data.parts import REGION_KEYS, make_part, part_columns, region_of
+from deem_plugin.data.regions import is_number
 from deem_plugin.data.tables import BrokenSample, Listing, iter_json_lines, rows_of, stamp_of
 
 
-def list_documents(path: str | os.PathLike, image_dir: str | os.PathLike | None = None) -> Listing:
+def list_documents(
+    path: str | os.PathLike, image_dir: str | os.PathLike | None = None, *, allow_outside: bool = False
+) -> Listing:
     """
     Lists the interleaved documents of a `.jsonl` file.
 
@@ -23,6 +26,7 @@ def list_documents(path: str | os.PathLike, image_dir: str | os.PathLike | None 
     Args:
         path (`str` or `PathLike`): The file.
         image_dir (`str` or `PathLike`, *optional*): Folder that paths are relative to; that of the file by default.
+        allow_outside (`bool`, *optional*, defaults to `False`): Whether image paths may lead out of that folder.
 
     Returns:
         `Listing`: With `parts`, as [`~deem_plugin.data.parts.part_columns`] has them, and `learn_from`.
@@ -41,8 +45,9 @@ def list_documents(path: str | os.PathLike, image_dir: str | os.PathLike | None 
             f"The image folder {image_dir} does not exist. Set `data.image_dir` to where the pictures are."
         )
     columns = {"parts": List(part_columns()), "learn_from": Value("int32")}
-    arguments = {"path": str(local), "image_dir": str(folder)}
-    return Listing(str(path), _rows, arguments, columns, f"{folder}|{stamp_of(local)}", open_document)
+    images = {"image_dir": str(folder), "allow_outside": allow_outside}
+    arguments = {"path": str(local), **images}
+    return Listing(str(path), _rows, arguments, columns, f"{images}|{stamp_of(local)}", open_document)
 
 
 def open_document(row: dict[str, Any], rng=None) -> dict[str, Any]:
@@ -65,25 +70,26 @@ def write_documents(path: str | os.PathLike, documents: list[dict[str, Any]]) ->
     return path
 
 
-def _rows(path: str, image_dir: str) -> Iterator[dict[str, Any] | BrokenSample]:
-    return rows_of(iter_json_lines(path), "document", path, lambda record, _: _row(record, image_dir))
+def _rows(path: str, image_dir: str, allow_outside: bool) -> Iterator[dict[str, Any] | BrokenSample]:
+    folder = ImageFolder(image_dir, allow_outside)
+    return rows_of(iter_json_lines(path), "document", path, lambda record, _: _row(record, folder))
 
 
-def _row(record: Any, image_dir: str) -> dict[str, Any]:
+def _row(record: Any, folder: ImageFolder) -> dict[str, Any]:
     given = record.get("parts") if isinstance(record, dict) else None
     if not isinstance(given, list) or not given:
         raise ValueError(f"it is {record!r}; expected an object with a list `parts` that is not empty")
     learn_from = record.get("learn_from", 0)
     if not isinstance(learn_from, int) or not 0 <= learn_from < len(given):
         raise ValueError(f"it has learn_from={learn_from!r}; expected the number of a part, 0 to {len(given) - 1}")
-    parts = [_part(part, image_dir) for part in given]
+    parts = [_part(part, folder) for part in given]
     files = [part["image"] for part in parts if part["image"]] + [
         part["mask"]["path"] for part in parts if part["mask"]
     ]
     return {"parts": parts, "learn_from": learn_from, "files": files}
 
 
-def _part(part: Any, image_dir: str) -> dict[str, Any]:
+def _part(part: Any, folder: ImageFolder) -> dict[str, Any]:
     """Returns a part in the columns of a table."""
     if isinstance(part, str):
         if not part:
@@ -95,8 +101,16 @@ def _part(part: Any, image_dir: str) -> dict[str, Any]:
     regions = [key for key in REGION_KEYS if part.get(key) is not None]
     if len(regions) > 1:
         raise ValueError(f"it has a picture with {' and '.join(regions)}; give one of them")
-    if regions == ["box"] and len(part["box"]) != 4:
+    if regions == ["box"] and not _are_numbers(part["box"], 4):
         raise ValueError(f"it has the box {part['box']}; expected [left, top, right, bottom] in pixels")
-    paths = {key: os.path.join(image_dir, part[key]) for key in ("image", "mask") if part.get(key) is not None}
+    if regions == ["points"] and not (
+        isinstance(part["points"], list) and all(_are_numbers(point, 2) for point in part["points"])
+    ):
+        raise ValueError(f"it has the points {part['points']}; expected [[x, y], ...] in pixels")
+    paths = {key: folder.resolve(part[key]) for key in ("image", "mask") if part.get(key) is not None}
     mask = {"path": paths["mask"], "size": None, "counts": None} if "mask" in paths else None
     return make_part(image=paths["image"], box=part.get("box"), points=part.get("points"), mask=mask)
+
+
+def _are_numbers(values: Any, count: int) -> bool:
+    return isinstance(values, list) and len(values) == count and all(map(is_number, values))

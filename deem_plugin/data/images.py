@@ -24,6 +24,49 @@ _UPRIGHT = {
 }
 
 
+class ImageFolder:
+    """
+    The folder that image paths in data are relative to, and below which they stay.
+
+    Args:
+        path (`str`): The folder.
+        allow_outside (`bool`, *optional*, defaults to `False`): Whether paths may lead out of it.
+    """
+
+    def __init__(self, path: str, allow_outside: bool = False):
+        self.path, self.allow_outside = path, allow_outside
+        self._real = os.path.realpath(path)
+        self._links: dict[str, set[str]] = {}
+
+    def resolve(self, path: str) -> str:
+        """
+        Returns the whole path of a picture.
+
+        Raises:
+            ValueError: If it is no path, or leads out of the folder: by itself, by `..` or by a link.
+        """
+        if not isinstance(path, str):
+            raise ValueError(f"its image is {path!r}; expected a path")
+        whole = os.path.join(self.path, path)
+        if not self.allow_outside:
+            folder, name = os.path.split(whole)
+            if folder not in self._links:  # one look at each folder, not one at each file
+                self._check(folder, path)
+                self._links[folder] = set()
+                if os.path.isdir(folder):
+                    self._links[folder] = {entry.name for entry in os.scandir(folder) if entry.is_symlink()}
+            if name in (".", "..") or name in self._links[folder]:
+                self._check(whole, path)
+        return whole
+
+    def _check(self, whole: str, path: str) -> None:
+        if os.path.commonpath([self._real, os.path.realpath(whole)]) != self._real:
+            raise ValueError(
+                f"its image {path} lies outside of the image folder {self.path}. Move it there, or set "
+                f"`data.allow_outside: true` if you trust the data"
+            )
+
+
 def load_image(
     source: str | os.PathLike | bytes | dict[str, Any] | Image.Image, *, turned: bool = True
 ) -> Image.Image:

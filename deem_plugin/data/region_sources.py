@@ -30,7 +30,8 @@ def iter_instances(annotations: str | os.PathLike, question: str = NAME_QUESTION
     """
     data = _read_coco(annotations, ("images", "annotations", "categories"))
     images = _by_id(data["images"])
-    names = {key: category["name"].replace("_", " ") for key, category in _by_id(data["categories"]).items()}
+    with reading(f"the list of categories in {annotations}"):
+        names = {key: category["name"].replace("_", " ") for key, category in _by_id(data["categories"]).items()}
 
     def ask(annotation: dict[str, Any], name: str) -> Samples:
         if annotation.get("iscrowd"):
@@ -196,7 +197,11 @@ def _image_of(annotation: dict[str, Any], images: dict[Any, dict], name: str) ->
 
 def _by_id(records: Any, key: str = "id") -> dict[Any, dict]:
     """Returns records by their id; those without one cannot be meant."""
-    return {record[key]: record for record in records if isinstance(record, dict) and record.get(key) is not None}
+    return {
+        record[key]: record
+        for record in records
+        if isinstance(record, dict) and isinstance(record.get(key), str | int)
+    }
 
 
 def _id_of(record: Any, number: Any, key: str = "id") -> Any:

@@ -54,7 +54,7 @@ def compact_region(region: Any, width: int, height: int, name: str) -> dict[str,
 
 
 def _check_box(box: Box, width: int, height: int, name: str) -> None:
-    if len(box) != 4 or not all(_is_number(value) for value in box):
+    if len(box) != 4 or not all(is_number(value) for value in box):
         raise _broken(name, f"the box is {box}")
     left, top, right, bottom = box
     columns = min(math.ceil(right), width) - max(math.ceil(left), 0)
@@ -89,7 +89,7 @@ def _encode(segmentation: Any, width: int, height: int, name: str) -> dict[str, 
             # pycocotools takes four numbers for a box, and draws each pixel of an edge, however far it leads.
             if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
                 raise _broken(name, f"a polygon is {polygon!r}, not three points or more")
-            if not all(_is_number(value) for value in polygon):
+            if not all(is_number(value) for value in polygon):
                 raise _broken(name, "a polygon's coordinate is no finite number")
             if any(not -size <= value <= 2 * size for i, size in ((0, width), (1, height)) for value in polygon[i::2]):
                 raise _broken(name, f"a polygon leads far out of its picture of {width} x {height}")
@@ -116,8 +116,9 @@ def _runs(counts: bytes) -> list[int] | None:
     return None if shift else runs
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def is_number(value: Any) -> bool:
+    """Tells whether a value of JSON is a number that a coordinate may have: finite, and exact as a float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 2**53  # NaN is not
 
 
 def _broken(name: str, why: str) -> BrokenSample:

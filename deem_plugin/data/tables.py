@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 ON_ERROR = ("raise", "skip")
 _SAID = 10  # broken records that an error lists
+# What no record has, and what would fill the memory: nested lists and objects, a line, and what is read of a record.
+_DEEPEST, _LONGEST_LINE, _LARGEST = 100, 64 << 20, 16 << 20
 
 
 class BrokenSample(ValueError):
@@ -111,7 +113,7 @@ class Listing:
         fate = {"files": texts, "notes": texts, "left_out": Value("string"), "problem": Value("string")}
         try:
             table = Dataset.from_generator(
-                _with_fate,
+                with_fate,
                 features=Features(self.columns | fate),
                 gen_kwargs={"rows": self.rows, "name": self.name, **self.arguments},
                 cache_dir=cache_dir,
@@ -204,13 +206,21 @@ def check_on_error(on_error: str) -> None:
         raise ValueError(f"`on_error` is {on_error!r}; expected one of {', '.join(ON_ERROR)}.")
 
 
-def _with_fate(rows, name, **arguments):
+def with_fate(rows, name, **arguments) -> Iterator[dict[str, Any]]:
+    """
+    Yields the rows of a [`Listing`] as its table takes them: whole, or with nothing but what became of them.
+
+    Raises:
+        ValueError: If there is none.
+    """
     number = -1
     for number, row in enumerate(rows(**arguments)):
         try:
             named = row.get("name") if isinstance(row, dict) else None
             with reading(ascii(named or f"sample {number} of {name}")):
-                json.dumps(row, ensure_ascii=False, default=str).encode()  # half of a surrogate pair is no text
+                size = len(json.dumps(row, ensure_ascii=False, default=str).encode())  # half a surrogate is no text
+                if size > _LARGEST:
+                    raise ValueError(f"it has {size >> 20} MiB of text, and the most is {_LARGEST >> 20}. Split it")
         except BrokenSample as error:
             row = error
         if isinstance(row, LeftOut):
@@ -253,7 +263,7 @@ def iter_json_array(path: str | os.PathLike) -> Iterator[Any]:
     import ijson
 
     count = 0
-    with open(path, "rb") as file:
+    with _open_regular(path) as file:
         if file.read(3) != b"\xef\xbb\xbf":  # a byte order mark
             file.seek(0)
         at = file.tell()
@@ -263,14 +273,43 @@ def iter_json_array(path: str | os.PathLike) -> Iterator[Any]:
             )
         file.seek(at)
         try:
-            for record in ijson.items(file, "item", use_float=True):
+            for record in _elements(ijson.basic_parse(file, use_float=True)):
                 yield record
                 count += 1
-        except ijson.JSONError as error:
+        except (ijson.JSONError, _TooDeep) as error:
             raise ValueError(
                 f"{path} is no valid JSON behind its first {count} records ({_first_line(error)}): it is broken, cut "
                 f"off, or several files in one. Fetch it again."
             ) from error
+
+
+class _TooDeep(Exception):
+    """Lists or objects are nested deeper than any record has them."""
+
+
+def _elements(events: Iterable[tuple[str, Any]]) -> Iterator[Any]:
+    """Yields the elements of an array from a parser's events; `ijson.items` keeps a path of all levels in each."""
+    from ijson.common import ObjectBuilder
+
+    depth = -1  # in an element; that of the array itself
+    builder = ObjectBuilder()
+    for event, value in events:
+        depth -= event.startswith("end")
+        if depth >= 0:
+            builder.event(event, value)
+            if depth == 0 and not event.startswith("start"):
+                yield builder.value
+                builder = ObjectBuilder()
+        depth += event.startswith("start")
+        if depth > _DEEPEST:
+            raise _TooDeep(f"lists or objects are nested more than {_DEEPEST} deep")
+
+
+def _open_regular(path: str | os.PathLike) -> BinaryIO:
+    """Opens a file to read its bytes; a pipe would be waited for without end."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} is no regular file, or is not there.")
+    return open(path, "rb")
 
 
 def _first_line(error: Exception) -> str:
@@ -280,8 +319,13 @@ def _first_line(error: Exception) -> str:
 
 def iter_json_lines(path: str | os.PathLike) -> Iterator[Any]:
     """Yields the records of a file with one JSON object on each line; empty lines are skipped."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file):
+    with _open_regular(path) as file:
+        for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE), b"")):
+            if len(line) == _LONGEST_LINE:
+                raise ValueError(
+                    f"Line {number + 1} of {path} has {_LONGEST_LINE >> 20} MiB or more; expected one record on each "
+                    f"line. An array of records must end in `.json`."
+                )
             if not line.strip():
                 continue
             try:
@@ -298,7 +342,7 @@ def open_table(path: str | os.PathLike, cache_dir=None) -> "Dataset":
         ValueError: If nothing of the kind is there.
     """
     from datasets import DatasetDict, load_dataset, load_from_disk
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
     local, cache = Path(path), None if cache_dir is None else str(cache_dir)
     if (local / "state.json").is_file() or (local / "dataset_dict.json").is_file():
@@ -308,11 +352,17 @@ def open_table(path: str | os.PathLike, cache_dir=None) -> "Dataset":
                 raise ValueError(f"{path} has the splits {sorted(dataset)}, but no `train`. Give one split's folder.")
             dataset = dataset["train"]
         return dataset
+    if local.exists() and not (local.is_file() or local.is_dir()):
+        raise ValueError(f"{path} is no regular file. Set `data.path` to a file or a folder.")
     files = sorted(map(str, local.rglob("*.parquet"))) if local.is_dir() else [str(local)]
     if files and local.exists():
         if not all(file.endswith(".parquet") for file in files):
             raise ValueError(f"{path} is neither .json, .jsonl nor .parquet. Convert it to one of these.")
-        return load_dataset("parquet", data_files=files, split="train", cache_dir=cache)
+        try:
+            return load_dataset("parquet", data_files=files, split="train", cache_dir=cache)
+        except (ValueError, OSError, DatasetGenerationError) as error:
+            problem = _first_line(error.__cause__ or error)
+            raise ValueError(f"{path} cannot be read as parquet ({problem}). Fetch it again.") from error
     if local.exists() or local.is_absolute() or local.suffix in (".json", ".jsonl", ".parquet"):
         raise ValueError(
             f"There is no data set at {path}. Set `data.path` to a LLaVA .json or .jsonl file, a .parquet file, a "

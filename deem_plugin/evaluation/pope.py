@@ -101,7 +101,7 @@ def _open_json(folder: Path, image_dir: str | Path | None) -> tuple[Iterator[dic
     questions = []
     for category in CATEGORIES:
         path = folder / _question_file(category)
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(path.read_bytes().splitlines(), start=1):
             if not line.strip():
                 continue
             try:
@@ -113,7 +113,9 @@ def _open_json(folder: Path, image_dir: str | Path | None) -> tuple[Iterator[dic
                     "image_source": entry["image"],
                     "category": category,
                 }
-            except (ValueError, KeyError, TypeError) as error:
+                if not all(isinstance(value, str) for value in question.values()):
+                    raise TypeError(f"{question} has values that are no texts")
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise QuestionDataError(
                     f"{path}, line {number}: expected a JSON object with question_id, image, text, label ({error!r})."
                 ) from error

@@ -17,6 +17,10 @@ _SCORES = ("score", "is_correct", "correct", "exact_match", "acc", "accuracy")
 _REMEDY = "Run `deem eval`, or lmms-eval with `--log_samples --output_path DIR`."
 
 
+# Of a results file, what is read.
+_SECTIONS = ("config", "configs", "group_subtasks", "results")
+
+
 class SampleLogError(ValueError):
     """A run's files are missing or not as lmms-eval writes them."""
 
@@ -126,23 +130,26 @@ def read_run(folder: str | Path) -> RunLog:
 
 def _read_results(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        results = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(results, dict) or not all(isinstance(results.get(key, {}), dict) for key in _SECTIONS):
+            raise ValueError(f"expected an object with objects {', '.join(_SECTIONS)}")
+        return results
     except FileNotFoundError as error:
         raise SampleLogError(f"{path} is missing, which lmms-eval writes before the sample logs. {_REMEDY}") from error
-    except ValueError as error:
-        raise SampleLogError(f"{path} is no whole JSON file ({error}). Evaluate again, or delete it.") from error
+    except (ValueError, RecursionError) as error:
+        raise SampleLogError(f"{path} is no results file ({error}). Evaluate again, or delete it.") from error
 
 
 def _read_answers(path: Path) -> list[Answer]:
     answers: dict[int, Answer] = {}
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             where = f"{path}, line {number}"
             try:
                 answer = _read_answer(json.loads(line))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
                 raise SampleLogError(
                     f"{where}: expected a JSON object with doc_id, target, filtered_resps and the task's metrics "
                     f"({error!r}). The log is damaged or was cut off while it was written: evaluate again."

@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch.distributed.tensor import DTensor
@@ -42,7 +43,11 @@ def save_conditioner(conditioner, config, folder, write=True):
 def load_conditioner(folder):
     """
     Reads `feedback.safetensors` from `folder`: a [`Conditioner`] and the [`FeedbackConfig`] that it was trained with,
-    of ROSS a [`TokenDenoiser`] and a [`RossConfig`]. Raises a `FileNotFoundError` if there is none.
+    of ROSS a [`TokenDenoiser`] and a [`RossConfig`]. What is built is no larger than the file.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is damaged, or asks for another conditioner than it has the weights of.
     """
     path = Path(folder) / FILE_NAME
     if not path.is_file():
@@ -50,14 +55,48 @@ def load_conditioner(folder):
             f"No {FILE_NAME} in {folder}. It is written beside every checkpoint of a run with feedback; a run without "
             f"feedback has none."
         )
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        weights = {name: file.get_tensor(name) for name in file.keys()}
-    name = next(name for name in _KINDS if name in metadata)
-    settings_class, conditioner_class = _KINDS[name]
-    conditioner = conditioner_class(**json.loads(metadata["conditioner"]))
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}
+        name = next((name for name in _KINDS if name in metadata), None)
+        if name is None:
+            raise ValueError(f"it says of none of {', '.join(_KINDS)}")
+        settings_class, conditioner_class = _KINDS[name]
+        arguments, settings = json.loads(metadata["conditioner"]), json.loads(metadata[name])
+        if not isinstance(arguments, dict) or not isinstance(settings, dict):
+            raise ValueError("what it says of itself are no objects of JSON")
+        conditioner = _build(conditioner_class, arguments, weights)
+        return conditioner, build_settings(settings_class, settings, name, FILE_NAME)
+    except Exception as error:  # whatever a file may say, and whatever torch says of it
+        raise ValueError(
+            f"{path} cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:300]}): it is damaged, or "
+            f"is no file that a run with feedback has written. Fetch it again, or move it out of the folder."
+        ) from error
+
+
+def _build(conditioner_class, arguments, weights):
+    """Makes a conditioner and fills it; what `arguments` ask to build must be what the file has the weights of."""
+    if _most_layers(arguments) > len(weights):
+        raise ValueError(f"it asks for {_most_layers(arguments)} layers, and has {len(weights)} weights")
+    with torch.device("meta"):  # takes no memory, whatever is asked for
+        asked = conditioner_class(**arguments).state_dict()
+    for name in asked.keys() | weights.keys():
+        given, wanted = (tuple(each[name].shape) if name in each else None for each in (weights, asked))
+        if given != wanted:
+            raise ValueError(f"it asks for {name} of shape {wanted}, and has {given}")
+    conditioner = conditioner_class(**arguments)
     conditioner.load_state_dict(weights)
-    return conditioner, build_settings(settings_class, json.loads(metadata[name]), name, str(path))
+    return conditioner
+
+
+def _most_layers(value, key=""):
+    """Returns the largest number of layers in arguments, at any depth."""
+    if isinstance(value, dict):
+        return max((_most_layers(inner, name) for name, inner in value.items()), default=0)
+    if isinstance(value, list):
+        return max((_most_layers(inner, key) for inner in value), default=0)
+    return value if "layers" in key else 0
 
 
 def read_conditioner(folder, conditioner):

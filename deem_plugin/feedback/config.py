@@ -170,6 +170,8 @@ class FeedbackSettings:
 
     def __post_init__(self):
         _check_factor("weight", self.weight)
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"`seed` must be from 0 to 2**32 - 1, got {self.seed}.")
         if (self.image_mean is None) != (self.image_std is None):
             raise ValueError("Give both `image_mean` and `image_std`, or neither (then the processor's are used).")
 

@@ -2,9 +2,11 @@
 
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from ..files import naming_the_checkpoint
 from .denoisers import DENOISERS, Denoiser
 from .latent_cache import LatentCache
 from .latents import CODECS, PixelCodec, VaeCodec
@@ -110,7 +112,7 @@ def load_diffusion_model(
     """
     index = _load_index(path_or_id)
     folder = "unet" if "unet" in index else "transformer"
-    _, network_name = index.get(folder) or (None, None)
+    network_name = _class_of(index, folder, path_or_id)
     if network_name not in DENOISERS:
         raise ValueError(
             f"The diffusion model `{path_or_id}` is a {index.get('_class_name')} whose network is {network_name}. "
@@ -126,18 +128,34 @@ def load_diffusion_model(
     reduced = None if quantization is None else quantization_config(quantization, precision)
     network = _load_network(network_name, path_or_id, folder, precision, weights, reduced)
     denoiser = DENOISERS[network_name](network, _load_scheduler(path_or_id, index), codec.downscale)
-    if isinstance(codec, VaeCodec) and codec.vae.config.latent_channels != denoiser.channels:
+    if codec.channels != denoiser.channels:
+        made = "its autoencoder makes" if isinstance(codec, VaeCodec) else "without a `vae` in its index there are"
         raise ValueError(
-            f"The diffusion model `{path_or_id}` reads {denoiser.channels} channels, but its autoencoder makes "
-            f"latents of {codec.vae.config.latent_channels}. Expected a text-to-image model; inpainting, editing and "
-            f"control variants ask for more than noisy latents."
+            f"The diffusion model `{path_or_id}` reads {denoiser.channels} channels, but {made} {codec.channels}. "
+            f"Expected a text-to-image model with its autoencoder; inpainting, editing and control variants ask for "
+            f"more than noisy latents."
         )
     if image_size is not None and image_size % codec.downscale:
         raise ValueError(
             f"`image_size` is {image_size}, but a latent cell of `{path_or_id}` has {codec.downscale} "
             f"pixels a side. Give a multiple."
         )
+    _settle_size(network, path_or_id, image_size and image_size // codec.downscale)
     return DiffusionModel(denoiser, codec, restored_size=image_size)
+
+
+def _settle_size(network, path_or_id, cells):
+    """Makes one number of a `sample_size` that is a pair or missing: that of squares, or of what is restored."""
+    size = network.config.get("sample_size", cells or 0)
+    if isinstance(size, list | tuple) and len(set(size)) == 1:
+        size = size[0]
+    if not isinstance(size, int) and cells is None:
+        raise ValueError(
+            f"The diffusion model `{path_or_id}` has the `sample_size` {size}; expected one number. Set the setting "
+            f"`image_size` of the diffusion model to the side of the pictures that it shall restore, in pixels."
+        )
+    if "sample_size" in network.config:
+        network.register_to_config(sample_size=size if isinstance(size, int) else cells)
 
 
 def load_autoencoder(path_or_id: str) -> DiffusionModel:
@@ -159,6 +177,17 @@ def _load_index(path_or_id):
         ) from error
 
 
+def _class_of(index, part, path_or_id):
+    """Returns the class that `model_index.json` names for a part, or None."""
+    entry = index.get(part, (None, None))
+    if not isinstance(entry, list | tuple) or len(entry) != 2 or not isinstance(entry[1], str | None):
+        raise ValueError(
+            f"The `model_index.json` of the diffusion model `{path_or_id}` gives {entry!r} as `{part}`; expected a "
+            f"library and the name of a class."
+        )
+    return entry[1]
+
+
 def _load_network(name, path_or_id, subfolder, dtype, weights, quantization=None):
     """Loads the diffusers network `name`, or makes it without weights on the meta device."""
     import diffusers
@@ -166,9 +195,13 @@ def _load_network(name, path_or_id, subfolder, dtype, weights, quantization=None
     network_class = getattr(diffusers, name)
     if weights:
         options = {} if quantization is None else {"quantization_config": quantization}
-        return network_class.from_pretrained(
-            path_or_id, subfolder=subfolder, torch_dtype=dtype, use_safetensors=True, **options
-        )
+        files = [file.name for file in (Path(path_or_id) / subfolder).glob("*.safetensors")]
+        if files and all(".fp16." in name for name in files):
+            options["variant"] = "fp16"
+        with naming_the_checkpoint("diffusion model", path_or_id):
+            return network_class.from_pretrained(
+                path_or_id, subfolder=subfolder, torch_dtype=dtype, use_safetensors=True, **options
+            )
     with torch.device("meta"):
         network = network_class.from_config(network_class.load_config(path_or_id, subfolder=subfolder))
     kept = set(network_class._keep_in_fp32_modules or ())  # as `from_pretrained` does
@@ -180,7 +213,7 @@ def _load_network(name, path_or_id, subfolder, dtype, weights, quantization=None
 
 def _load_codec(path_or_id, index, weights=True):
     """Loads the autoencoder that `model_index.json` names, in float32; a [`PixelCodec`] if it names none."""
-    _, name = index.get("vae") or (None, None)
+    name = _class_of(index, "vae", path_or_id)
     if name is None:
         return PixelCodec()
     if name not in CODECS:
@@ -199,15 +232,18 @@ def _load_scheduler(path_or_id, index):
     """
     import diffusers
 
-    _, name = index.get("scheduler") or (None, "none")
+    name = _class_of(index, "scheduler", path_or_id) or "none"
     if name.startswith("EDM"):
         raise ValueError(
             f"The diffusion model `{path_or_id}` was trained with EDM's preconditioning ({name}). Known are diffusion "
             f"models with a DDPM noise schedule (epsilon, v_prediction, sample) and those of flow matching."
         )
-    if "FlowMatch" in name:
-        return diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(path_or_id, subfolder="scheduler")
-    scheduler = diffusers.DDPMScheduler.from_pretrained(path_or_id, subfolder="scheduler")
+    flow = "FlowMatch" in name
+    scheduler_class = diffusers.FlowMatchEulerDiscreteScheduler if flow else diffusers.DDPMScheduler
+    with naming_the_checkpoint("diffusion model", path_or_id):
+        scheduler = scheduler_class.from_pretrained(path_or_id, subfolder="scheduler")
+    if flow:
+        return scheduler
     if scheduler.config.prediction_type != "flow_prediction":
         return scheduler
     return diffusers.FlowMatchEulerDiscreteScheduler(

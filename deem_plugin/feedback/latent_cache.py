@@ -199,6 +199,8 @@ def _check_manifest(folder: Path, expected: dict):
     path = folder / MANIFEST_NAME
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it holds no object")
     except ValueError as error:
         raise ValueError(
             f"{path} is damaged ({error}), so that nobody can tell what the cache was filled with. Delete the folder "

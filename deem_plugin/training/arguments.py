@@ -1,5 +1,6 @@
 """What a recipe may say about the model and the data."""
 
+import math
 from dataclasses import dataclass, field
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -92,6 +93,8 @@ class ModelArguments:
                 f"The section `model` must name exactly one of {', '.join(f'`{name}`' for name in SOURCES)} (a VLM, "
                 f"a language model to assemble one from, or an encoder to train alone), got {given or 'none'}."
             )
+        if not all(0 <= rate < math.inf for rate in self.learning_rates.values()):
+            raise ValueError(f"`model.learning_rates` must be numbers from 0 up, got {self.learning_rates}.")
         if self.dtype not in DTYPES:
             raise ValueError(f"`model.dtype` must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
         if self.language_model is not None and self.vision_tower is None:
@@ -108,7 +111,8 @@ class ModelArguments:
 
     def loading(self) -> dict:
         """Returns how a model is loaded, as arguments of `from_pretrained`."""
-        options = {"dtype": self.dtype, "attn_implementation": self.attn_implementation}
+        # Code that a folder brings is never run, and nobody is asked.
+        options = {"dtype": self.dtype, "attn_implementation": self.attn_implementation, "trust_remote_code": False}
         return {name: value for name, value in options.items() if value is not None}
 
     def tower(self) -> dict:
@@ -201,6 +205,8 @@ class DataArguments:
         on_error (`str`, *optional*, defaults to `"raise"`):
             What is done about a sample that is wrong: `raise`, or `skip` and count it.
         image_dir (`str`, *optional*): Folder that the image paths are relative to; by default the data's own.
+        allow_outside (`bool`, *optional*, defaults to `False`): Of conversations and documents: whether image paths
+            may lead out of that folder, by `..`, by links, or by being absolute.
         max_length (`int`, *optional*): Longest conversation in tokens; what is beyond is cut off, images never. Of
             documents the length of a row, into which they are packed.
         crop_area (`float`, *optional*): For an encoder alone: crops each picture at random, keeping so much of its
@@ -218,6 +224,7 @@ class DataArguments:
     sources: list[dict] = field(default_factory=list)
     on_error: str = "raise"
     image_dir: str | None = None
+    allow_outside: bool = False
     max_length: int | None = None
     crop_area: float | None = None
     target_size: int | None = None
@@ -240,6 +247,10 @@ class DataArguments:
             )
         if self.kind not in DATA_KINDS:
             raise ValueError(f"`data.kind` must be one of {', '.join(DATA_KINDS)}, got {self.kind!r}.")
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"`data.max_length` must be at least 1, got {self.max_length}.")
+        if len(self.weights) != 2 or not all(0 <= weight < math.inf for weight in self.weights):
+            raise ValueError(f"`data.weights` must be two numbers from 0 up, got {self.weights}.")
         if self.crop_area is not None and not 0 < self.crop_area <= 1:
             raise ValueError(f"`data.crop_area` is a share of a picture's area, in (0, 1]; got {self.crop_area}.")
         if self.target_size is not None and self.crop_area is None:

@@ -37,9 +37,9 @@ def list_data(recipe: Recipe) -> list[Listing]:
     if recipe.model.encoder:
         return [list_pictures(data.path, processes=processes)]
     if data.kind == "conversations":
-        return [list_conversations(data.path, data.image_dir)]
+        return [list_conversations(data.path, data.image_dir, allow_outside=data.allow_outside)]
     if data.kind == "documents":
-        return [list_documents(data.path, data.image_dir)]
+        return [list_documents(data.path, data.image_dir, allow_outside=data.allow_outside)]
     if data.kind == "regions":
         return [list_regions(source, f"`data.sources[{number}]`") for number, source in enumerate(data.sources)]
     options = {"incomplete": data.on_error == "skip", "processes": processes}

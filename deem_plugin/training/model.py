@@ -21,9 +21,25 @@ def make_model(arguments: ModelArguments, deem: DeemArguments | None = None):
     Raises:
         ValueError: If a pattern matches nothing, or the chat template is missing.
     """
+    model, processor = _load(arguments) if deem is None else load_deem(arguments, deem)
+    use_chat_template(processor, arguments)
+    if arguments.lora.r:
+        model = add_lora(model, arguments)
+    freeze(model, arguments.freeze)
+    freeze_unread_layers(model, processor.image_processor)
+    return model, processor
+
+
+def use_chat_template(processor, arguments: ModelArguments):
+    """
+    Gives a processor the chat template of a recipe, or else its tokenizer's.
+
+    Raises:
+        ValueError: If it cannot render a conversation, before a training comes to the first.
+    """
+    from deem_plugin.data.chat import render_chat
     from deem_plugin.vision.processors import join_parts
 
-    model, processor = _load(arguments) if deem is None else load_deem(arguments, deem)
     if arguments.chat_template is not None:
         template = Path(arguments.chat_template)
         if not template.is_file():
@@ -31,15 +47,23 @@ def make_model(arguments: ModelArguments, deem: DeemArguments | None = None):
                 f"The chat template {template} does not exist. Set `model.chat_template` to a Jinja file, or leave it "
                 f"out if the model brings one."
             )
-        processor.chat_template = template.read_text(encoding="utf-8")
+        processor.chat_template = template.read_bytes().decode(errors="replace")
     elif processor.chat_template is None and processor.tokenizer.chat_template is not None:
         # A saved processor comes back with its tokenizer's template, so that one must take images, too.
         processor.chat_template = join_parts(processor.tokenizer.chat_template, processor.image_token)
-    if arguments.lora.r:
-        model = add_lora(model, arguments)
-    freeze(model, arguments.freeze)
-    freeze_unread_layers(model, processor.image_processor)
-    return model, processor
+    turns = (("user", "question"), ("assistant", "answer"))
+    messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+    try:
+        rendered, problem = render_chat(processor, messages), "it leaves out what is said"
+    except Exception as error:  # a template is a program
+        rendered, problem = "", f"{type(error).__name__}: {error}"
+    given = arguments.chat_template
+    whole = processor.chat_template and all(text in rendered for _, text in turns)
+    if not rendered or (given and not whole):
+        raise ValueError(
+            f"The chat template {given or f'of {arguments.source()[1]}'} cannot be used ({problem}). Set "
+            f"`model.chat_template` to a Jinja file that renders `messages`."
+        )
 
 
 def _load(arguments: ModelArguments):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -184,15 +184,22 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _parse(text: str | bytes, what: str) -> Any:
+    """Reads YAML, as `what` in an error of one line."""
+    try:
+        return yaml.load(text.decode() if isinstance(text, bytes) else text, _Loader)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # all that a loader meets in a text
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}" if mark else f"{error}"
+        raise ValueError(f"{what} is no valid YAML in UTF-8: {' '.join(where.split())}.") from error
+
+
 def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, dict | None]:
     """Reads a recipe file and, first, the one that it extends."""
     path = path.resolve()
     if path in below:
         raise ValueError(f"The recipe {path} extends itself, by way of {', '.join(p.name for p in below)}.")
-    try:
-        document = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"The recipe {path} is no valid YAML in UTF-8: {error}") from error
+    document = _parse(path.read_bytes(), f"The recipe {path}") or {}
     if not isinstance(document, dict):
         raise ValueError(f"The recipe {path} must hold the sections {', '.join(SECTIONS)}, got {document!r}.")
     parent = document.pop("extends", None)
@@ -220,10 +227,7 @@ def _apply(sections: dict[str, dict | None], override: str, name: str):
     """Applies one `section.key=value` or `section.inner.key=value` in place."""
     target, equals, text = override.partition("=")
     section, _, key = target.partition(".")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"The value of the override {override!r} is no valid YAML: {error}") from error
+    value = _parse(text, f"The value of the override {override[:200]!r}")
     if section in OPTIONAL_SECTIONS and override == f"{section}=null":
         sections[section] = None
         return

@@ -2,13 +2,18 @@
 
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 # What a run needs at least 1 of.
-_COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+_COUNTS = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "save_total_limit",
+)
 
 
 @contextmanager
@@ -43,13 +48,17 @@ class RecipeTrainingArguments(TrainingArguments):
             super().__post_init__()
         if self.do_eval or self.eval_on_start:
             raise ValueError("A recipe has no data for `training.eval_strategy`. Evaluate checkpoints by `deem eval`.")
-        if min(self.seed, self.data_seed or 0) < 0:
-            raise ValueError(f"`training.seed` and `data_seed` must be at least 0, got {self.seed}, {self.data_seed}.")
+        if not all(0 <= seed < 2**32 for seed in (self.seed, self.data_seed or 0)):
+            raise ValueError(
+                f"`training.seed` and `data_seed` must be from 0 to 2**32 - 1, got {self.seed}, {self.data_seed}."
+            )
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"`training.{item.name}` must be a number from 0 up, got {value}.")
         for name in _COUNTS:
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`training.{name}` must be at least 1, got {getattr(self, name)}.")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):
-            raise ValueError(f"`training.learning_rate` must be a number from 0 up, got {self.learning_rate}.")
         if self.max_steps == 0 or (self.max_steps < 0 and self.num_train_epochs <= 0):
             raise ValueError(
                 f"`training.max_steps` is {self.max_steps} and `training.num_train_epochs` {self.num_train_epochs}, "

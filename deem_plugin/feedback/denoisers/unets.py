@@ -23,6 +23,11 @@ class UNetDenoiser(Denoiser):
                 f"The UNet asks for extra conditions (addition_embed_type={model.config.addition_embed_type!r}). "
                 f"Known UNets are those of Stable Diffusion 1.x and 2.x (None) and XL ('text_time')."
             )
+        if model.config.class_embed_type is not None:
+            raise ValueError(
+                f"The UNet asks for an embedding of a class or of an image, as unCLIP's do (class_embed_type="
+                f"{model.config.class_embed_type!r}). Known UNets are those of Stable Diffusion 1.x, 2.x and XL."
+            )
         if not isinstance(model.config.cross_attention_dim, int):
             raise ValueError(
                 f"The UNet has a different context width in each block ({model.config.cross_attention_dim}); "
