@@ -21,12 +21,14 @@ def to_parts(text: str) -> list[dict[str, str]]:
 
 
 def as_text(processor, text: str) -> str:
-    """Returns `text` with a blank in whatever would stand for an image, or begin or end a sequence: `< image>`."""
-    tokenizer = processor.tokenizer
-    named = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token]
-    named += [getattr(processor, name, None) for name in ("image_token", "image_start_token", "video_token")]
-    for token in filter(None, named):
-        text = text.replace(token, f"{token[0]} {token[1:]}")
+    """
+    Returns `text` with a blank in whatever means something of its own to processor or tokenizer, such as what stands
+    for an image, or begins or ends a sequence: `< image>`.
+    """
+    named = processor.tokenizer.special_tokens_map | vars(processor)
+    for name, token in named.items():
+        if name.endswith("_token") and isinstance(token, str) and len(token) > 1:
+            text = text.replace(token, f"{token[0]} {token[1:]}")
     return text
 
 

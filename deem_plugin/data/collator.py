@@ -6,7 +6,7 @@ import torch
 
 from deem_plugin.data.chat import IMAGE_MARK, as_text, render_chat, to_parts
 from deem_plugin.data.images import load_image
-from deem_plugin.data.tokens import Span, image_spans, per_token, tokenize
+from deem_plugin.data.tokens import Span, end_of_sequence, image_spans, per_token, tokenize
 
 IGNORE_INDEX = -100  # label of a token that is not learned: what torch's cross entropy skips
 
@@ -139,7 +139,7 @@ class ConversationCollator:
         if ends:
             cut = min(ends)
             return segment[:cut], segment[cut:]
-        return segment[:end] + (self.processor.tokenizer.eos_token or ""), segment[end:]
+        return segment[:end] + end_of_sequence(self.processor.tokenizer), segment[end:]
 
     @property
     def _template(self) -> str:

@@ -10,7 +10,7 @@ from deem_plugin.data.chat import as_text
 from deem_plugin.data.collator import IGNORE_INDEX
 from deem_plugin.data.images import load_image
 from deem_plugin.data.parts import region_of
-from deem_plugin.data.tokens import Span, per_token, tokenize
+from deem_plugin.data.tokens import Span, end_of_sequence, per_token, tokenize
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class DocumentCollator:
                 text += mark
         if marks and marks[0][0] == 0:
             begin = max(begin, len(mark))
-        text += self.processor.tokenizer.eos_token
+        text += end_of_sequence(self.processor.tokenizer)
         return text, [(begin, len(text)), *marks]
 
     def _end(self, length: int, shown: list[list[int]]) -> int:

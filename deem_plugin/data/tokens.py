@@ -90,7 +90,7 @@ def _process(processor, prompts, suffixes, images, regions, padding_side) -> dic
     """Calls the processor; values for each token come as lists, with the offsets where the tokenizer has them."""
     tokenizer = processor.tokenizer
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = end_of_sequence(tokenizer)
     text_kwargs = {
         "padding": True,
         "padding_side": padding_side,
@@ -113,6 +113,16 @@ def _process(processor, prompts, suffixes, images, regions, padding_side) -> dic
             **more,
         )
     )
+
+
+def end_of_sequence(tokenizer) -> str:
+    """Returns the end-of-sequence token, or raises a `ValueError` if the tokenizer has none."""
+    if tokenizer.eos_token is None:
+        raise ValueError(
+            f"{type(tokenizer).__name__} has no end-of-sequence token, with which texts end and are padded. Name one "
+            f"in its tokenizer_config.json (`eos_token`)."
+        )
+    return tokenizer.eos_token
 
 
 def per_token(inputs: dict[str, torch.Tensor]) -> list[str]:

@@ -52,7 +52,7 @@ def add_new_tokens(tokenizer, extra_tokens=()) -> dict:
         `dict`: `num_new_tokens` and `first_new_token_id` of a [`DeemConfig`].
 
     Raises:
-        ValueError: If the tokenizer already knows one of them.
+        ValueError: If the tokenizer already knows one of them, or has ids that are higher than theirs.
     """
     tokens = [IMAGE_START_TOKEN, IMAGE_TOKEN, *extra_tokens]
     if known := [token for token in tokens if token in tokenizer.get_vocab()]:
@@ -60,16 +60,28 @@ def add_new_tokens(tokenizer, extra_tokens=()) -> dict:
             f"The tokenizer already knows {known}; expected that of a language model without pictures. Take the "
             f"checkpoint that the model was made of."
         )
-    first = len(tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": tokens}, replace_extra_special_tokens=False)
+    # Not the number of tokens: some vocabularies have gaps.
+    first, *others = tokenizer.convert_tokens_to_ids(tokens)
+    last = max(tokenizer.get_vocab().values())
+    if [first, *others] != list(range(last - len(others), last + 1)):
+        raise ValueError(
+            f"The new tokens got the ids {[first, *others]} among the tokenizer's own, which go up to {last}; a DEEM "
+            f"tells them apart by their ids. Give the tokens of the vocabulary ids without a gap."
+        )
     return {"num_new_tokens": len(tokens), "first_new_token_id": first}
 
 
 def stop_at_pictures(model):
     """Ends a text where a picture would begin, unless somebody draws it and goes on (`generate_interleaved`)."""
-    ends = model.generation_config.eos_token_id
+    config = model.generation_config
+    config.eos_token_id = with_end(config.eos_token_id, model.config.image_start_token_id)
+
+
+def with_end(ends: int | list[int] | None, end: int) -> list[int]:
+    """Returns tokens that end a text, as `generate` takes them, with one more."""
     ends = [ends] if isinstance(ends, int) else ends or []
-    model.generation_config.eos_token_id = [*ends, model.config.image_start_token_id]
+    return [*ends, *({end} - set(ends))]
 
 
 def processor_of(config, tokenizer, chat_template=None, target_size=None) -> DeemProcessor:

@@ -1,5 +1,7 @@
 """DeemConfig: everything that defines the interleaved model and is saved with it."""
 
+import copy
+
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
@@ -75,6 +77,12 @@ class DeemConfig(PreTrainedConfig):
     unet_synchroniser: dict | None = None
     feedback_maps: bool = False
     initializer_range: float = 0.02
+
+    def get_text_config(self, decoder=None, encoder=None):
+        """As everywhere, but a copy whose `vocab_size` is the width of the logits: `generate` takes it for that."""
+        config = copy.copy(super().get_text_config(decoder=decoder, encoder=encoder))
+        config.vocab_size = self.first_new_token_id + self.num_new_tokens
+        return config
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)

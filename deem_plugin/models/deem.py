@@ -17,7 +17,15 @@ from ..vision.tower import DeemVisionOutput, DeemVisionTower
 from .configuration import DeemConfig
 from .denoising import DenoisingBatch, DenoisingHeads, restorable_pictures, totals_of
 from .image_decoder import ImageDecoder
-from .interleaving import IGNORE_INDEX, by_rows, fill_image_slots, positions_in_documents, row_starts, visible_images
+from .interleaving import (
+    IGNORE_INDEX,
+    by_rows,
+    fill_image_slots,
+    positions_behind_padding,
+    positions_in_documents,
+    row_starts,
+    visible_images,
+)
 from .language_synchroniser import GatedImageAttention, LanguageModelSynchroniser
 from .losses import Draws, next_token_loss
 
@@ -172,6 +180,13 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Returns the language model's own head."""
         return self.language_model.get_output_embeddings()
 
+    def resize_token_embeddings(self, *args, **kwargs):
+        """Refuses: new tokens have rows of their own, the first ids behind the language model's."""
+        raise ValueError(
+            "A DEEM has rows of its own for new tokens and cannot be resized. Name them when the model is made: "
+            "`assemble_deem(..., extra_tokens=[...])`."
+        )
+
     def embed(self, input_ids):
         """Embeds token ids `(batch, tokens)`, those of the new tokens from rows of our own."""
         new = input_ids >= self.config.first_new_token_id
@@ -253,72 +268,66 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: If pictures and slots do not match, or a loss asks for a diffusion model that is not attached.
         """
-        features, starts, padding = None, None, attention_mask
+        features = starts = None
+        counted = {"input_ids": input_ids, "attention_mask": attention_mask, "document_ids": document_ids}
         if inputs_embeds is None:
-            starts = row_starts(input_ids, attention_mask, document_ids)
+            starts = row_starts(**counted)
             inputs_embeds = self.embed(input_ids)
             if pixel_values is not None:
                 features = self.get_image_features(pixel_values, region_masks)
                 inputs_embeds = fill_image_slots(
                     inputs_embeds, input_ids, self.config.image_token_id, features.pooler_output
                 )
-                if self.language_synchroniser is not None:
-                    image_maps = self._maps_for_text(features.maps, input_ids, starts, image_maps)
+            image_maps = self._maps_for_text(features, input_ids, starts, image_maps)
         if document_ids is not None:
             # Positions that start anew, without mask and cache, tell transformers' attention of packed documents.
             position_ids, attention_mask, use_cache = positions_in_documents(document_ids), None, False
         elif position_ids is None and isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
             # Language models with absolute positions would count padding on the left.
-            places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-            position_ids = (places - attention_mask.long().argmax(1, keepdim=True)).clamp(min=0)
-            position_ids = position_ids[:, -inputs_embeds.shape[1] :]
+            position_ids = positions_behind_padding(attention_mask)[:, -inputs_embeds.shape[1] :]
+        kwargs |= {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids}
+        result = self._language(image_maps, logits_to_keep, cache=cache, use_cache=use_cache, **kwargs)
+        if features is not None:
+            result.image_tokens, result.maps = features.last_hidden_state, features.maps
+        if labels is None:
+            return result
+        result.lm_loss = next_token_loss(result.logits, labels, num_items_in_batch)
+        result.loss = self.config.lm_weight * result.lm_loss
+        if features is not None and (self.training or draws):
+            share, totals = 1.0, step_totals
+            if totals is None:
+                totals = self.totals_of(counted | {"image_loss_mask": image_loss_mask})
+                if num_items_in_batch is not None:
+                    share = (labels[:, 1:] != IGNORE_INDEX).sum() / num_items_in_batch
+            batch = DenoisingBatch(
+                input_ids=input_ids,
+                starts=starts,
+                hidden_states=result.last_hidden_state,
+                image_tokens=result.image_tokens,
+                maps=result.maps,
+                pictures=restorable_pictures(self.config, pixel_values, target_pixel_values),
+                totals=totals,
+                region_masks=region_masks,
+                image_loss_mask=image_loss_mask,
+            )
+            self._add_denoising_losses(result, batch, draws, generator, share)
+        return result
 
+    def _language(self, image_maps, logits_to_keep, **kwargs) -> DeemOutput:
+        """Runs the language model, which looks at `image_maps` where there are any, and the head of the new tokens."""
         attached = nullcontext()
         if image_maps is not None:
             attached = self.language_synchroniser.attached(self.language_model, *image_maps)
         with attached, _last_hidden_states(self.language_model) as states:
-            outputs = self.language_model(
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                cache=cache,
-                use_cache=use_cache,
-                logits_to_keep=logits_to_keep,
-                **kwargs,
-            )
+            outputs = self.language_model(logits_to_keep=logits_to_keep, **kwargs)
         [hidden] = states
         kept = hidden[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else hidden[:, logits_to_keep]
-        result = DeemOutput(
+        return DeemOutput(
             logits=torch.cat([outputs.logits[..., : self.config.first_new_token_id], self.new_head(kept)], dim=-1),
             last_hidden_state=hidden,
             image_maps=image_maps,
             cache=outputs.cache,
         )
-        if features is not None:
-            result.image_tokens, result.maps = features.last_hidden_state, features.maps
-        if labels is not None:
-            result.lm_loss = next_token_loss(result.logits, labels, num_items_in_batch)
-            result.loss = self.config.lm_weight * result.lm_loss
-            if features is not None and (self.training or draws):
-                share, totals = 1.0, step_totals
-                if totals is None:
-                    given = {"attention_mask": padding, "document_ids": document_ids}
-                    totals = self.totals_of({"input_ids": input_ids, "image_loss_mask": image_loss_mask, **given})
-                    if num_items_in_batch is not None:
-                        share = (labels[:, 1:] != IGNORE_INDEX).sum() / num_items_in_batch
-                batch = DenoisingBatch(
-                    input_ids=input_ids,
-                    starts=starts,
-                    hidden_states=hidden,
-                    image_tokens=result.image_tokens,
-                    maps=result.maps,
-                    pictures=restorable_pictures(self.config, pixel_values, target_pixel_values),
-                    totals=totals,
-                    region_masks=region_masks,
-                    image_loss_mask=image_loss_mask,
-                )
-                self._add_denoising_losses(result, batch, draws, generator, share)
-        return result
 
     def totals_of(self, inputs) -> torch.Tensor:
         """Counts documents and images of a batch for `step_totals`, `(2,)`."""
@@ -342,22 +351,22 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
             result.image_loss = share * next_image
             result.loss = result.loss + config.image_weight * result.image_loss
 
-    def _maps_for_text(self, maps, input_ids, starts, before=None):
+    def _maps_for_text(self, features, input_ids, starts, before):
         """
-        Returns the maps that the language model looks at, arranged by rows, and which token sees which; those of an
-        earlier call (`before`) come first and are seen by all that its last token was.
+        Returns the maps that the language model looks at, arranged by rows, and which token sees which, or `None`;
+        those of an earlier call (`before`) come first and are seen by all that its last token was.
         """
-        start, slot = self.config.image_start_token_id, self.config.image_token_id
-        levels = self.config.language_synchroniser.get("num_levels", LANGUAGE_LEVELS)
-        chosen = positioned_maps(maps)[-levels:]  # the finest ones cost most and tell a language model least
-        levels, visible = (
-            by_rows(chosen, self._pictures_by_row(input_ids)),
-            visible_images(input_ids, starts, start, slot),
-        )
+        seen = None if before is None else before[1][:, -1:]
+        if features is None or self.language_synchroniser is None:
+            return None if before is None else (before[0], seen)
+        count = self.config.language_synchroniser.get("num_levels", LANGUAGE_LEVELS)
+        # The finest maps cost most and tell a language model least.
+        levels = by_rows(positioned_maps(features.maps)[-count:], self._pictures_by_row(input_ids))
+        visible = visible_images(input_ids, starts, self.config.image_start_token_id, self.config.image_token_id)
         if before is not None:
             # The start of a picture that the row begins with was the last token of the earlier call.
             own = visible.new_ones(*visible.shape[:2], levels[0].shape[1] - visible.shape[2])
-            visible = torch.cat([before[1][:, -1:].expand(-1, input_ids.shape[1], -1), own, visible], dim=2)
+            visible = torch.cat([seen.expand(-1, input_ids.shape[1], -1), own, visible], dim=2)
             levels = [torch.cat(pair, dim=1) for pair in zip(before[0], levels, strict=True)]
         return levels, visible
 
@@ -389,8 +398,8 @@ class DeemForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return input_ids, kwargs | of_images
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
-        """Keeps the maps of the prompt's pictures for the steps that follow."""
+        """Keeps the maps of the prompt's pictures for the steps that follow; without a cache these read them anew."""
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        if outputs.image_maps is not None:
+        if outputs.image_maps is not None and model_kwargs.get("use_cache", True):
             model_kwargs["image_maps"] = outputs.image_maps
         return model_kwargs

@@ -5,6 +5,7 @@ from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
 from ..feedback.sampling import sample_pictures
+from .assembly import with_end
 from .deem import IMAGE_INPUTS
 from .interleaving import image_places, row_starts
 from .processing import IMAGE_START_TOKEN
@@ -50,42 +51,50 @@ def generate_interleaved(
     Args:
         model (`DeemForConditionalGeneration`): With a diffusion model attached.
         processor (`DeemProcessor`): Of the model.
-        inputs (`dict`): What the processor makes of one prompt and its pictures.
+        inputs (`dict`):
+            What the processor makes of one prompt and its pictures. If it ends in `<image_start>`, a picture comes
+            first.
         seed (`int`, *optional*): Of the first picture; each further one has the next number.
         max_images (`int`, *optional*, defaults to 4): Pictures to draw at most.
         steps, guidance: As in [`sample_pictures`].
-        generation: For `model.generate`, greedy or sampled; `max_new_tokens` counts for each stretch of text.
+        generation: For `model.generate`, greedy or sampled; `max_new_tokens` counts for each stretch of text, which
+            an image start ends beside what `eos_token_id` says.
 
     Returns:
         `list[str | Image.Image]`: What came, in order.
 
     Raises:
-        ValueError: If no diffusion model is attached, or several beams are asked for.
+        ValueError: If no diffusion model is attached, there are several prompts, or several answers to one, several
+            beams or no cache are asked for.
     """
     _check_diffusion_model(model)
-    if generation.get("num_beams", model.generation_config.num_beams or 1) > 1:
-        raise ValueError("Text and pictures in turn are greedy or sampled; leave `num_beams` out.")
     ids, shown = inputs["input_ids"], {name: value for name, value in inputs.items() if name in IMAGE_INPUTS}
+    _check_one_answer(model, ids, generation)
     start, slots = model.config.image_start_token_id, [model.config.image_token_id] * processor.num_image_tokens
+    ends = generation.pop("eos_token_id", model.generation_config.eos_token_id)
     options = {"steps": steps, "guidance": guidance, "scheduler": None}
     parts, drawn, read = [], 0, []  # `read` holds the output of each call of the model
     hook = model.register_forward_hook(lambda module, args, output: read.append(output))
     try:
         while True:
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                **shown,
-                return_dict_in_generate=True,
-                **_state(read),
-                **generation,
-            )
-            new, ids = output.sequences[0, ids.shape[1] :], output.sequences
-            if text := processor.tokenizer.decode(new, skip_special_tokens=True):
-                parts.append(text)
-            if start not in new[-1:] or drawn == max_images:
+            if ids[0, -1] != start:
+                output = model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    **shown,
+                    return_dict_in_generate=True,
+                    eos_token_id=with_end(ends, start),
+                    **_state(read),
+                    **generation,
+                )
+                new, ids = output.sequences[0, ids.shape[1] :], output.sequences
+                if text := processor.tokenizer.decode(new, skip_special_tokens=True):
+                    parts.append(text)
+            if ids[0, -1] != start or drawn == max_images:
                 return parts
-            model(input_ids=ids[:, -1:], attention_mask=torch.ones_like(ids), logits_to_keep=1, **_state(read))
+            unread = ids[:, sum(each.last_hidden_state.shape[1] for each in read) :]
+            before = _state(read) if read else shown
+            model(input_ids=unread, attention_mask=torch.ones_like(ids), logits_to_keep=1, use_cache=True, **before)
             hidden = torch.cat([each.last_hidden_state for each in read], dim=1)
             seen = [each.maps for each in read if each.maps is not None]
             maps = {name: torch.cat([each[name] for each in seen]) for name in seen[0]} if seen else None
@@ -102,6 +111,19 @@ def generate_interleaved(
 def _state(read: list) -> dict:
     """Returns what the next call of the model goes on from."""
     return {"cache": read[-1].cache, "image_maps": read[-1].image_maps} if read else {}
+
+
+def _check_one_answer(model, ids, generation) -> None:
+    """Raises a `ValueError` unless there is one prompt, and one answer to it that goes on from a cache."""
+    settings = model.generation_config.to_dict() | generation
+    if (settings["num_beams"] or 1) > 1:
+        raise ValueError("Text and pictures in turn are greedy or sampled; leave `num_beams` out.")
+    if len(ids) > 1 or (settings["num_return_sequences"] or 1) > 1 or settings["use_cache"] is False:
+        raise ValueError(
+            f"Got {len(ids)} prompts, num_return_sequences={settings['num_return_sequences']} and "
+            f"use_cache={settings['use_cache']}; text and pictures in turn are one answer to one prompt, with a "
+            f"cache. Call once for each answer."
+        )
 
 
 def _check_diffusion_model(model) -> None:

@@ -32,6 +32,12 @@ def positions_in_documents(document_ids):
     return positions - positions.masked_fill(~begins, 0).cummax(dim=1).values
 
 
+def positions_behind_padding(attention_mask):
+    """Returns positions from the first token of each row on, 0 before it, shape of the mask `(batch, tokens)`."""
+    places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    return (places - attention_mask.long().argmax(1, keepdim=True)).clamp(min=0)
+
+
 def count_documents(input_ids, document_ids=None):
     """Returns how many documents a batch holds, an integer `()`; without `document_ids` each row is one."""
     if document_ids is None:

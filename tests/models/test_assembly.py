@@ -1,9 +1,12 @@
 """assemble_deem: what the parts bring along, and how what is new begins."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
+from tokenizers import Tokenizer
+from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 from deem_plugin.models.assembly import add_new_tokens, assemble_deem
 from deem_plugin.models.losses import next_token_loss
@@ -35,6 +38,20 @@ def test_new_tokens_follow_the_tokenizers_own():
     assert tokenizer.convert_tokens_to_ids(["<image_start>", "<image>", "<box>"]) == [first, first + 1, first + 2]
     with pytest.raises(ValueError, match="already knows .'<image_start>', '<image>'."):
         add_new_tokens(tokenizer)
+
+
+def test_new_tokens_come_behind_the_highest_id_or_are_refused():
+    content = json.loads(language_tokenizer().backend_tokenizer.to_str())
+    content["model"]["vocab"]["far"] = 300
+
+    def tokenizer(**added):
+        content["added_tokens"].append(content["added_tokens"][0] | added)
+        return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)), eos_token="</s>")
+
+    with pytest.raises(ValueError, match=r"\[260, 261\] among the tokenizer's own, which go up to 300"):
+        add_new_tokens(tokenizer(id=1, content="<s>"))
+    added = tokenizer(id=300, content="far")
+    assert add_new_tokens(added)["first_new_token_id"] == added.convert_tokens_to_ids("<image_start>") == 301
 
 
 def test_new_linear_layers_start_alike_whatever_their_width():

@@ -190,21 +190,48 @@ def test_with_cache_equals_without_and_a_batch_equals_one_at_a_time(maps, beams)
         open_gates(model)
     model.eval()
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "num_beams": beams}
+    whole = {"return_dict_in_generate": True, "output_logits": True}
     images = [tiny_image(index, size=(64, 64)) for index in range(3)]
 
     batch = processor(text=TEXTS, images=images, padding=True, padding_side="left", return_tensors="pt")
-    cached = model.generate(**batch, **options)
-    plain = model.generate(**batch, **options, use_cache=False)
+    cached = model.generate(**batch, **options, **whole)
+    plain = model.generate(**batch, **options, **whole, use_cache=False)
     alone = [
         model.generate(**processor(text=[text], images=some, return_tensors="pt"), **options)[0, -8:].tolist()
         for text, some in zip(TEXTS, (images[:2], images[2:]), strict=True)
     ]
-    assert torch.equal(cached, plain)
-    assert cached[:, -8:].tolist() == alone
+    torch.testing.assert_close(torch.stack(cached.logits), torch.stack(plain.logits), atol=1e-5, rtol=1e-5)
+    assert torch.equal(cached.sequences, plain.sequences)
+    assert cached.sequences[:, -8:].tolist() == alone
     # It does look at the pictures, not only at their number.
     logits = model(**batch).logits[:, -1]
     batch["pixel_values"] = batch["pixel_values"].flip(0)
     assert (model(**batch).logits[:, -1] - logits).abs().max() > 0.02
+
+
+def test_generation_counts_the_new_tokens():
+    """Its methods take the width of the logits from the config."""
+    model, processor = tiny_deem(**WITH_MAPS)
+    open_gates(model.eval())
+    inputs = processor(text="<image>a a", images=[tiny_image(0, size=(64, 64))], return_tensors="pt")
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+
+    found = model.generate(
+        **inputs,
+        **options,
+        num_beams=3,
+        num_return_sequences=3,
+        length_penalty=0.0,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    scores = model.compute_transition_scores(found.sequences, found.scores, found.beam_indices)
+
+    torch.testing.assert_close(scores.sum(1), found.sequences_scores)
+    looked_up = model.generate(**inputs, **options, prompt_lookup_num_tokens=2)
+    assert torch.equal(looked_up, model.generate(**inputs, **options))
+    with pytest.raises(ValueError, match="cannot be resized.*extra_tokens"):
+        model.resize_token_embeddings(len(processor.tokenizer))
 
 
 def test_gradient_checkpointing_changes_no_gradient(diffusion_model):
@@ -344,7 +371,7 @@ def test_text_and_pictures_come_in_turn_from_the_very_tokens_that_were_generated
     assert len(parts) == 5 and (contexts[0] - contexts[1]).abs().max() > 1e-3
 
 
-def test_text_and_pictures_are_not_searched_by_beams(diffusion_model):
+def test_text_and_pictures_in_turn_are_one_answer_to_one_prompt(diffusion_model):
     model, processor = tiny_deem()
     inputs = processor(text="a", return_tensors="pt")
 
@@ -353,6 +380,27 @@ def test_text_and_pictures_are_not_searched_by_beams(diffusion_model):
     model.attach_diffusion_model(diffusion_model)
     with pytest.raises(ValueError, match="leave `num_beams` out"):
         generate_interleaved(model, processor, inputs, num_beams=2)
+    with pytest.raises(ValueError, match="Got 2 prompts"):
+        generate_interleaved(model, processor, processor(text=["a", "b"], return_tensors="pt"))
+    for options in ({"num_return_sequences": 2, "do_sample": True}, {"use_cache": False}):
+        with pytest.raises(ValueError, match="one answer to one prompt, with a cache"):
+            generate_interleaved(model, processor, inputs, **options)
+
+
+def test_a_picture_comes_where_the_prompt_ends_in_its_start_and_whatever_else_ends_a_text(diffusion_model):
+    model, processor = tiny_deem()
+    model.eval().attach_diffusion_model(diffusion_model)
+    inputs = processor(text="<image>a<image_start>", images=[tiny_image(0, size=(64, 64))], return_tensors="pt")
+    b, start, end = processor.tokenizer("b<image_start>c", add_special_tokens=False)["input_ids"]
+    script = LogitsProcessorList([Scripted([b, start, end])])
+
+    parts = generate_interleaved(
+        model, processor, inputs, steps=1, logits_processor=script, max_new_tokens=9, eos_token_id=end
+    )
+
+    [first] = generate_images(model, inputs, [0], steps=1)
+    assert parts[0].tobytes() == first.tobytes()
+    assert parts[1] == "b" and isinstance(parts[2], Image.Image) and parts[3:] == ["c"]
 
 
 def test_no_more_is_kept_of_a_row_than_is_asked_for():
