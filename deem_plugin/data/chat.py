@@ -25,8 +25,7 @@ def as_text(processor, text: str) -> str:
     Returns `text` with a blank in whatever means something of its own to processor or tokenizer, such as what stands
     for an image, or begins or ends a sequence: `< image>`.
     """
-    named = processor.tokenizer.special_tokens_map | vars(processor)
-    for name, token in named.items():
+    for name, token in [*vars(processor).items(), *processor.tokenizer.special_tokens_map.items()]:
         if name.endswith("_token") and isinstance(token, str) and len(token) > 1:
             text = text.replace(token, f"{token[0]} {token[1:]}")
     return text

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -120,14 +120,19 @@ def compare_runs(base_dir: str | Path, new_dir: str | Path) -> Comparisons:
             units = _units(metric, pairs)
             values = _values(metric, units)
             reported = [run.tasks[task].results.get(metric, np.nan) for run in (base, new)]
-            if _NO_MEAN.search(metric) or not _is_mean(values, reported):
+            if without := int(np.isnan(values).any(1).sum()) if values else 0:
+                left_out[f"{task}, {metric}"] = f"no score of {without} of {len(values)} questions or pairs"
+            elif _NO_MEAN.search(metric) or not _is_mean(values, reported):
                 left_out[f"{task}, {metric}"] = "no mean over questions or pairs"
-                continue
-            tasks.append(_compare(task, metric, units, values, same_data, documents))
+            else:
+                result = _compare(task, metric, units, values, same_data, documents)
+                lower = metric in new.tasks[task].lower_is_better
+                tasks.append(replace(result, lost=result.gained, gained=result.lost) if lower else result)
     if not tasks:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         raise CompareError(
             f"None of the common tasks {', '.join(common)} has a metric that is the mean of what the sample logs say "
-            f"of each question or pair. Compare runs of a task with an accuracy."
+            f"of each question or pair ({reasons or 'there are no metrics'}). Compare runs of a task with an accuracy."
         )
     groups = []
     for name, members in sorted(new.groups.items()):
@@ -149,8 +154,8 @@ def _units(metric: str, answers: list[tuple[Answer, Answer]]) -> list[_Unit]:
         return [[both] for both in answers]
     units: dict[str, _Unit] = {}
     for both in answers:
-        units.setdefault(both[0].pair or both[0].question_id or "", []).append(both)
-    return [unit for unit in units.values() if len(unit) > 1]
+        units.setdefault(both[0].pair or "", []).append(both)
+    return [unit for pair, unit in units.items() if pair and len(unit) > 1]
 
 
 def _values(metric: str, units: list[_Unit]) -> list[list[float]]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,13 +61,16 @@ class TaskLog:
         path (`Path`): The sample log.
         answers (`list[Answer]`): In order of `doc_id`, which is not that of the file when several processes wrote it.
         config (`dict`): The task's configuration in the results file.
-        results (`dict[str, float]`): What lmms-eval reports of each metric.
+        results (`dict[str, float]`): What lmms-eval reports of each metric. Of a task with several filters of its
+            answers, the first counts, here and in `answers`.
+        lower_is_better (`frozenset[str]`): Metrics that are errors.
     """
 
     path: Path
     answers: list[Answer]
     config: dict[str, Any]
     results: dict[str, float]
+    lower_is_better: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -115,12 +119,15 @@ def read_run(folder: str | Path) -> RunLog:
     tasks, groups = {}, {}
     for task, path in sorted(newest.items()):
         run = results[_NAME.fullmatch(path.name)["date"]]
-        reported = {
-            name.split(",")[0]: value
-            for name, value in run.get("results", {}).get(task, {}).items()
-            if isinstance(value, int | float) and "_stderr" not in name
-        }
-        tasks[task] = TaskLog(path, _read_answers(path), run.get("configs", {}).get(task, {}), reported)
+        reported, filters = {}, set()
+        for name, value in run.get("results", {}).get(task, {}).items():
+            if isinstance(value, int | float) and "_stderr" not in name:
+                metric, *filter_name = name.split(",")
+                reported.setdefault(metric, value)
+                filters.update(filter_name)
+        errors = {name for name, higher in run.get("higher_is_better", {}).get(task, {}).items() if higher is False}
+        answers = _read_answers(path, len(filters))
+        tasks[task] = TaskLog(path, answers, run.get("configs", {}).get(task, {}), reported, frozenset(errors))
     for date in dates:
         groups.update({name: members for name, members in results[date].get("group_subtasks", {}).items() if members})
     config = results[dates[-1]].get("config", {})
@@ -140,8 +147,10 @@ def _read_results(path: Path) -> dict[str, Any]:
         raise SampleLogError(f"{path} is no results file ({error}). Evaluate again, or delete it.") from error
 
 
-def _read_answers(path: Path) -> list[Answer]:
+def _read_answers(path: Path, filters: int) -> list[Answer]:
+    """Reads the answers of a log, the first of each question; there is a line for each of the `filters`."""
     answers: dict[int, Answer] = {}
+    times: Counter[int] = Counter()
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -154,9 +163,10 @@ def _read_answers(path: Path) -> list[Answer]:
                     f"{where}: expected a JSON object with doc_id, target, filtered_resps and the task's metrics "
                     f"({error!r}). The log is damaged or was cut off while it was written: evaluate again."
                 ) from error
-            if answer.doc_id in answers:
-                raise SampleLogError(f"{where}: doc_id {answer.doc_id} comes a second time. Evaluate again.")
-            answers[answer.doc_id] = answer
+            times[answer.doc_id] += 1
+            if times[answer.doc_id] > max(filters, 1):
+                raise SampleLogError(f"{where}: doc_id {answer.doc_id} comes once too often. Evaluate again.")
+            answers.setdefault(answer.doc_id, answer)
     if not answers:
         raise SampleLogError(f"{path} is empty; expected a line for each question. Evaluate again.")
     return [answers[doc_id] for doc_id in sorted(answers)]

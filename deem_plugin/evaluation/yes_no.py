@@ -1,8 +1,8 @@
 """Reads yes or no out of an answer, strictly, and scores such answers inside lmms-eval."""
 
 import re
-from ast import literal_eval
 from collections.abc import Iterable
+from math import isnan
 
 YES, NO, UNKNOWN = "yes", "no", "unknown"
 # What is scored where likelihoods answer; lmms-eval writes a space before each.
@@ -57,11 +57,19 @@ def score_likelihoods(doc: dict, results: list, name: str, metrics: Iterable[str
         doc (`dict`): The question.
         results (`list`): For each of `CHOICES` minus its log-probability, and whether greedy decoding gives it.
         name (`str`), metrics (`Iterable[str]`): As in `score`.
+
+    Raises:
+        ValueError: If they are no numbers.
     """
-    # lmms-eval 0.7.3 makes strings of them: "(1.5, False)".
-    pairs = (literal_eval(result) if isinstance(result, str) else result for result in results)
-    yes, no = (cost for cost, _ in pairs)
+    # lmms-eval 0.7.3 makes strings of them: "(1.5, False)", and "(nan, False)", which is no Python.
+    pairs = (result.strip("()").split(",") if isinstance(result, str) else result for result in results)
+    yes, no = (float(cost) for cost, _ in pairs)
     margin = no - yes  # log P(yes) - log P(no)
+    if isnan(margin):
+        raise ValueError(
+            f"The log-likelihoods of yes and no to question {doc.get('question_id')} are {-yes} and {-no}: the model "
+            f"overflows. Evaluate it with `dtype=bfloat16` or `dtype=float32` in `--model_args`."
+        )
     return rows_of(doc, YES if margin > 0 else NO, name, metrics, margin=margin)
 
 

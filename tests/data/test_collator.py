@@ -180,6 +180,14 @@ def test_text_only_batches_bring_no_pixels():
     assert set(batch) == {"input_ids", "attention_mask", "labels"}
 
 
+def test_a_tokenizer_without_an_end_is_named():
+    processor = tiny_processor()
+    processor.tokenizer.pad_token = processor.tokenizer.eos_token = None
+
+    with pytest.raises(ValueError, match="has no end-of-sequence token.*`eos_token`"):
+        ConversationCollator(processor)([conversation("a", "b")])
+
+
 def test_a_template_that_rewrites_history_is_an_error():
     processor = tiny_processor()
     processor.chat_template = UNSTABLE_TEMPLATE
@@ -312,6 +320,23 @@ def test_processors_that_count_images_by_text_learn_the_answers(name):
     per_token = {"input_ids", "attention_mask", "labels", "token_type_ids", "cross_attention_mask"} & set(batch)
     assert all(batch[key].shape[:2] == (2, longest) for key in per_token)
     assert (batch["attention_mask"][0].diff() <= 0).all()  # padded on the right, whatever the tokenizer does alone
+
+
+@pytest.mark.parametrize(
+    ("name", "marks"),
+    [("gemma3", ["<boi>", "<soft>"]), ("mllama", ["<|image|>"]), ("pixtral", ["[IMG]", "[IMG_BREAK]", "[IMG_END]"])],
+)
+def test_no_text_brings_tokens_of_images(name, marks):
+    """A model would look for as many more features of images."""
+    processor = family_processor(name)
+    plain, marked = (
+        ConversationCollator(processor)([conversation(f"<image>{text}", text, images=[tiny_image()])])
+        for text in ("a", " ".join(marks))
+    )
+
+    for token in marks:
+        number = processor.tokenizer.convert_tokens_to_ids(token)
+        assert (plain["input_ids"] == number).sum() == (marked["input_ids"] == number).sum()
 
 
 @pytest.mark.parametrize("name", ["gemma3", "mllama"])

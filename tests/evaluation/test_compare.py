@@ -217,7 +217,7 @@ def test_runs_that_cannot_be_read_say_what_is_wrong(tmp_path):
     with pytest.raises(SampleLogError, match=rf"{log}, line \d: expected a JSON object .* evaluate again"):
         compare_runs(base, new)
     log.write_text(whole + whole.splitlines()[2])
-    with pytest.raises(SampleLogError, match="line 7: doc_id 2 comes a second time"):
+    with pytest.raises(SampleLogError, match="line 7: doc_id 2 comes once too often"):
         compare_runs(base, new)
     log.write_text("")
     with pytest.raises(SampleLogError, match="is empty"):
@@ -353,3 +353,48 @@ def test_runs_of_lmms_eval_itself_are_compared(tmp_path):
         half = 0 if "pair" in result.metric else result.questions // 2  # of no pair are both answers right
         assert len(result.lost) == len(result.gained) == half
         assert result.difference.value == 0.0 and result.p_value == 1.0
+
+
+def scored(folder, metric, scores, reported, **results):
+    """Writes a run of a task `t` whose one metric is a number."""
+    lines = [
+        {"doc_id": place % 4, "target": "x", "filtered_resps": "y", "input": "?", metric: score}
+        for place, score in enumerate(scores)
+    ]
+    write_run(folder, {"t": lines})
+    file = folder / "model" / f"{DATE}_results.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"results": {"t": reported}} | results))
+    return folder
+
+
+def test_fewer_errors_are_better(tmp_path):
+    known = {"higher_is_better": {"t": {"wer": False}}}
+    base = scored(tmp_path / "base", "wer", [0.5, 0.5, 0.5, 0.1], {"wer,none": 0.4}, **known)
+    new = scored(tmp_path / "new", "wer", [0.1, 0.3, 0.5, 0.3], {"wer,none": 0.3}, **known)
+
+    result = compare_runs(base, new).tasks[0]
+
+    assert result.difference.value == pytest.approx(-0.1)
+    assert [[flip.doc_id for flip in flips] for flips in (result.lost, result.gained)] == [[3], [0, 1]]
+
+
+def test_of_several_filters_the_first_counts(tmp_path):
+    runs = [
+        scored(tmp_path / name, "acc", [*strict, *flexible], {"acc,strict": sum(strict) / 4, "acc,flexible": 1.0})
+        for name, strict, flexible in (("base", [0, 0, 0, 1], [1] * 4), ("new", [0, 0, 1, 1], [1] * 4))
+    ]
+
+    result = compare_runs(*runs).tasks[0]
+
+    assert (result.questions, result.base, result.new) == (4, 0.25, 0.5)
+
+
+def test_questions_without_scores_or_pairs_are_told(tmp_path):
+    nan = float("nan")
+    runs = [scored(tmp_path / name, "acc", [1, 1, nan, 1], {"acc,none": nan}) for name in ("base", "new")]
+    with pytest.raises(CompareError, match="t, acc: no score of 1 of 4 questions or pairs"):
+        compare_runs(*runs)
+
+    runs = [scored(tmp_path / f"{name} pairs", "pair_acc", [0] * 4, {"pair_acc,none": 0.0}) for name in "ab"]
+    with pytest.raises(CompareError, match="t, pair_acc: no mean over questions or pairs"):
+        compare_runs(*runs)

@@ -173,3 +173,14 @@ def test_categories_are_scored_apart_and_pair_within_one():
 
     assert yes_no.accuracy_by_category(rows) == {"big": 0.5, "left": 1.0}
     assert yes_no.pair_accuracy(rows) == 0.5
+
+
+def test_likelihoods_may_be_zero_but_not_unknown():
+    doc = {"question_id": "a-1", "answer": "yes"}
+
+    row = yes_no.score_likelihoods(doc, ["(1.5, True)", "(inf, False)"], "x", ())["x_accuracy"]
+
+    assert row["prediction"] == "yes" and row["margin"] == math.inf
+    for results in (["(nan, False)", "(nan, False)"], [(math.nan, False), (1.0, False)]):
+        with pytest.raises(ValueError, match="to question a-1 are nan .*dtype=bfloat16"):
+            yes_no.score_likelihoods(doc, results, "x", ())
