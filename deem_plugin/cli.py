@@ -1,9 +1,12 @@
 """The `deem` command. Each subcommand imports its room only when it runs, so that `deem --help` answers at once."""
 
 import argparse
+import os
 import sys
 import traceback
 from pathlib import Path
+
+from .children import end_forks_with_this, end_with_parent
 
 # Package that a command imports -> the extra of deem-plugin that installs it, in a version that the command needs.
 EXTRAS = {
@@ -443,6 +446,9 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         remedy = "; put what is for lmms-eval behind `--`" if arguments.command == "eval" else ""
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{remedy}")
+    end_forks_with_this()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()  # a rank: its launcher, once killed, would leave it
     try:
         return arguments.run(arguments)
     except ImportError as error:

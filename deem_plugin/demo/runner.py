@@ -10,6 +10,8 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from deem_plugin.children import child_command
+
 from .arms import COMPARE_FOLDER, PHASE, RESULTS_FOLDER
 
 # Two processes of one thread each beat one of two threads: OpenMP's barriers wait for whoever else uses the machine.
@@ -55,7 +57,7 @@ class ArmProcess:
         self.title = f"{folder.name} {name}"
         (folder / name).mkdir(parents=True, exist_ok=True)
         self.log = folder / name / "log.txt"
-        command = [sys.executable, "-m", "deem_plugin.demo.arms", str(folder), name]
+        command = child_command("deem_plugin.demo.arms", str(folder), name)
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=child_environment(out))
         # A log file, unlike a terminal, keeps every state of a bar.
@@ -131,9 +133,8 @@ def compare_arms(out: Path, folder: Path, base: str, new: str):
     Raises:
         RuntimeError: If it fails, with what it said.
     """
-    command = [sys.executable, "-m", "deem_plugin", "compare"]
-    command += [str(folder / name / RESULTS_FOLDER) for name in (base, new)]
-    command += ["--out", str(folder / COMPARE_FOLDER), "--html"]
+    results = [str(folder / name / RESULTS_FOLDER) for name in (base, new)]
+    command = [*child_command("deem_plugin", "compare"), *results, "--out", str(folder / COMPARE_FOLDER), "--html"]
     done = subprocess.run(command, env=child_environment(out), capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"`deem compare` failed on {folder} (exit code {done.returncode}):\n{done.stderr}")

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from deem_plugin.children import LAUNCHER, MODULE, child_command
+
 _TAIL_LINES = 200  # kept of the log to explain a failure
 _SHOWN_LINES = 12
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -98,8 +100,10 @@ def run_lmms_eval(
         # lmms-eval would notice only after hours of work, and say so in a line of its log.
         raise EvaluationError(f"Cannot write to the output folder {output}: {error}.") from error
 
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
-    command = [sys.executable, *(launcher if num_processes > 1 else []), "-m", "lmms_eval", *others]
+    command = child_command("lmms_eval", *others)
+    if num_processes > 1:
+        ranks = ["--standalone", "--nproc_per_node", str(num_processes), "-m", MODULE, LAUNCHER, "lmms_eval"]
+        command = child_command("torch.distributed.run", *ranks, *others)
     command += ["--tasks", ",".join(names), "--output_path", str(output)]
     command += [] if "--log_samples" in others else ["--log_samples"]
     before = set(output.rglob("*_results.json"))
