@@ -65,6 +65,7 @@ def _plan(arguments) -> int:
             memory_gib=arguments.gpu_memory,
             gpus=arguments.gpus,
             tokens=arguments.tokens,
+            picture_size=arguments.picture_size,
             out=arguments.json,
         )
     )
@@ -290,6 +291,14 @@ def _add_training(commands) -> None:
     plan.add_argument("--gpus", type=_count, nargs="+", default=[1, 8], metavar="N", help="numbers of GPUs")
     plan.add_argument(
         "--tokens", type=_count, help="length of a conversation with its picture; data.max_length if left out"
+    )
+    plan.add_argument(
+        "--picture-size",
+        type=int,
+        nargs=2,
+        default=(448, 448),
+        metavar=("WIDTH", "HEIGHT"),
+        help="pixels of the pictures, for models that tile them or read them at their own resolution",
     )
     plan.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here, in bytes and FLOPs")
     plan.set_defaults(run=_plan)

@@ -158,9 +158,9 @@ def _settle_size(network, path_or_id, cells):
         network.register_to_config(sample_size=size if isinstance(size, int) else cells)
 
 
-def load_autoencoder(path_or_id: str) -> DiffusionModel:
+def load_autoencoder(path_or_id: str, *, weights: bool = True) -> DiffusionModel:
     """Loads the autoencoder alone of a diffusion model, as [`load_diffusion_model`] does."""
-    return DiffusionModel(None, _load_codec(path_or_id, _load_index(path_or_id)))
+    return DiffusionModel(None, _load_codec(path_or_id, _load_index(path_or_id), weights))
 
 
 def _load_index(path_or_id):

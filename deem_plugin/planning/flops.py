@@ -4,7 +4,6 @@ import os
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import fields
 from inspect import signature
 
 import torch
@@ -12,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from deem_plugin.feedback.diffusion_model import DiffusionModel
 from deem_plugin.feedback.state import StepState
 from deem_plugin.planning.fakes import DEVICE
 from deem_plugin.planning.skeleton import Skeleton
@@ -78,14 +76,6 @@ def _storage_key(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-class PlacedDiffusionModel(DiffusionModel):
-    """A diffusion model that is where it is needed: modules of fake tensors cannot be moved."""
-
-    def to(self, device):
-        """Returns the diffusion model."""
-        return self
-
-
 class StepCounter:
     """
     Runs micro-batches of a skeleton on fake tensors. The skeleton is of no other use afterwards.
@@ -99,16 +89,7 @@ class StepCounter:
         self.skeleton = skeleton
         self.autocast_dtype = autocast_dtype
         self.mode = skeleton.mode
-        self._modules = [skeleton.model]
-        if skeleton.diffusion_model is not None:
-            diffusion_model = PlacedDiffusionModel(
-                **{f.name: getattr(skeleton.diffusion_model, f.name) for f in fields(DiffusionModel)}
-            )
-            skeleton.hook.loss.diffusion_model = diffusion_model
-            skeleton.hook.checks = False  # their values are asked for
-            self._modules += [diffusion_model.denoiser.model]
-            self._modules += [diffusion_model.codec.vae] if hasattr(diffusion_model.codec, "vae") else []
-            self._modules += [skeleton.hook.anchor.tower] if skeleton.hook.anchor is not None else []
+        self._modules = [skeleton.model, *skeleton.frozen.values()]
 
     def count_flops(self, pictures: int, tokens: int, feedback: bool) -> int:
         """
@@ -141,8 +122,7 @@ class StepCounter:
 
     def _step(self, pictures: int, tokens: int, feedback: bool):
         hook = self.skeleton.hook
-        if hook is not None:
-            hook.state = StepState(1.0 if feedback else 0.0)
+        self._switch(feedback)
         self.skeleton.model.train()
         inputs = self._inputs(pictures, tokens)
         with _no_value_checks(), self._autocast():
@@ -151,9 +131,14 @@ class StepCounter:
         if hook is not None:
             hook.check_injected()
 
+    def _switch(self, feedback: bool):
+        """Switches the feedback on or off."""
+        if self.skeleton.hook is not None:
+            self.skeleton.hook.state = StepState(1.0 if feedback else 0.0)
+
     def count_encoding(self, pictures: int) -> int:
         """Returns the FLOPs of encoding pictures to latents, a part of the feedback that never changes."""
-        diffusion_model = self.skeleton.hook.loss.diffusion_model
+        diffusion_model = self.skeleton.diffusion_model
         with self.mode, flop_counter() as counter:
             size = diffusion_model.image_size
             diffusion_model.codec.encode(torch.zeros(pictures, 3, size, size, device=DEVICE))
@@ -181,6 +166,35 @@ class StepCounter:
         outputs = self.skeleton.model(**inputs)
         # An encoder alone learns from the feedback only, see `training.trainer.EncoderTrainer`.
         return outputs.loss if self.skeleton.image_tokens else 0.0 * outputs.last_hidden_state.float().sum()
+
+
+class DeemCounter(StepCounter):
+    """Counts the interleaved model, whose feedback is the two losses that ask the diffusion model."""
+
+    def __init__(self, skeleton: Skeleton, autocast_dtype: torch.dtype | None = None):
+        super().__init__(skeleton, autocast_dtype)
+        self._config = without_peft(skeleton.model).config
+        self._weights = {name: getattr(self._config, name) for name in ("image_weight", "feedback_weight")}
+
+    def _switch(self, feedback: bool):
+        for name, weight in self._weights.items():
+            setattr(self._config, name, weight if feedback else 0.0)
+
+    def _inputs(self, pictures: int, tokens: int) -> dict[str, torch.Tensor]:
+        inputs = {name: torch.cat([value] * pictures) for name, value in self.skeleton.picture.items()}
+        # In the middle: the next image is told by what stands before it.
+        first, count = (tokens - self.skeleton.image_tokens) // 2, self.skeleton.image_tokens
+        ids = torch.zeros(pictures, tokens, dtype=torch.long, device=DEVICE)
+        ids[:, first : first + count] = self._config.image_token_id
+        ids[:, first] = self._config.image_start_token_id
+        return inputs | {"input_ids": ids, "document_ids": torch.zeros_like(ids), "labels": ids.clone()}
+
+
+class DenoiserCounter(StepCounter):
+    """Counts the training of a denoiser on an encoder's tokens."""
+
+    def _loss(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.skeleton.model(**inputs)["loss"]
 
 
 @contextmanager

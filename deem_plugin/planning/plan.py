@@ -10,10 +10,12 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from deem_plugin.feedback.config import RossConfig
-from deem_plugin.planning.flops import StepCounter
+from deem_plugin.feedback.config import DiffusionModelConfig, FeedbackConfig
+from deem_plugin.planning.flops import DeemCounter, DenoiserCounter, StepCounter
 from deem_plugin.planning.memory import (
     STRATEGIES,
+    UTILISATION,
+    Gpu,
     Memory,
     OptimizerStates,
     Weight,
@@ -21,7 +23,7 @@ from deem_plugin.planning.memory import (
     quantized_bytes,
     state_memory,
 )
-from deem_plugin.planning.skeleton import Skeleton, build_skeleton
+from deem_plugin.planning.skeleton import PICTURE_SIZE, Skeleton, build_skeleton
 from deem_plugin.training.parts import LANGUAGE_MODEL, TOWER, count_parameters
 from deem_plugin.training.recipes import Recipe, load_recipe
 
@@ -41,7 +43,7 @@ class Flops:
         without_feedback (`int`, *optional*): Of the model alone; None for an encoder that learns from feedback only.
         encoding (`int`): Of the pictures' latents, which the feedback needs.
         denoising (`int`): Of conditioner and denoiser, and of the backward pass through them; for an encoder alone
-            also of the encoder.
+            also of the encoder. Of the interleaved model's two losses that ask the denoiser.
     """
 
     without_feedback: int | None
@@ -89,6 +91,9 @@ class Plan:
         flops (`Flops`): Of a micro-batch.
         rows (`list[Row]`): Memory for each strategy and number of GPUs.
         notes (`list[str]`): What had to be supposed.
+        feedback (`str`): What `flops.denoising` is that of.
+        mixed_precision (`bool`): Whether the run computes in bfloat16 or float16.
+        picture_size (`tuple[int, int]`): Width and height of the pictures in pixels, where the model cares.
         options (`list[Option]`): Changes tried one after the other until a row fits; empty if nothing had to be tried.
     """
 
@@ -101,10 +106,18 @@ class Plan:
     flops: Flops
     rows: list[Row]
     notes: list[str]
+    feedback: str
+    mixed_precision: bool
+    picture_size: tuple[int, int]
     options: list[Option] = field(default_factory=list)
 
 
-def make_plan(recipe: Recipe, gpus: Sequence[int] = (1, 8), tokens: int | None = None) -> Plan:
+def make_plan(
+    recipe: Recipe,
+    gpus: Sequence[int] = (1, 8),
+    tokens: int | None = None,
+    picture_size: tuple[int, int] = PICTURE_SIZE,
+) -> Plan:
     """
     Plans a recipe on the meta device; nothing is downloaded but configs, and no weight is allocated.
 
@@ -113,31 +126,22 @@ def make_plan(recipe: Recipe, gpus: Sequence[int] = (1, 8), tokens: int | None =
         gpus (`Sequence[int]`): Numbers of GPUs to give the memory for.
         tokens (`int`, *optional*):
             Length of a conversation, those of its picture among them; by default `data.max_length`, the longest that
-            the run can meet, and without one the picture's and 128.
+            the run can meet, and without one the picture's and 128. Of documents the length of a row.
+        picture_size (`tuple[int, int]`): Width and height of the pictures in pixels, for models that tile them or
+            read them at their own resolution.
 
     Raises:
-        ValueError: If the recipe trains the interleaved model or a denoiser, a config cannot be read, the optimizer is
-            not known, or `tokens` does not hold the picture.
+        ValueError: If a config cannot be read, the optimizer is not known, or `tokens` does not hold the picture.
     """
-    if recipe.deem is not None:
-        raise ValueError(
-            f"The recipe {recipe.name!r} trains the interleaved model, which `deem plan` does not know yet; it plans "
-            f"VLMs and encoders. The parameters of the 7B recipes are in docs/interleaved.md."
-        )
-    if recipe.denoiser is not None or isinstance(recipe.feedback, RossConfig):
-        raise ValueError(
-            f"The recipe {recipe.name!r} trains a denoiser of its own, which `deem plan` does not know yet; it plans "
-            f"VLMs and encoders with a frozen one. docs/methods.md names the parameters of such denoisers."
-        )
-    skeleton = _skeleton(recipe)
+    skeleton = _skeleton(recipe, picture_size)
     tokens = _conversation_length(recipe, skeleton, tokens)
-    pictures, feedback = recipe.training.per_device_train_batch_size, recipe.feedback is not None
+    pictures, feedback = recipe.training.per_device_train_batch_size, _asks_diffusion_model(recipe)
     parameters = count_parameters(skeleton.model)
-    for name, module in _frozen_beside(skeleton).items():
+    for name, module in skeleton.frozen.items():
         parameters[name] = [0, sum(parameter.numel() for parameter in module.parameters())]
-    measure = _MemoryRows(recipe, skeleton)
+    measure = _MemoryRows(recipe, skeleton, picture_size)
 
-    counter = StepCounter(skeleton, _autocast_dtype(recipe))
+    counter = _counter(recipe, skeleton)
     alone = counter.count_flops(pictures, tokens, feedback=False) if skeleton.image_tokens else None
     flops = Flops(alone)
     if feedback:
@@ -153,6 +157,9 @@ def make_plan(recipe: Recipe, gpus: Sequence[int] = (1, 8), tokens: int | None =
         flops=flops,
         rows=measure(counter, gpus, tokens),
         notes=skeleton.notes,
+        feedback=_feedback_name(recipe),
+        mixed_precision=measure.mixed,
+        picture_size=picture_size,
     )
 
 
@@ -173,8 +180,18 @@ def fit(plan: Plan, name: str | Path, overrides: Sequence[str], gpus: Sequence[i
         added = change(load_recipe(name, tried), plan.parameters)
         if added:
             tried += added
-            rows = memory_rows(load_recipe(name, tried), gpus, plan.tokens)
+            rows = memory_rows(load_recipe(name, tried), gpus, plan)
             plan.options.append(Option(option, added, rows))
+
+
+def step_seconds(plan: Plan, gpu: Gpu) -> float | None:
+    """
+    Estimates the seconds of an optimizer step on GPUs of a kind, from FLOPs and [`UTILISATION`]; None for a run in
+    float32, whose products have other rates. Communication, data and the optimizer are not in it.
+    """
+    if not plan.mixed_precision:
+        return None
+    return plan.flops.total * plan.accumulation / (gpu.tflops * 1e12 * UTILISATION)
 
 
 def least(rows: Sequence[Row]) -> Row:
@@ -182,23 +199,47 @@ def least(rows: Sequence[Row]) -> Row:
     return min((row for row in rows if row.refusal is None), key=lambda row: row.memory.total)
 
 
-def memory_rows(recipe: Recipe, gpus: Sequence[int], tokens: int) -> list[Row]:
-    """Returns the memory of each strategy and number of GPUs; `tokens` as a [`Plan`] has it."""
-    skeleton = _skeleton(recipe)
-    measure = _MemoryRows(recipe, skeleton)
-    return measure(StepCounter(skeleton, _autocast_dtype(recipe)), gpus, tokens)
+def memory_rows(recipe: Recipe, gpus: Sequence[int], plan: Plan) -> list[Row]:
+    """Returns the memory of each strategy and number of GPUs, for conversations and pictures as a plan has them."""
+    skeleton = _skeleton(recipe, plan.picture_size)
+    measure = _MemoryRows(recipe, skeleton, plan.picture_size)
+    return measure(_counter(recipe, skeleton), gpus, plan.tokens)
+
+
+def _asks_diffusion_model(recipe: Recipe) -> bool:
+    if recipe.deem is not None:
+        return bool(recipe.deem.image_weight or recipe.deem.feedback_weight)
+    return recipe.feedback is not None
+
+
+def _feedback_name(recipe: Recipe) -> str:
+    if recipe.deem is not None:
+        return "the next image and the same image"
+    return "conditioner and denoiser" if recipe.model.encoder is None else "encoder and denoiser"
+
+
+def _held(recipe: Recipe) -> DiffusionModelConfig | None:
+    """Returns how a feedback holds its frozen denoiser; None where none is held by such settings."""
+    has_settings = isinstance(recipe.feedback, FeedbackConfig) and recipe.denoiser is None
+    return recipe.feedback.diffusion_model if has_settings else None
+
+
+def _counter(recipe: Recipe, skeleton: Skeleton) -> StepCounter:
+    counter = StepCounter if recipe.deem is None else DeemCounter
+    return (counter if recipe.denoiser is None else DenoiserCounter)(skeleton, _autocast_dtype(recipe))
 
 
 def _smaller_denoiser(recipe: Recipe, parts: Collection[str]) -> list[str]:
-    applies = recipe.feedback is not None and recipe.feedback.diffusion_model.dtype == "float32"
-    return ["feedback.diffusion_model.dtype=bfloat16"] if applies else []
+    if recipe.deem is not None:
+        return ["deem.dtype=bfloat16"] if recipe.deem.denoiser and recipe.deem.dtype == "float32" else []
+    held = _held(recipe)
+    return ["feedback.diffusion_model.dtype=bfloat16"] if held and held.dtype == "float32" else []
 
 
 def _offload(recipe: Recipe, parts: Collection[str]) -> list[str]:
-    feedback = recipe.feedback
-    if feedback is None or feedback.condition.shows_maps:
+    held = _held(recipe)
+    if held is None or recipe.feedback.condition.shows_maps:
         return []
-    held = feedback.diffusion_model
     return [] if held.cpu_offload or held.quantization else ["feedback.diffusion_model.cpu_offload=true"]
 
 
@@ -217,7 +258,7 @@ _LLAVA_NAMES = {LANGUAGE_MODEL: "language_model", TOWER: "vision_tower"}
 
 
 def _lora(recipe: Recipe, parts: Collection[str]) -> list[str]:
-    if recipe.model.lora.r or recipe.model.encoder:
+    if recipe.model.lora.r or recipe.model.encoder or recipe.deem is not None:
         return []
     trained = [mark for mark in (LANGUAGE_MODEL, TOWER) if not {mark, _LLAVA_NAMES[mark]} & set(recipe.model.freeze)]
     projector = "multi_modal_projector"
@@ -279,8 +320,9 @@ def refusal(recipe: Recipe, strategy: str) -> str | None:
 class _MemoryRows:
     """Reads a skeleton's sizes before its tensors become fake, and then makes the rows of the memory table."""
 
-    def __init__(self, recipe: Recipe, skeleton: Skeleton):
+    def __init__(self, recipe: Recipe, skeleton: Skeleton, picture_size: tuple[int, int]):
         self.recipe = recipe
+        self.picture_size = picture_size
         self.mixed = _autocast_dtype(recipe) is not None
         self.weights = [
             Weight(tuple(parameter.shape), parameter.element_size(), parameter.requires_grad)
@@ -290,12 +332,12 @@ class _MemoryRows:
         self.root, self.unit = _fsdp_units(skeleton.model)
 
     def __call__(self, counter: StepCounter, gpus: Sequence[int], tokens: int) -> list[Row]:
-        arguments = (self.recipe.training.per_device_train_batch_size, tokens, self.recipe.feedback is not None)
+        arguments = (self.recipe.training.per_device_train_batch_size, tokens, _asks_diffusion_model(self.recipe))
         peaks = {False: counter.count_memory(*arguments)}
         if self.mixed and max(gpus) > 1:
             # Under DeepSpeed and FSDP modules compute with weights that are cast already, and so are the outputs.
             cast = replace(self.recipe, model=replace(self.recipe.model, dtype=_dtype_name(self.recipe)))
-            peaks[True] = StepCounter(_skeleton(cast), _autocast_dtype(cast)).count_memory(*arguments)
+            peaks[True] = _counter(cast, _skeleton(cast, self.picture_size)).count_memory(*arguments)
         states = optimizer_states(self.recipe.training)
         rows = []
         for number in gpus:
@@ -311,8 +353,8 @@ class _MemoryRows:
         return rows
 
 
-def _skeleton(recipe: Recipe) -> Skeleton:
-    skeleton = build_skeleton(copy.deepcopy(recipe))
+def _skeleton(recipe: Recipe, picture_size: tuple[int, int]) -> Skeleton:
+    skeleton = build_skeleton(copy.deepcopy(recipe), picture_size)
     if recipe.training.activation_checkpointing:
         skeleton.model.activation_checkpointing_enable(recipe.training.activation_checkpointing_kwargs)
     return skeleton
@@ -340,26 +382,12 @@ def _autocast_dtype(recipe: Recipe) -> torch.dtype | None:
     return getattr(torch, _dtype_name(recipe)) if args.bf16 or args.fp16 else None
 
 
-def _frozen_beside(skeleton: Skeleton) -> dict[str, nn.Module]:
-    """Returns what the feedback holds beside the model: denoiser, autoencoder, and an anchor's copy of the tower."""
-    if skeleton.diffusion_model is None:
-        return {}
-    modules = {"denoiser": skeleton.diffusion_model.denoiser.model}
-    codec, anchor = skeleton.diffusion_model.codec, skeleton.hook.anchor
-    if hasattr(codec, "vae"):
-        modules["autoencoder"] = codec.vae
-    if anchor is not None:
-        modules["anchor"] = anchor.tower
-    return modules
-
-
 def _frozen_bytes(recipe: Recipe, skeleton: Skeleton) -> int:
     """Returns what the frozen modules beside the model take between two feedbacks."""
-    total = 0
-    for name, module in _frozen_beside(skeleton).items():
-        held = recipe.feedback.diffusion_model
-        if name == "anchor" or not held.cpu_offload:
-            total += quantized_bytes(module, held.quantization if name == "denoiser" else None)
+    held, total = _held(recipe), 0
+    for name, module in skeleton.frozen.items():
+        if name == "anchor" or held is None or not held.cpu_offload:
+            total += quantized_bytes(module, held.quantization if held and name == "denoiser" else None)
     return total
 
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from deem_plugin.planning.memory import GIB, gpu_memory
-from deem_plugin.planning.plan import ON_ANY_MACHINE, Option, Plan, Row, fit, least, make_plan
+from deem_plugin.planning.memory import GIB, UTILISATION, find_gpu
+from deem_plugin.planning.plan import ON_ANY_MACHINE, Option, Plan, Row, fit, least, make_plan, step_seconds
+from deem_plugin.planning.skeleton import PICTURE_SIZE
 from deem_plugin.training.parts import parameter_table
 from deem_plugin.training.recipes import load_recipe
 
@@ -22,6 +23,7 @@ def main(
     memory_gib: float | None = None,
     gpus: Sequence[int] = (1, 8),
     tokens: int | None = None,
+    picture_size: tuple[int, int] = PICTURE_SIZE,
     out: Path | None = None,
 ) -> str:
     """
@@ -32,26 +34,33 @@ def main(
         gpu (`str`, *optional*), memory_gib (`float`, *optional*):
             The GPU to fit, by its name or by its memory in GiB; without either nothing is compared.
         gpus (`Sequence[int]`): Numbers of GPUs.
-        tokens (`int`, *optional*): Length of a conversation, as [`make_plan`] takes it.
+        tokens (`int`, *optional*), picture_size (`tuple[int, int]`): As [`make_plan`] takes them.
         out (`Path`, *optional*): JSON file to write.
 
     Raises:
-        ValueError: If there is no GPU, or one without memory.
+        ValueError: If there is no GPU, or one without memory, or a picture without pixels.
     """
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # its hints are for runs
-    if gpu is not None and memory_gib is None:
-        memory_gib = gpu_memory(gpu)
+    known = None if gpu is None else find_gpu(gpu)
+    if known is not None and memory_gib is None:
+        memory_gib = known.memory
     if min(gpus) < 1 or not 0 < (1 if memory_gib is None else memory_gib) < math.inf:
         raise ValueError(f"Cannot plan for {list(gpus)} GPUs of {memory_gib} GiB. Give numbers above 0.")
-    plan = make_plan(load_recipe(name, [*overrides, *ON_ANY_MACHINE]), gpus, tokens)
+    if min(picture_size) < 1:
+        raise ValueError(f"`--picture-size` is width and height in pixels, above 0; got {list(picture_size)}.")
+    plan = make_plan(load_recipe(name, [*overrides, *ON_ANY_MACHINE]), gpus, tokens, tuple(picture_size))
+    seconds = None if known is None else step_seconds(plan, known)
     if memory_gib is not None:
         fit(plan, name, overrides, gpus, int(memory_gib * GIB))
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(as_json(plan, memory_gib), indent=2) + "\n", encoding="utf-8")
-    return report(plan, memory_gib)
+        document = as_json(plan, memory_gib) | {"estimated_step_seconds": seconds, "utilisation": UTILISATION}
+        out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    if seconds is None:
+        return report(plan, memory_gib)
+    return f"{report(plan, memory_gib)}\n\n{_time(plan, gpu, seconds)}"
 
 
 def as_json(plan: Plan, memory_gib: float | None) -> dict:
@@ -95,17 +104,25 @@ def _flops_table(plan: Plan) -> str:
     flops = plan.flops
     lines = ["TFLOP of a micro-batch, forward and backward (matrix products, convolutions, attention)"]
     parts = {"model": flops.without_feedback, "latents of the pictures": flops.encoding}
-    feedback = "conditioner and denoiser" if flops.without_feedback else "encoder and denoiser"
-    parts[feedback] = flops.denoising
+    parts[plan.feedback] = flops.denoising
     for name, value in parts.items():
         if value:
             share = "" if name == "model" or not flops.without_feedback else f"{value / flops.without_feedback:+10.1%}"
-            lines.append(f"{name:<26}{value / 1e12:>12.4g}{share}")
+            lines.append(f"{name:<34}{value / 1e12:>12.4g}{share}")
     if flops.without_feedback and flops.total > flops.without_feedback:
         lines.append(
-            f"{'with feedback':<26}{flops.total / 1e12:>12.4g}{flops.total / flops.without_feedback - 1:+10.1%}"
+            f"{'with feedback':<34}{flops.total / 1e12:>12.4g}{flops.total / flops.without_feedback - 1:+10.1%}"
         )
     return "\n".join(lines)
+
+
+def _time(plan: Plan, gpu: str, seconds: float) -> str:
+    without = plan.flops.without_feedback
+    share = f", {1 - without / plan.flops.total:.1%} of it for the feedback" if without else ""
+    return (
+        f"Estimated: {seconds:.3g} s a step on {gpu}{share}: the FLOPs above at {UTILISATION:.0%} of the maker's "
+        f"{find_gpu(gpu).tflops:g} TFLOP/s; no data, communication or optimizer."
+    )
 
 
 def _memory_table(rows: Sequence[Row], memory_gib: float | None) -> str:

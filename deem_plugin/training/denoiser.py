@@ -57,7 +57,9 @@ class DenoiserTraining(nn.Module):
     def forward(self, pixel_values):
         """Returns `{"loss": the denoising error}` of pictures `(images, 3, height, width)`."""
         eyes, loss = self.frozen
-        tower = eyes.tower.to(pixel_values.device)
+        tower = eyes.tower
+        if tower.device != pixel_values.device:
+            tower.to(pixel_values.device)
         generator = torch.Generator(device=pixel_values.device).manual_seed(self.seed)
         self.seed += 1
         inputs = {eyes.layout.pixels: pixel_values.to(tower.dtype)}

@@ -11,32 +11,54 @@ def load_deem(arguments: ModelArguments, deem: DeemArguments):
     Raises:
         ValueError: If `model.model` is no DEEM, or the diffusion model does not fit what was asked for.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoProcessor,
+        AutoTokenizer,
+    )
 
+    import deem_plugin.models  # noqa: F401  # so that the Auto classes know a DEEM
     from deem_plugin.feedback.diffusion_model import load_diffusion_model
-    from deem_plugin.models import DeemConfig
     from deem_plugin.vision import build_image_processor
 
     diffusion_model = None if deem.denoiser is None else load_diffusion_model(deem.denoiser, deem.dtype)
     if arguments.language_model is not None:
-        model, processor = _assemble(arguments, deem, diffusion_model)
+        language_model = AutoModelForCausalLM.from_pretrained(arguments.language_model, **arguments.loading())
+        tokenizer = AutoTokenizer.from_pretrained(arguments.language_model)
+        model, processor = assemble(
+            arguments, deem, language_model, tokenizer, diffusion_model, arguments.vision_pretrained
+        )
     else:
-        config = AutoConfig.from_pretrained(arguments.model)
-        if not isinstance(config, DeemConfig):
-            raise ValueError(
-                f"`model.model: {arguments.model}` is a {config.model_type}, but the recipe has a section `deem`. "
-                f"Give a DEEM of an earlier stage, set `model.language_model` to assemble one, or leave `deem` out."
-            )
-        if arguments.image_size is not None:
-            config.vision_config = resized(config.vision_config, arguments.image_size)
+        config = stage_config(AutoConfig.from_pretrained(arguments.model), arguments)
         model = AutoModelForImageTextToText.from_pretrained(arguments.model, config=config, **arguments.loading())
         processor = AutoProcessor.from_pretrained(arguments.model)
         processor.image_processor = build_image_processor(config.vision_config, deem.target_size)
+    finish(model, deem, diffusion_model)
+    return model, processor
+
+
+def finish(model, deem: DeemArguments, diffusion_model):
+    """Gives a DEEM the weights of its losses and its diffusion model."""
     for name in ("lm_weight", "image_weight", "feedback_weight", "feedback_timesteps", "null_context_rate"):
         setattr(model.config, name, getattr(deem, name))
     if diffusion_model is not None:
         model.attach_diffusion_model(diffusion_model)
-    return model, processor
+
+
+def stage_config(config, arguments: ModelArguments):
+    """Returns the config of a DEEM of an earlier stage as this one reads pictures; raises a `ValueError` on others."""
+    from deem_plugin.models import DeemConfig
+
+    if not isinstance(config, DeemConfig):
+        raise ValueError(
+            f"`model.model: {arguments.model}` is a {config.model_type}, but the recipe has a section `deem`. "
+            f"Give a DEEM of an earlier stage, set `model.language_model` to assemble one, or leave `deem` out."
+        )
+    if arguments.image_size is not None:
+        config.vision_config = resized(config.vision_config, arguments.image_size)
+    return config
 
 
 def resized(vision_config, image_size: int):
@@ -55,16 +77,15 @@ def resized(vision_config, image_size: int):
     return DeemVisionConfig(**kept | {"open_clip_config": vision_config.open_clip_config | {"image_size": image_size}})
 
 
-def _assemble(arguments, deem, diffusion_model):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+def assemble(arguments: ModelArguments, deem: DeemArguments, language_model, tokenizer, diffusion_model, pretrained):
+    """Returns a DEEM of a language model and a new tower, `pretrained` as [`build_vision_tower`] takes it."""
     from deem_plugin.feedback.synchroniser import UNET_KEYS
     from deem_plugin.models import assemble_deem
     from deem_plugin.vision import build_vision_tower
 
     tower = build_vision_tower(
         **arguments.tower(),
-        pretrained=arguments.vision_pretrained,
+        pretrained=pretrained,
         multiscale=deem.language_synchroniser is not None or deem.unet_synchroniser or deem.region_tokens,
         region_tokens=deem.region_tokens,
     )
@@ -78,8 +99,8 @@ def _assemble(arguments, deem, diffusion_model):
             )
         unet = {"unet": {name: config[name] for name in UNET_KEYS}}
     return assemble_deem(
-        AutoModelForCausalLM.from_pretrained(arguments.language_model, **arguments.loading()),
-        AutoTokenizer.from_pretrained(arguments.language_model),
+        language_model,
+        tokenizer,
         tower,
         target_size=deem.target_size,
         context_dim=None if diffusion_model is None else diffusion_model.denoiser.context_dim,

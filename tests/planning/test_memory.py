@@ -9,7 +9,7 @@ from deem_plugin.planning.memory import (
     OptimizerStates,
     Weight,
     communication_memory,
-    gpu_memory,
+    find_gpu,
     state_memory,
 )
 from deem_plugin.planning.report import main
@@ -99,9 +99,9 @@ def test_a_total_is_the_sum_of_its_kinds():
 
 
 def test_an_unknown_gpu_is_an_error_that_lists_the_known():
-    assert gpu_memory("H100") == GPUS["h100"]
+    assert find_gpu("H100") == GPUS["h100"]
     with pytest.raises(ValueError, match=r"Unknown GPU 'h1000'. Known: t4, .*--gpu-memory GIB"):
-        gpu_memory("h1000")
+        find_gpu("h1000")
 
 
 @pytest.mark.parametrize("settings", [{"gpus": [0]}, {"memory_gib": float("nan")}, {"memory_gib": -1.0}])

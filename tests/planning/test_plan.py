@@ -24,7 +24,7 @@ from ..published_configs import write_configs
 from ..training.checkpoints import write_checkpoint
 from ..training.helpers import tiny_overrides
 
-# Recipes with tiny parts: name, settings, whether there is feedback.
+# Recipes with tiny parts: name, settings, whether there is feedback, or the section that it has.
 RECIPES = {
     "full": ("tiny-tune", {"model__model": "llava"}, True),
     "frozen": ("tiny-tune", {"model__model": "llava", "model__freeze": "[language_model]"}, True),
@@ -39,6 +39,7 @@ RECIPES = {
     "mounted": ("tiny-tune", {"model__model": "llava", "model__vision_tower": "deem:{clip}"}, True),
     "align": ("llava-1.5-7b-align", {"model__language_model": "llama", "model__vision_tower": "deem:{clip}"}, False),
     "encoder": ("deem", {"model__encoder": "clip"}, True),
+    "ross": ("ross", {"model__model": "llava"}, "ross"),
 }
 
 
@@ -64,7 +65,8 @@ def recipe_of(case, parts, out, data=None, **more):
     } | {key: value for key, value in settings.items() if not isinstance(value, str)}
     data = parts / "images" if case == "encoder" else data or parts / "data.json"
     training = {"data__path": data, "training__max_steps": 1, "training__save_strategy": "'no'", **more}
-    return load_recipe(name, tiny_overrides(parts, out, "feedback" if feedback else None, **{**settings, **training}))
+    section = "feedback" if feedback is True else feedback or None
+    return load_recipe(name, tiny_overrides(parts, out, section, **{**settings, **training}))
 
 
 class Probe(TrainerCallback):
@@ -363,19 +365,6 @@ def test_without_an_image_processor_the_tokens_of_a_picture_are_not_known(parts,
 
     with pytest.raises(ValueError, match="'qwen3_vl', whose image processor says how many .*preprocessor_config.json"):
         make_plan(load_recipe("qwen3-vl-feedback-lora", overrides))
-
-
-def test_the_interleaved_model_is_refused_rather_than_planned_as_a_llava():
-    with pytest.raises(
-        ValueError, match="'deem-7b-pretrain' trains the interleaved model, which `deem plan` does not"
-    ):
-        make_plan(load_recipe("deem-7b-pretrain", ["training.use_cpu=true", "training.tf32=null"]))
-
-
-@pytest.mark.parametrize("name", ["genhancer-denoiser", "ross"])
-def test_a_denoiser_that_trains_is_refused(name):
-    with pytest.raises(ValueError, match=f"'{name}' trains a denoiser of its own, which `deem plan` does not know"):
-        make_plan(load_recipe(name, ["training.use_cpu=true", "training.tf32=null", "training.fsdp=null"]))
 
 
 @pytest.mark.slow
