@@ -8,7 +8,10 @@ TEST_ARGS ?=
 FLOORS := .venv-floors
 FLOOR_TESTS := $(addprefix tests/feedback/test_,callback.py frameworks.py)
 
-.PHONY: demo test test-slow test-floors lint clean
+# Of `make fuzz`, for each reader.
+MINUTES ?= 10
+
+.PHONY: demo test test-slow test-floors fuzz lint clean
 
 # Remade when the requirements change.
 $(VENV)/.installed: pyproject.toml
@@ -26,10 +29,14 @@ test: $(VENV)/.installed  ## the tests that every change must pass
 test-slow: $(VENV)/.installed  ## the slow ones: real language model, two processes, lmms-eval end to end
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "slow and not gpu" $(TEST_ARGS)
 
+fuzz: $(VENV)/.installed  ## spoiled files for each reader for MINUTES, and many examples of each property
+	HF_HUB_OFFLINE=1 HYPOTHESIS_PROFILE=many $(BIN)/python -m pytest tests/fuzz/test_properties.py $(TEST_ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz $$((60 * $(MINUTES)))
+
 $(FLOORS)/.installed: pyproject.toml tests/floors.txt
 	@test -x $(FLOORS)/bin/python || $(PYTHON) -m venv $(FLOORS)
 	$(FLOORS)/bin/python -m pip install --quiet --upgrade pip
-	$(FLOORS)/bin/python -m pip install --quiet --editable . pytest tensorboard --constraint tests/floors.txt
+	$(FLOORS)/bin/python -m pip install --quiet --editable . pytest hypothesis tensorboard --constraint tests/floors.txt
 	@touch $@
 
 # Deselected: SFTTrainer needs TRL, which needs `datasets`; and the Trainer of transformers 5.6 does not divide a

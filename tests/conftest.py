@@ -8,6 +8,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "disabled")
 
 import pytest
+from hypothesis import settings
+
+# A few examples, always the same, unless `HYPOTHESIS_PROFILE=many`; a busy machine is no failure.
+settings.register_profile("few", max_examples=20, derandomize=True, deadline=None, database=None)
+settings.register_profile("many", max_examples=500, deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "few"))
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,8 @@ READERS: dict[str, Callable[..., Iterator]] = {
     "visual_genome": iter_visual_genome,
     "vcr": iter_vcr,
 }
+# Pixels. JPEG goes no further, and pycocotools takes memory for what is named.
+_LONGEST_SIDE = 65_535
 # Arguments of readers that are no files or folders.
 _WORDS = ("question", "split")
 
@@ -99,6 +101,8 @@ def _rows(source: dict[str, Any]) -> Iterator[dict[str, Any] | LeftOut | BrokenS
 def _row(sample: RegionSample, image_dir: str) -> dict[str, Any]:
     if not sample.answer.strip():
         raise BrokenSample("without answer", f"{sample.name} has no answer to learn. Leave it out.")
+    if not all(isinstance(side, int) and 0 < side <= _LONGEST_SIDE for side in (sample.width, sample.height)):
+        raise ValueError(f"its picture is {sample.width} x {sample.height}; expected pixels, 1 to {_LONGEST_SIDE}")
     file = os.path.join(image_dir, sample.file)
     parts = []
     for part in sample.prompt:

@@ -102,7 +102,8 @@ def iter_visual_genome(
         yield _ask(name, _image_of(region, images, name), [box, question], region["phrase"])
 
     for number, record in enumerate(iter_json_array(descriptions)):
-        for place, region in enumerate(record.get("regions", ()) if isinstance(record, dict) else [record]):
+        regions = record.get("regions", []) if isinstance(record, dict) else None
+        for place, region in enumerate(regions if isinstance(regions, list) else [record]):
             name = f"region {_id_of(region, f'{number}/{place}', 'region_id')} of {descriptions}"
             yield from _named(name, region, ask)
 

@@ -170,7 +170,7 @@ def read_images(folder: Path, names: list[str], remedy: str) -> dict[str, bytes]
     for name in tqdm(names, desc="Reading images"):
         try:
             data = (folder / name).read_bytes()
-        except OSError:
+        except (OSError, ValueError):  # a name that no file can have
             missing.append(name)
             continue
         if decodes(data):

@@ -102,6 +102,8 @@ def reconstruct_files(
     Raises:
         ValueError: If the feedback of a checkpoint was not one on the tower's tokens, or as for [`reconstruct`].
     """
+    if Path(out).suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"No picture can be written to {out}. Give a file that ends in .png.")
     images = [load_image(file) for file in image_files]
     checkpoints = {"reconstructed": checkpoint} if before is None else {"before": before, "after": checkpoint}
     rows = {

@@ -18,8 +18,8 @@ _SCORES = ("score", "is_correct", "correct", "exact_match", "acc", "accuracy")
 _REMEDY = "Run `deem eval`, or lmms-eval with `--log_samples --output_path DIR`."
 
 
-# Of a results file, what is read.
-_SECTIONS = ("config", "configs", "group_subtasks", "results")
+# Of a results file, what is read: objects whose values are of a kind.
+_SECTIONS = {"config": object, "configs": dict, "group_subtasks": list, "higher_is_better": dict, "results": dict}
 
 
 class SampleLogError(ValueError):
@@ -121,7 +121,7 @@ def read_run(folder: str | Path) -> RunLog:
         run = results[_NAME.fullmatch(path.name)["date"]]
         reported, filters = {}, set()
         for name, value in run.get("results", {}).get(task, {}).items():
-            if isinstance(value, int | float) and "_stderr" not in name:
+            if isinstance(value, int | float) and not abs(value) > 2**53 and "_stderr" not in name:
                 metric, *filter_name = name.split(",")
                 reported.setdefault(metric, value)
                 filters.update(filter_name)
@@ -138,8 +138,11 @@ def read_run(folder: str | Path) -> RunLog:
 def _read_results(path: Path) -> dict[str, Any]:
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(results, dict) or not all(isinstance(results.get(key, {}), dict) for key in _SECTIONS):
-            raise ValueError(f"expected an object with objects {', '.join(_SECTIONS)}")
+        sections = [(results.get(name, {}), kind) for name, kind in _SECTIONS.items()]
+        if not all(isinstance(values, dict) for values, _ in sections) or not all(
+            isinstance(value, kind) for values, kind in sections for value in values.values()
+        ):
+            raise ValueError(f"expected objects {', '.join(_SECTIONS)}, as lmms-eval writes them")
         return results
     except FileNotFoundError as error:
         raise SampleLogError(f"{path} is missing, which lmms-eval writes before the sample logs. {_REMEDY}") from error

@@ -44,7 +44,7 @@ def test_a_fault_is_named(row, place, capfd, caplog, in_time, monkeypatch):
     code = exit_code(argv)
 
     output, errors = capfd.readouterr()
-    told = (re.findall(r"^deem(?: \w[\w-]*)*: .*", errors, re.M | re.S) or [""])[-1]
+    told = (re.findall(r"deem(?: \w[\w-]*)*: .*", errors, re.S) or [""])[-1]
     assert code == row.code, output + errors
     if code:
         message = (told or output).strip()

@@ -238,7 +238,7 @@ def _overrides(folder):
         "'no'",
         "2020-01-01",
     )
-    return [f"{key}={value}".encode() for key in keys for value in values]
+    return [b"data.path=a.json", *(f"{key}={value}".encode() for key in keys for value in values)]
 
 
 def _read_override(folder, content):
@@ -259,6 +259,7 @@ def _run(folder, name):
 def _seeds_of_runs(pattern):
     def seeds(folder):
         _run(folder, "base")
+        _picture(folder, "plot.png")
         return [next(_run(folder, "new").rglob(pattern)).read_bytes()]
 
     return seeds
@@ -376,7 +377,7 @@ def _read_pope(folder, content):
 
 
 MMVP = b"Index,Question,Options,Correct Answer\n" + b"".join(
-    b"%d,Is it open or shut?,(a) Open (b) Shut,(a)\n" % number for number in range(1, 31)
+    b"%d,Is it open or shut?,(a) Open (b) Shut,(a)\n" % number for number in range(1, 301)
 )
 
 
