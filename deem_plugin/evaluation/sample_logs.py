@@ -147,7 +147,7 @@ def _read_results(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise SampleLogError(f"{path} is missing, which lmms-eval writes before the sample logs. {_REMEDY}") from error
     except (ValueError, RecursionError) as error:
-        raise SampleLogError(f"{path} is no results file ({error}). Evaluate again, or delete it.") from error
+        raise SampleLogError(f"{path} is no whole results file ({error}). Evaluate again, or delete it.") from error
 
 
 def _read_answers(path: Path, filters: int) -> list[Answer]:

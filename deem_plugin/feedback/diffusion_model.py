@@ -129,7 +129,9 @@ def load_diffusion_model(
     network = _load_network(network_name, path_or_id, folder, precision, weights, reduced)
     denoiser = DENOISERS[network_name](network, _load_scheduler(path_or_id, index), codec.downscale)
     if codec.channels != denoiser.channels:
-        made = "its autoencoder makes" if isinstance(codec, VaeCodec) else "without a `vae` in its index there are"
+        made = (
+            "its autoencoder makes latents of" if isinstance(codec, VaeCodec) else "with no `vae` in its index it has"
+        )
         raise ValueError(
             f"The diffusion model `{path_or_id}` reads {denoiser.channels} channels, but {made} {codec.channels}. "
             f"Expected a text-to-image model with its autoencoder; inpainting, editing and control variants ask for "

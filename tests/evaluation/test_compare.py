@@ -224,7 +224,7 @@ def test_runs_that_cannot_be_read_say_what_is_wrong(tmp_path):
         compare_runs(base, new)
     results = next(base.rglob("*_results.json"))
     results.write_text(results.read_text()[:50])
-    with pytest.raises(SampleLogError, match=f"{results} is no results file"):
+    with pytest.raises(SampleLogError, match=f"{results} is no whole results file"):
         compare_runs(base, new)
 
 

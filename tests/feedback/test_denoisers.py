@@ -92,7 +92,7 @@ def test_a_folder_without_a_vae_is_a_pixel_space_diffusion_model(tmp_path):
 def save_pixart(path):
     import json
 
-    pixart(False, LATENT_SIZE).save_pretrained(path / "transformer")
+    pixart(False, LATENT_SIZE, channels=3).save_pretrained(path / "transformer")
     DDPMScheduler().save_pretrained(path / "scheduler")
     index = {
         "_class_name": "PixArtAlphaPipeline",

@@ -32,13 +32,13 @@ def sdxl():
     )
 
 
-def pixart(use_additional_conditions, sample_size=SIZE):
+def pixart(use_additional_conditions, sample_size=SIZE, channels=4):
     """PixArt's transformer; like the published weights it predicts a variance too."""
     return PixArtTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=12,
-        in_channels=4,
-        out_channels=8,
+        in_channels=channels,
+        out_channels=2 * channels,
         num_layers=2,
         cross_attention_dim=24,
         sample_size=sample_size,

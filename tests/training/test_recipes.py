@@ -150,7 +150,7 @@ def test_a_chat_template_beside_the_recipe_is_found(write, tmp_path):
         (["training.metric_for_best_model=3"], "The section `training` cannot be used"),
         (["training.eval_strategy=steps"], "A recipe has no data for `training.eval_strategy`"),
         (["training.eval_on_start=true"], "A recipe has no data for `training.eval_strategy`"),
-        (["training.seed=-1"], "`training.seed` and `data_seed` must be at least 0, got -1, None"),
+        (["training.seed=-1"], "`training.seed` and `data_seed` must be from 0 to 2..32 - 1, got -1, None"),
         (["model.lora.r=-1"], "`model.lora` needs r >= 0 .* got -1 and 0.05"),
         (["feedback.condition.num_queries=0"], "`num_queries` must be at least 1, got 0"),
         (["feedback.condition.resampler_layers=0"], "`resampler_layers` must be at least 1, got 0"),
