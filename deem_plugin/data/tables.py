@@ -12,6 +12,8 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from deem_plugin.hub import split_revision
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -368,8 +370,9 @@ def open_table(path: str | os.PathLike, cache_dir=None) -> "Dataset":
             f"There is no data set at {path}. Set `data.path` to a LLaVA .json or .jsonl file, a .parquet file, a "
             f"folder written by `save_to_disk` or holding parquet files, or a hub id."
         )
+    name, revision = split_revision(path)
     try:
-        return load_dataset(str(path), split="train", cache_dir=cache)
+        return load_dataset(name, revision=revision, split="train", cache_dir=cache)
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
         raise ValueError(
             f"{path!r} is neither a file or folder here nor a data set of the hub that can be reached ({error}). "

@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from torch import nn
 
+from deem_plugin.hub import at_revision
+
 
 @dataclass
 class Clip:
@@ -115,13 +117,16 @@ def _hugging_face(name: str, device: torch.device) -> Clip:
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(**at_revision(name))
         if config.model_type not in ("clip", "siglip"):
             raise ValueError(
                 f"{name} is a model of type {config.model_type!r}; expected a whole CLIP ('clip' or 'siglip')."
             )
-        model, info = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-        tokenizer, processor = AutoTokenizer.from_pretrained(name), AutoImageProcessor.from_pretrained(name)
+        model, info = AutoModel.from_pretrained(**at_revision(name), dtype=torch.float32, output_loading_info=True)
+        tokenizer, processor = (
+            AutoTokenizer.from_pretrained(**at_revision(name)),
+            AutoImageProcessor.from_pretrained(**at_revision(name)),
+        )
     except OSError as error:
         raise ValueError(
             f"Found no whole CLIP at {name!r} ({error}). Give a folder or hub id of a Hugging Face CLIP with its "

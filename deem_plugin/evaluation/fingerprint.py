@@ -14,6 +14,7 @@ from pathlib import Path
 
 from deem_plugin.evaluation.loading import base_of_adapter, local_or_hub
 from deem_plugin.evaluation.offline import cache_dir
+from deem_plugin.hub import split_revision
 
 # What a training run leaves beside a checkpoint to go on from there; no model is loaded from it.
 _TRAINING_STATE = ("optimizer", "scheduler", "scaler", "rng_state", "trainer_state", "training_args")
@@ -62,7 +63,8 @@ def _commit(hub_id: str) -> str:
     """Returns the commit of a hub id that would be loaded now: what is published, or offline what is in the cache."""
     from transformers.utils.hub import cached_file, extract_commit_hash
 
-    config = cached_file(hub_id, "config.json")
+    name, revision = split_revision(hub_id)
+    config = cached_file(name, "config.json", revision=revision)
     return extract_commit_hash(config, None) or str(config)
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from deem_plugin.hub import at_revision, split_revision
+
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -30,7 +32,9 @@ def load_vlm(pretrained: str, dtype: str = "auto", device: str | torch.device = 
     pretrained = local_or_hub(pretrained)
     is_adapter = (Path(pretrained) / "adapter_config.json").is_file()
     base = base_of_adapter(pretrained) if is_adapter else pretrained
-    model, report = AutoModelForImageTextToText.from_pretrained(base, dtype=DTYPES[dtype], output_loading_info=True)
+    model, report = AutoModelForImageTextToText.from_pretrained(
+        **at_revision(base), dtype=DTYPES[dtype], output_loading_info=True
+    )
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
             f"{base} lacks {len(missing)} weights of {type(model).__name__}, among them {', '.join(missing[:3])}. "
@@ -53,7 +57,7 @@ def local_or_hub(pretrained: str) -> str:
                 f"{pretrained} holds neither config.json nor adapter_config.json, so it is no checkpoint. "
                 + (f"Checkpoints in it: {', '.join(inside)}." if inside else "Give the folder that training wrote.")
             )
-    elif path.is_absolute() or pretrained.startswith((".", "~")) or pretrained.count("/") > 1:
+    elif path.is_absolute() or pretrained.startswith((".", "~")) or split_revision(pretrained)[0].count("/") > 1:
         raise ValueError(f"No such checkpoint folder: {pretrained}. Give the folder that training wrote, or a hub id.")
     return str(path) if path.is_dir() else pretrained
 
@@ -76,7 +80,7 @@ def _load_processor(*places: str):
     problem = "there is only a tokenizer or only an image processor"
     for place in places:
         try:
-            processor = AutoProcessor.from_pretrained(place)
+            processor = AutoProcessor.from_pretrained(**at_revision(place))
         except (OSError, ValueError) as error:
             problem = str(error).splitlines()[0]
             continue

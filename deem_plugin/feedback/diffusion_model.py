@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ..files import naming_the_checkpoint
+from ..hub import at_revision
 from .denoisers import DENOISERS, Denoiser
 from .latent_cache import LatentCache
 from .latents import CODECS, PixelCodec, VaeCodec
@@ -170,7 +171,7 @@ def _load_index(path_or_id):
     import diffusers
 
     try:
-        return dict(diffusers.DiffusionPipeline.load_config(path_or_id).items())
+        return dict(diffusers.DiffusionPipeline.load_config(**at_revision(path_or_id)).items())
     except (OSError, AttributeError) as error:  # or another kind of JSON
         raise ValueError(
             f"The diffusion model `{path_or_id}` is not in diffusers' layout: no readable `model_index.json` was "
@@ -202,10 +203,10 @@ def _load_network(name, path_or_id, subfolder, dtype, weights, quantization=None
             options["variant"] = "fp16"
         with naming_the_checkpoint("diffusion model", path_or_id):
             return network_class.from_pretrained(
-                path_or_id, subfolder=subfolder, torch_dtype=dtype, use_safetensors=True, **options
+                **at_revision(path_or_id), subfolder=subfolder, torch_dtype=dtype, use_safetensors=True, **options
             )
     with torch.device("meta"):
-        network = network_class.from_config(network_class.load_config(path_or_id, subfolder=subfolder))
+        network = network_class.from_config(network_class.load_config(**at_revision(path_or_id), subfolder=subfolder))
     kept = set(network_class._keep_in_fp32_modules or ())  # as `from_pretrained` does
     for name, parameter in network.named_parameters():
         if kept.isdisjoint(name.split(".")):
@@ -243,7 +244,7 @@ def _load_scheduler(path_or_id, index):
     flow = "FlowMatch" in name
     scheduler_class = diffusers.FlowMatchEulerDiscreteScheduler if flow else diffusers.DDPMScheduler
     with naming_the_checkpoint("diffusion model", path_or_id):
-        scheduler = scheduler_class.from_pretrained(path_or_id, subfolder="scheduler")
+        scheduler = scheduler_class.from_pretrained(**at_revision(path_or_id), subfolder="scheduler")
     if flow:
         return scheduler
     if scheduler.config.prediction_type != "flow_prediction":

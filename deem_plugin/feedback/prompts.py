@@ -2,6 +2,8 @@
 
 import torch
 
+from ..hub import at_revision
+
 
 @torch.no_grad()
 def prompt_states(path_or_id, prompt, context_dim):
@@ -15,8 +17,10 @@ def prompt_states(path_or_id, prompt, context_dim):
     from transformers import AutoTokenizer, CLIPTextModel
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path_or_id, subfolder="tokenizer")
-        encoder = CLIPTextModel.from_pretrained(path_or_id, subfolder="text_encoder", use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(**at_revision(path_or_id), subfolder="tokenizer")
+        encoder = CLIPTextModel.from_pretrained(
+            **at_revision(path_or_id), subfolder="text_encoder", use_safetensors=True
+        )
     except (OSError, ValueError) as error:
         raise ValueError(
             f"`feedback.condition.prompt` needs the diffusion model's own text encoder, and `{path_or_id}` has no "

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
+from ..hub import at_revision
 from ..resources import recipes_dir
 from .assembly import add_new_tokens, processor_of, stop_at_pictures
 from .configuration import DeemConfig
@@ -105,10 +106,10 @@ def convert_official(
     """
     official = load_official(checkpoint)
     options = config_options(official, image_size, image_decoder_heads, resampler_heads)
-    tokenizer = AutoTokenizer.from_pretrained(language_model)
+    tokenizer = AutoTokenizer.from_pretrained(**at_revision(language_model))
     conversion = convert_state_dict(official, vocabulary=len(tokenizer))
     # The official head is no copy of the embedding, whatever the language model had.
-    text_config = AutoConfig.from_pretrained(language_model).to_dict() | {"tie_word_embeddings": False}
+    text_config = AutoConfig.from_pretrained(**at_revision(language_model)).to_dict() | {"tie_word_embeddings": False}
     config = DeemConfig(text_config=text_config, **add_new_tokens(tokenizer, REGION_TOKENS), **options)
     with torch.device("meta"):
         model = DeemForConditionalGeneration(config)

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from deem_plugin.feedback.config import RossConfig
 from deem_plugin.feedback.diffusion_model import DiffusionModel, load_autoencoder, load_diffusion_model
+from deem_plugin.hub import at_revision
 from deem_plugin.planning.fakes import FakeWeightsMode, put_fakes
 from deem_plugin.training.arguments import ModelArguments
 from deem_plugin.training.encoder import vision_part
@@ -240,7 +241,7 @@ def _from_config(auto_class, path: str, setting: str, arguments: ModelArguments)
 
 def _config(path: str, setting: str):
     try:
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(**at_revision(path))
     except OSError as error:
         raise ValueError(
             f"The config of `{setting}: {path}` cannot be read: it is neither a folder with a config.json nor a hub "
@@ -255,7 +256,7 @@ def _tokenizer(path: str, vocabulary_size: int, notes: list[str]):
     from transformers import PreTrainedTokenizerFast
 
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(**at_revision(path))
     except (OSError, ValueError):
         notes.append(
             f"{path} holds no tokenizer: supposed is one of {vocabulary_size:,} words without `<image>`, so "

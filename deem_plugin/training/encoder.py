@@ -7,6 +7,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from deem_plugin.files import naming_the_checkpoint
+from deem_plugin.hub import at_revision
 from deem_plugin.training.arguments import ModelArguments
 from deem_plugin.training.parts import freeze_names
 from deem_plugin.vision.reading import parameters_of
@@ -59,8 +60,8 @@ def load_encoder(arguments: ModelArguments, reads_pooled: bool = False):
     import deem_plugin.vision.auto  # noqa: F401  # so that our own towers load
 
     with naming_the_checkpoint(*arguments.source()):
-        whole = AutoModel.from_pretrained(arguments.encoder, **arguments.loading())
-        image_processor = AutoImageProcessor.from_pretrained(arguments.encoder)
+        whole = AutoModel.from_pretrained(**at_revision(arguments.encoder), **arguments.loading())
+        image_processor = AutoImageProcessor.from_pretrained(**at_revision(arguments.encoder))
     # CLIP and SigLIP: the text tower stays as it is and is kept, so that zero-shot evaluation remains possible.
     tower = vision_part(whole, reads_pooled)
     return whole, tower, image_processor

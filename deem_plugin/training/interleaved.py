@@ -1,5 +1,6 @@
 """The interleaved model of a recipe: loaded or assembled, its losses weighted, its diffusion model attached."""
 
+from deem_plugin.hub import at_revision
 from deem_plugin.training.arguments import DeemArguments, ModelArguments
 
 
@@ -25,15 +26,19 @@ def load_deem(arguments: ModelArguments, deem: DeemArguments):
 
     diffusion_model = None if deem.denoiser is None else load_diffusion_model(deem.denoiser, deem.dtype)
     if arguments.language_model is not None:
-        language_model = AutoModelForCausalLM.from_pretrained(arguments.language_model, **arguments.loading())
-        tokenizer = AutoTokenizer.from_pretrained(arguments.language_model)
+        language_model = AutoModelForCausalLM.from_pretrained(
+            **at_revision(arguments.language_model), **arguments.loading()
+        )
+        tokenizer = AutoTokenizer.from_pretrained(**at_revision(arguments.language_model))
         model, processor = assemble(
             arguments, deem, language_model, tokenizer, diffusion_model, arguments.vision_pretrained
         )
     else:
-        config = stage_config(AutoConfig.from_pretrained(arguments.model), arguments)
-        model = AutoModelForImageTextToText.from_pretrained(arguments.model, config=config, **arguments.loading())
-        processor = AutoProcessor.from_pretrained(arguments.model)
+        config = stage_config(AutoConfig.from_pretrained(**at_revision(arguments.model)), arguments)
+        model = AutoModelForImageTextToText.from_pretrained(
+            **at_revision(arguments.model), config=config, **arguments.loading()
+        )
+        processor = AutoProcessor.from_pretrained(**at_revision(arguments.model))
         processor.image_processor = build_image_processor(config.vision_config, deem.target_size)
     finish(model, deem, diffusion_model)
     return model, processor

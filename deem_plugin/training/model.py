@@ -5,6 +5,7 @@ from pathlib import Path
 from torch import nn
 
 from deem_plugin.files import naming_the_checkpoint
+from deem_plugin.hub import at_revision
 from deem_plugin.training.arguments import DeemArguments, ModelArguments
 from deem_plugin.training.interleaved import load_deem
 from deem_plugin.training.parts import find, freeze, freeze_names, matches, resolve
@@ -75,11 +76,13 @@ def _load(arguments: ModelArguments):
 
     with naming_the_checkpoint(*arguments.source()):
         if arguments.language_model is not None:
-            source = AutoModelForCausalLM.from_pretrained(arguments.language_model, **arguments.loading())
-            tokenizer, template = AutoTokenizer.from_pretrained(arguments.language_model), None
+            source = AutoModelForCausalLM.from_pretrained(
+                **at_revision(arguments.language_model), **arguments.loading()
+            )
+            tokenizer, template = AutoTokenizer.from_pretrained(**at_revision(arguments.language_model)), None
         else:
-            source = AutoModelForImageTextToText.from_pretrained(arguments.model, **arguments.loading())
-            processor = AutoProcessor.from_pretrained(arguments.model)
+            source = AutoModelForImageTextToText.from_pretrained(**at_revision(arguments.model), **arguments.loading())
+            processor = AutoProcessor.from_pretrained(**at_revision(arguments.model))
             if arguments.vision_tower is None:
                 return source, processor
             tokenizer, template = processor.tokenizer, processor.chat_template

@@ -7,6 +7,7 @@ from pathlib import Path
 import open_clip
 from transformers import AutoConfig, AutoModel, CLIPImageProcessor, PreTrainedConfig
 
+from ..hub import at_revision, split_revision
 from .configuration import DeemVisionConfig
 from .tower import DeemVisionTower
 
@@ -56,7 +57,7 @@ def build_vision_tower(
     options = {"num_queries": num_queries, "multiscale": multiscale, "region_tokens": region_tokens}
     if encoder in open_clip.list_models():
         return _from_open_clip(encoder, pretrained, image_size, options)
-    if Path(encoder).is_dir() or encoder.count("/") == 1:
+    if Path(encoder).is_dir() or split_revision(encoder)[0].count("/") == 1:
         return _from_hugging_face(encoder, pretrained, image_size, options)
     similar = difflib.get_close_matches(encoder, open_clip.list_models(), n=5, cutoff=0.4)
     raise ValueError(
@@ -112,7 +113,7 @@ def _from_hugging_face(path, pretrained, image_size, options) -> DeemVisionTower
             f"got {pretrained!r}."
         )
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(**at_revision(path))
     except OSError as error:
         raise ValueError(
             f"Found no model at {path!r}. Give a folder with a config.json, a hub id that can be reached, or a model "
@@ -141,7 +142,7 @@ def _saved_tower(path, config, pretrained, image_size) -> DeemVisionTower:
         )
     if pretrained is False:
         return DeemVisionTower(config)
-    tower, info = DeemVisionTower.from_pretrained(path, output_loading_info=True)
+    tower, info = DeemVisionTower.from_pretrained(**at_revision(path), output_loading_info=True)
     _refuse_bad_keys(path, info["missing_keys"], info["unexpected_keys"])
     return tower.train()
 
@@ -150,7 +151,7 @@ def _normalisation(path: str, vision_config: PreTrainedConfig, needed: bool) -> 
     timm = getattr(vision_config, "pretrained_cfg", None) or {}
     known = {f"image_{name}": timm[name] for name in ("mean", "std") if name in timm}
     with contextlib.suppress(OSError):  # a model saved without its processor
-        known |= CLIPImageProcessor.get_image_processor_dict(path)[0]
+        known |= CLIPImageProcessor.get_image_processor_dict(**at_revision(path))[0]
     statistics = {name: list(known[name]) for name in ("image_mean", "image_std") if name in known}
     if needed and len(statistics) < 2:
         raise ValueError(
@@ -161,7 +162,7 @@ def _normalisation(path: str, vision_config: PreTrainedConfig, needed: bool) -> 
 
 
 def _load_encoder(tower: DeemVisionTower, path: str):
-    source, info = AutoModel.from_pretrained(path, output_loading_info=True)
+    source, info = AutoModel.from_pretrained(**at_revision(path), output_loading_info=True)
     model = tower.encoder.model
     parts = [name for name, part in source.named_modules() if isinstance(part, type(model))]
     if not parts:

@@ -11,13 +11,14 @@ def find_image_processor(model, processor):
     image_processor = getattr(processor, "image_processor", processor)
     if hasattr(image_processor, "image_mean") or hasattr(image_processor, "do_rescale"):
         return image_processor
-    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    config = getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", "")
     if not name:
         return None
     from transformers import AutoImageProcessor
 
     try:
-        return AutoImageProcessor.from_pretrained(name)
+        return AutoImageProcessor.from_pretrained(name, revision=getattr(config, "_commit_hash", None))
     except (OSError, ValueError, KeyError):
         return None
 
