@@ -68,7 +68,7 @@ def zero_shot(model, processor, names, scenes: Scenes, pictures: torch.Tensor, b
     guesses = [
         names(tower.encoder((part - mean) / std).tokens.patches).argmax(dim=1) for part in pictures.split(batch_size)
     ]
-    return (torch.cat(guesses) == scenes.shape).double().mean().item()
+    return (torch.cat(guesses) == scenes.shape).float().mean().item()
 
 
 def standardized(tokens: torch.Tensor, fitted: int) -> torch.Tensor:

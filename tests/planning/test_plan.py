@@ -336,7 +336,7 @@ def test_a_qwen_is_planned_by_its_configs_for_a_picture_of_a_known_size(name, fa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl", "gemma3"])
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl", "gemma3", "smolvlm", "lfm2_vl", "mistral3", "pixtral"])
 def test_the_plan_of_a_family_is_what_a_real_step_counts(family, parts, tmp_path):
     write_checkpoint(family, tmp_path / "model")
     (tmp_path / "images").mkdir()
@@ -355,6 +355,35 @@ def test_the_plan_of_a_family_is_what_a_real_step_counts(family, parts, tmp_path
     assert plan.flops.total == probe.flops
     memory = plan.rows[0].memory
     assert (memory.weights, memory.gradients, memory.optimizer) == (probe.weights, probe.gradients, probe.optimizer)
+
+
+@pytest.mark.slow
+def test_a_larger_picture_takes_more_tokens_where_the_model_reads_it_at_its_own_resolution(parts, tmp_path):
+    write_checkpoint("qwen2_5_vl", tmp_path / "model")
+    recipe = load_recipe(
+        "qwen2.5-vl-feedback", tiny_overrides(parts, tmp_path / "out", model__model=tmp_path / "model")
+    )
+    small, large = (make_plan(recipe, gpus=[1], tokens=2000, picture_size=size) for size in ((112, 112), (224, 112)))
+
+    assert large.image_tokens == 2 * small.image_tokens
+    assert large.flops.without_feedback > small.flops.without_feedback
+    assert large.notes == ["Supposed are pictures of 224 x 112 pixels."]
+
+
+def test_the_time_of_a_step_is_its_flops_at_the_stated_utilisation(parts, tmp_path, capsys):
+    from deem_plugin.cli import main as deem
+
+    file = tmp_path / "plan.json"
+    mixed = ["training.bf16=true", "training.gradient_accumulation_steps=3"]
+    command = ["plan", "tiny-tune", *tiny_command(parts, tmp_path), *mixed, "--gpus", "1", "--json", str(file)]
+    assert deem([*command, "--gpu", "h100"]) == 0
+
+    assert "the FLOPs above at 40% of the maker's 989 TFLOP/s; no data" in capsys.readouterr().out
+    plan = json.loads(file.read_text())
+    assert plan["estimated_step_seconds"] == pytest.approx(3 * plan["flops"]["total"] / (0.4 * 989e12))
+    assert deem([*command, "--gpu-memory", "80"]) == 0 and "Estimated:" not in capsys.readouterr().out
+    assert deem([*command, "--picture-size", "0", "4"]) == 1
+    assert "`--picture-size` is width and height in pixels" in capsys.readouterr().err
 
 
 def test_without_an_image_processor_the_tokens_of_a_picture_are_not_known(parts, tmp_path):
