@@ -138,9 +138,10 @@ def read_run(folder: str | Path) -> RunLog:
 def _read_results(path: Path) -> dict[str, Any]:
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        sections = [(results.get(name, {}), kind) for name, kind in _SECTIONS.items()]
-        if not all(isinstance(values, dict) for values, _ in sections) or not all(
-            isinstance(value, kind) for values, kind in sections for value in values.values()
+        if not isinstance(results, dict) or not all(
+            isinstance(values := results.get(name, {}), dict)
+            and all(isinstance(each, kind) for each in values.values())
+            for name, kind in _SECTIONS.items()
         ):
             raise ValueError(f"expected objects {', '.join(_SECTIONS)}, as lmms-eval writes them")
         return results

@@ -206,7 +206,7 @@ def test_a_network_that_reads_more_than_noisy_latents_is_refused(tmp_path):
     config = UNet2DConditionModel.load_config(tmp_path / "unet")
     UNet2DConditionModel.from_config(config, in_channels=9).save_pretrained(tmp_path / "unet")
 
-    with pytest.raises(ValueError, match=r"reads 9 channels.*autoencoder makes 4"):
+    with pytest.raises(ValueError, match=r"reads 9 channels.*makes latents of 4"):
         load_diffusion_model(tmp_path)
 
 
