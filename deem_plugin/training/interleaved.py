@@ -1,5 +1,6 @@
 """The interleaved model of a recipe: loaded or assembled, its losses weighted, its diffusion model attached."""
 
+from deem_plugin.files import naming_the_checkpoint
 from deem_plugin.hub import at_revision
 from deem_plugin.training.arguments import DeemArguments, ModelArguments
 
@@ -26,19 +27,21 @@ def load_deem(arguments: ModelArguments, deem: DeemArguments):
 
     diffusion_model = None if deem.denoiser is None else load_diffusion_model(deem.denoiser, deem.dtype)
     if arguments.language_model is not None:
-        language_model = AutoModelForCausalLM.from_pretrained(
-            **at_revision(arguments.language_model), **arguments.loading()
-        )
-        tokenizer = AutoTokenizer.from_pretrained(**at_revision(arguments.language_model))
+        source = at_revision(arguments.language_model)
+        with naming_the_checkpoint(*arguments.source()):
+            language_model = AutoModelForCausalLM.from_pretrained(**source, **arguments.loading())
+            tokenizer = AutoTokenizer.from_pretrained(**source)
         model, processor = assemble(
             arguments, deem, language_model, tokenizer, diffusion_model, arguments.vision_pretrained
         )
     else:
-        config = stage_config(AutoConfig.from_pretrained(**at_revision(arguments.model)), arguments)
-        model = AutoModelForImageTextToText.from_pretrained(
-            **at_revision(arguments.model), config=config, **arguments.loading()
-        )
-        processor = AutoProcessor.from_pretrained(**at_revision(arguments.model))
+        source = at_revision(arguments.model)
+        with naming_the_checkpoint(*arguments.source()):
+            config = AutoConfig.from_pretrained(**source)
+        config = stage_config(config, arguments)
+        with naming_the_checkpoint(*arguments.source()):
+            model = AutoModelForImageTextToText.from_pretrained(**source, config=config, **arguments.loading())
+            processor = AutoProcessor.from_pretrained(**source)
         processor.image_processor = build_image_processor(config.vision_config, deem.target_size)
     finish(model, deem, diffusion_model)
     return model, processor

@@ -360,7 +360,29 @@ OTHERS = [
     Row("an evaluation of nothing", lambda place: ["eval", "/nowhere"], "/nowhere", slow=True),
 ]
 
+
+def started_again(name, says, code=1, **settings):
+    """A run into the folder of an earlier one."""
+    return Row(
+        name,
+        lambda place: place.train(training__output_dir=place.trained(place.folder / "out"), **settings),
+        says,
+        code,
+        slow=True,
+    )
+
+
+FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",
+         "feedback.safetensors", "config.json", "manifest.json")  # fmt: skip
 RESUMED = [
+    *(resumed(f"a checkpoint with half of {name}", lambda folder, name=name: halved(folder / name),
+              "checkpoint-2.*Resuming from .*checkpoint-1.*Saved", code=0) for name in FILES),
+    resumed("a checkpoint without optimizer", lambda folder: (folder / "optimizer.pt").unlink(),
+            "checkpoint-2.*optimizer.pt.*Resuming from .*checkpoint-1.*Saved", code=0),
+    resumed("a checkpoint of code", lambda folder: torch.save({"a": RunsCode()}, folder / "optimizer.pt"),
+            "checkpoint-2.*optimizer.pt.*Resuming from .*checkpoint-1.*Saved", code=0),
+    started_again("a folder of another run", "overwrite_output_dir"),
+    started_again("a finished run", "Saved", code=0, training__max_steps=2, training__resume_from_checkpoint="last"),
     resumed("a resumed run of another conditioner", lambda folder: None, "conditioner in .* made with",
             feedback__condition__num_queries=6),
     resumed("a resumed run of other data", lambda folder: None, "data|cannot go on", data__max_length=7),

@@ -118,6 +118,9 @@ DIFFUSION_MODELS = [
     diffusion_model("a unet of another width", network(cross_attention_dim=24), "changed-sd"),
     diffusion_model("a unet of unknown blocks", network(down_block_types=["X", "Y"]), "changed-sd.*X"),
     diffusion_model("a unet without size", network(sample_size=None), "changed-sd.*sample_size"),
+    Row("a unet without size, for pictures of 32 pixels",
+        lambda place: place.train(feedback__diffusion_model__path=place.changed("sd", network(sample_size=None)),
+                                  feedback__diffusion_model__image_size=32), "Saved", code=0, slow=True),
     diffusion_model("a unet of a pair of sizes", network(sample_size=[16, 16]), "Saved", code=0),
     diffusion_model("a unet of an oblong size", network(sample_size=[16, 24]), "changed-sd.*sample_size"),
     diffusion_model("a unet's config is a list", lambda folder: (folder / "unet/config.json").write_text("[]")),
@@ -211,4 +214,28 @@ MODELS = [
         model__model="null", data__path=place.parts / "images"), "model.encoder.*llama"),
 ]  # fmt: skip
 
-ROWS = [*DIFFUSION_MODELS, *MODELS]
+
+def interleaved(name, says, **settings):
+    """A DEEM, of which a part is missing."""
+
+    def argv(place):
+        documents = place.file("data.jsonl", {"parts": ["a noise", {"image": "1.png"}]})
+        parts = {"language_model": place.parts / "llama", "vision_tower": f"deem:{place.parts / 'clip'}"}
+        tiny = {f"model__{part}": path for part, path in parts.items()} | {"deem__denoiser": place.parts / "sd"}
+        tiny |= {"model__model": "null", "data__path": documents, **settings}
+        return [
+            part for part in place.train(recipe="deem-tiny-pretrain", feedback=None, **tiny) if part != "feedback=null"
+        ]
+
+    return Row(name, argv, says)
+
+
+DEEMS = [
+    interleaved("a DEEM without language model", "`model.language_model: /nowhere`", model__language_model="/nowhere"),
+    interleaved("a DEEM without diffusion model", "`/nowhere`.*model_index.json", deem__denoiser="/nowhere"),
+    interleaved("a DEEM without encoder", "/nowhere", model__vision_tower="deem:/nowhere"),
+    interleaved("a DEEM that is missing", "`model.model: /nowhere`", model__model="/nowhere",
+                model__language_model="null", model__vision_tower="null"),
+]  # fmt: skip
+
+ROWS = [*DIFFUSION_MODELS, *MODELS, *DEEMS]
