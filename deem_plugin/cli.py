@@ -341,7 +341,7 @@ def _add_evaluation(commands) -> None:
 def _add_data(commands) -> None:
     data = commands.add_parser("data", help="check a recipe's data, or bring benchmarks to where lmms-eval finds them")
     sources = data.add_subparsers(dest="source", required=True, metavar="ACTION")
-    check = sources.add_parser("check", help="list all records that cannot be used and all pictures that are missing")
+    check = sources.add_parser("check", help="list all records that cannot be used, missing and damaged pictures")
     check.add_argument("recipe", help="as `deem train` takes it")
     check.add_argument("overrides", nargs="*", metavar="section.key=value")
     check.set_defaults(run=_check_data)

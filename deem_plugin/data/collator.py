@@ -24,12 +24,13 @@ class ConversationCollator:
         processor (`ProcessorMixin`): Processor of the VLM, with a fast tokenizer.
         max_length (`int`, *optional*):
             Longest conversation in tokens; the end of a longer one is cut off, and if that would cut an image, all
-            from the message on that shows it.
+            from the message on that shows it. `cut` counts such conversations.
     """
 
     def __init__(self, processor, max_length: int | None = None):
         self.processor = processor
         self.max_length = max_length
+        self.cut = 0
         # Not `all_special_tokens`: Gemma 3's end of turn is special, but is none that its tokenizer has by name.
         added = processor.tokenizer.added_tokens_decoder.values()
         self._specials = [str(token) for token in added if token.special]
@@ -60,8 +61,13 @@ class ConversationCollator:
         shown = [own[len(spans) :] for own, spans in zip(tokens, answers, strict=True)]
 
         cut = [self._before_a_cut_image(example, own) for example, own in zip(examples, shown, strict=True)]
+        count = self.cut
+        if self.max_length is not None:
+            count += int(inputs["attention_mask"][:, self.max_length :].any(1).sum())
         if any(one is not other for one, other in zip(cut, examples, strict=True)):
-            return self(cut)
+            batch, self.cut = self(cut), count
+            return batch
+        self.cut = count
         labels = torch.full_like(inputs["input_ids"], IGNORE_INDEX)
         for row, own in enumerate(tokens):
             learned = [index for positions in own[: len(answers[row])] for index in positions]

@@ -1,6 +1,5 @@
 """Makes batches of interleaved documents, packed into rows."""
 
-import logging
 from typing import Any
 
 import torch
@@ -12,8 +11,6 @@ from deem_plugin.data.images import load_image
 from deem_plugin.data.parts import region_of
 from deem_plugin.data.tokens import Span, end_of_sequence, per_token, tokenize
 
-logger = logging.getLogger(__name__)
-
 
 class DocumentCollator:
     """
@@ -22,7 +19,7 @@ class DocumentCollator:
     A document is tokenised whole, as the processor does in use, with the end-of-sequence token behind it. Nothing is
     learned of image slots, of parts before `learn_from`, of a document's first token, and of an image start with which
     it begins: nothing could tell of these two. A document longer than a row loses its end, and a picture that would be
-    cut with it.
+    cut with it; `cut` counts such documents.
 
     Args:
         processor (`DeemProcessor`): Of the model.
@@ -32,7 +29,7 @@ class DocumentCollator:
     def __init__(self, processor, max_length: int | None = None):
         self.processor = processor
         self.max_length = max_length
-        self._said_cut = False
+        self.cut = 0
         if max_length is not None and max_length < processor.num_image_tokens + 3:
             raise ValueError(
                 f"`data.max_length` = {max_length} holds no picture, which takes {processor.num_image_tokens + 1} "
@@ -93,14 +90,7 @@ class DocumentCollator:
         """Returns how many tokens of a document are kept under `max_length`."""
         if self.max_length is None or length <= self.max_length:
             return length
-        if not self._said_cut:
-            self._said_cut = True
-            logger.warning(
-                "A document has %d tokens, more than `data.max_length` = %d: its end is cut off, and so are those of "
-                "later ones.",
-                length,
-                self.max_length,
-            )
+        self.cut += 1
         cut = (own[0] for own in shown if own[0] < self.max_length <= own[-1])
         return next(cut, self.max_length)
 

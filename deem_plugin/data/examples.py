@@ -144,7 +144,7 @@ class CountSkipped:
     Collates examples and adds to the batch what was skipped for them, by reason, under `skipped`.
 
     Args:
-        collate (`Callable`): The collator of the examples.
+        collate (`Callable`): The collator of the examples. It may count in an attribute `cut` how many lost their end.
     """
 
     def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]):
@@ -153,4 +153,8 @@ class CountSkipped:
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Collates a batch."""
         skipped = sum((example["skipped"] for example in examples), Counter())
-        return {**self.collate(examples), "skipped": dict(skipped)}
+        before = getattr(self.collate, "cut", 0)
+        batch = self.collate(examples)
+        if cut := getattr(self.collate, "cut", 0) - before:
+            skipped["end over max_length"] += cut
+        return {**batch, "skipped": dict(skipped)}

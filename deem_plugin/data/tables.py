@@ -6,6 +6,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ ON_ERROR = ("raise", "skip")
 _SAID = 10  # broken records that an error lists
 # What no record has, and what would fill the memory: nested lists and objects, a line, and what is read of a record.
 _DEEPEST, _LONGEST_LINE, _LARGEST = 100, 64 << 20, 16 << 20
+_OPENED = 1024  # samples that wait for the threads that open them
 
 
 class BrokenSample(ValueError):
@@ -196,6 +198,30 @@ class Checked:
         counts = Counter(filter(None, reasons)) + Counter(list_flatten(notes).to_pylist())
         whole = table if len(kept) == len(table) else table.select(kept)
         return cls(name, len(table), whole.remove_columns(fate), counts, problems)
+
+    def opened(self, open_sample: Callable[[dict[str, Any], Random], dict[str, Any]]) -> "Checked":
+        """Opens each sample that can be used, as a run would, and returns what is left: the undamaged ones."""
+        from tqdm import tqdm
+
+        def fate_of(row: dict[str, Any]) -> BrokenSample | Counter[str]:
+            try:
+                return Counter(open_sample(row, Random(0)).get("skipped", ()))
+            except BrokenSample as error:
+                return error
+
+        kept, counts, problems = [], self.left_out.copy(), self.problems.copy()
+        with ThreadPoolExecutor() as threads, tqdm(total=len(self.whole), desc="Opening pictures") as progress:
+            for start in range(0, len(self.whole), _OPENED):
+                indices = range(start, min(start + _OPENED, len(self.whole)))
+                for index, fate in zip(indices, threads.map(fate_of, self.whole.select(indices)), strict=True):
+                    if isinstance(fate, BrokenSample):
+                        problems.append(str(fate))
+                        counts[fate.reason] += 1
+                    else:
+                        kept.append(index)
+                        counts.update(fate)
+                    progress.update()
+        return Checked(self.name, self.samples, self.whole.select(kept), counts, problems)
 
     def __str__(self) -> str:
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.left_out.most_common()) or "nothing left out"

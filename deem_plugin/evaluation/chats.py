@@ -48,7 +48,9 @@ class Chat:
             return self.as_document(processor)
         if self.messages[-1]["role"] != "assistant":
             return render_chat(processor, self.messages, add_generation_prompt=True)
-        begun, text = self.messages[-1]["content"][-1]["text"], render_chat(processor, self.messages)
+        text = render_chat(processor, self.messages)
+        # As templates may write it; at its end a space would be joined with the word that follows.
+        begun = as_text(processor, self.messages[-1]["content"][-1]["text"]).strip()
         return text[: text.rindex(begun) + len(begun)]
 
     def as_document(self, processor) -> str:

@@ -19,6 +19,7 @@ from deem_plugin.evaluation.robustvqa import SPLITS, write_robustvqa
 PROTOCOLS = ("corrected", "official")
 CANDIDATES = ("split", "all")
 TEMPLATE = "A photo of a {}"
+_PROGRESS = ".progress"  # folder of an unfinished build
 _PACKAGES = ("deem-plugin", "torch", "open_clip_torch", "timm", "transformers", "pillow", "pyarrow")
 
 
@@ -72,59 +73,60 @@ def build_robustvqa(
         # The authors' code leaves the lengths of the text features in, and the underscores.
         "official": clip.text_features([TEMPLATE.format(name) for name in names["official"]], normalize=False),
     }
-    options = {"protocol": protocol, "candidates": candidates, "template": TEMPLATE, "batch_size": batch_size}
-    model = {
-        "name": clip_name,
-        "pretrained": pretrained,
-        "weights_sha256": clip.weights_hash(),
-        "logit_scale": clip.logit_scale,
-        "preprocessing": clip.preprocessing,
-    }
-    versions = {package: version(package) for package in _PACKAGES}
-    progress, splits, files = out / ".progress", {}, {}
-    for split, pictures in listed.items():
-        wrong = pictures.classes if candidates == "split" else range(len(names["corrected"]))
-        rules = _rules(texts, wrong)
-        key = json.dumps(
-            [model, versions, candidates, _digest(names), sorted(wrong), sorted(imagenet.same_thing())], default=str
-        )
-        results = mine_pictures(pictures, clip, rules, progress / f"{split}.jsonl", key, batch_size)
-        unreadable = [path for path, result in zip(pictures.paths, results, strict=True) if result is None]
-        if unreadable and not skip_unreadable:
-            raise QuestionDataError(
-                f"{len(unreadable)} of {len(pictures.paths)} pictures in {pictures.root} cannot be read: "
-                f"{', '.join(unreadable[:20])}{', ...' if len(unreadable) > 20 else ''}. Fetch them again, or leave "
-                f"them out with `--skip-unreadable`. What is mined so far is kept."
-            )
-        kept = _kept(pictures, results, protocol)
-        if not kept:
-            raise QuestionDataError(f"{clip_name} gets no picture of {pictures.root} wrong: there is nothing to ask.")
-        path = out / f"robustvqa_{split}.parquet"
-        write_robustvqa(_rows(split, pictures, kept, names[protocol]), path)
-        files[path.name] = content_hash(path)
-        splits[split] = {
-            "pictures": len(pictures.paths),
-            "ignored_files": pictures.ignored,
-            "unreadable": len(unreadable),
-            "unreadable_files": unreadable,
-            "candidate_classes": len(wrong),
-            "kept": len(kept),
-            "questions": 2 * len(kept),
-            **_counts(pictures, results),
-        }
     manifest = {
         "benchmark": "RobustVQA",
-        "options": options,
-        "clip": model,
-        "versions": versions,
-        "splits": splits,
-        "files": files,
-        "content_hash": _digest(files),
+        "options": {"protocol": protocol, "candidates": candidates, "template": TEMPLATE, "batch_size": batch_size},
+        "clip": {
+            "name": clip_name,
+            "pretrained": pretrained,
+            "weights_sha256": clip.weights_hash(),
+            "logit_scale": clip.logit_scale,
+            "preprocessing": clip.preprocessing,
+        },
+        "versions": {package: version(package) for package in _PACKAGES},
+        "splits": {},
+        "files": {},
     }
-    # Only now is the work of an interrupted run of no more use.
+    for split, pictures in listed.items():
+        wrong = pictures.classes if candidates == "split" else range(len(names["corrected"]))
+        key = [manifest["clip"], manifest["versions"], candidates, _digest(names), sorted(wrong)]
+        key = json.dumps([*key, sorted(imagenet.same_thing())], default=str)
+        log = out / _PROGRESS / f"{split}.jsonl"
+        results = mine_pictures(pictures, clip, _rules(texts, wrong), log, key, batch_size)
+        kept = _kept(pictures, results, protocol)
+        counts = _checked_counts(pictures, results, kept, clip_name, skip_unreadable)
+        path = out / f"robustvqa_{split}.parquet"
+        write_robustvqa(_rows(split, pictures, kept, names[protocol]), path)
+        manifest["files"][path.name] = content_hash(path)
+        manifest["splits"][split] = counts | {"candidate_classes": len(wrong)}
+    manifest["content_hash"] = _digest(manifest["files"])
     write_manifest(out, json.loads(json.dumps(manifest, default=str)))
-    shutil.rmtree(progress)
+    shutil.rmtree(out / _PROGRESS)  # only now is the work of an interrupted run of no more use
     return manifest
+
+
+def _checked_counts(
+    pictures: ClassFolders, results: list, kept: list, clip_name: str, skip_unreadable: bool
+) -> dict[str, Any]:
+    """Returns what became of the pictures of a split; raises if there is nothing to ask or some cannot be read."""
+    unreadable = [path for path, result in zip(pictures.paths, results, strict=True) if result is None]
+    if unreadable and not skip_unreadable:
+        raise QuestionDataError(
+            f"{len(unreadable)} of {len(pictures.paths)} pictures in {pictures.root} cannot be read: "
+            f"{', '.join(unreadable[:20])}{', ...' if len(unreadable) > 20 else ''}. Fetch them again, or leave "
+            f"them out with `--skip-unreadable`. What is mined so far is kept."
+        )
+    if not kept:
+        raise QuestionDataError(f"{clip_name} gets no picture of {pictures.root} wrong: there is nothing to ask.")
+    return {
+        "pictures": len(pictures.paths),
+        "ignored_files": pictures.ignored,
+        "unreadable": len(unreadable),
+        "unreadable_files": unreadable,
+        "kept": len(kept),
+        "questions": 2 * len(kept),
+        **_counts(pictures, results),
+    }
 
 
 def _check_options(folders: Mapping, protocol: str, candidates: str, batch_size: int) -> None:

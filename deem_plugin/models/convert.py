@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
+from ..files import naming_the_checkpoint
 from ..hub import at_revision
 from ..resources import recipes_dir
 from .assembly import add_new_tokens, processor_of, stop_at_pictures
@@ -68,7 +69,8 @@ def _load(file):
         ) from error
     for wrapper in ("module", "state_dict"):  # of DeepSpeed and Lightning
         part = part[wrapper] if isinstance(part, dict) and wrapper in part else part
-    if not isinstance(part, dict) or not all(isinstance(value, torch.Tensor) for value in part.values()):
+    whole = isinstance(part, dict) and all(isinstance(name, str) for name in part)
+    if not whole or not all(isinstance(value, torch.Tensor) for value in part.values()):
         raise ValueError(
             f"{file} holds a {type(part).__name__}; expected a dictionary of tensors by name, or one under the name "
             f"`module` or `state_dict`."
@@ -102,21 +104,28 @@ def convert_official(
         `Conversion`: What became of each key; also written to `conversion.json` in `out`.
 
     Raises:
-        ValueError: If a weight has no place, is missing, or has another shape than the language model asks for.
+        ValueError: If an option is not positive, `out` is a file, the language model cannot be loaded, or a weight has
+            no place, is missing, or has another shape than the language model asks for.
     """
-    official = load_official(checkpoint)
-    options = config_options(official, image_size, image_decoder_heads, resampler_heads)
-    tokenizer = AutoTokenizer.from_pretrained(**at_revision(language_model))
-    conversion = convert_state_dict(official, vocabulary=len(tokenizer))
+    out, numbers = Path(out).expanduser(), (image_size, image_decoder_heads, resampler_heads)
+    if min(numbers) < 1:
+        raise ValueError(f"Image size and heads of image decoder and resampler are {numbers}; they must be positive.")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; the converted model needs a folder. Give another name.")
+    with naming_the_checkpoint("language_model", language_model):
+        text_config = AutoConfig.from_pretrained(**at_revision(language_model)).to_dict()
+        tokenizer = AutoTokenizer.from_pretrained(**at_revision(language_model))
     # The official head is no copy of the embedding, whatever the language model had.
-    text_config = AutoConfig.from_pretrained(**at_revision(language_model)).to_dict() | {"tie_word_embeddings": False}
+    text_config["tie_word_embeddings"] = False
+    official = load_official(checkpoint)
+    options = config_options(official, *numbers)
+    conversion = convert_state_dict(official, vocabulary=len(tokenizer))
     config = DeemConfig(text_config=text_config, **add_new_tokens(tokenizer, REGION_TOKENS), **options)
     with torch.device("meta"):
         model = DeemForConditionalGeneration(config)
     _check_fit(model, conversion, f"{checkpoint} does not fit a model on {language_model}")
     model.load_state_dict(conversion.weights, assign=True)
     stop_at_pictures(model)
-    out = Path(out)
     model.save_pretrained(out)
     config.dtype = functools.reduce(torch.promote_types, {value.dtype for value in conversion.weights.values()})
     config.save_pretrained(out)

@@ -8,6 +8,7 @@ from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
 from ..vision.grids import sincos_position_embedding
 
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Points a head and a map in the official code, which hard-codes them.
 OFFICIAL_POINTS = 8
 
@@ -143,18 +144,23 @@ def convert_state_dict(official: dict[str, torch.Tensor], vocabulary: int) -> Co
             weight is not of finite floating-point numbers, or the vocabulary is another.
     """
     result = convert_names(official)
-    _convert_vocabulary(official, vocabulary, result)
-    wrong = [
-        f"{name} ({value.dtype}, {int((~value.isfinite()).sum())} of {value.numel()} not finite)"
-        for name in result.renamed
-        if not ((value := official[name]).is_floating_point() and value.isfinite().all())
-    ]
+    known = [name for name in (*result.renamed, *_VOCABULARY) if name in official]
+    wrong = [f"{name} ({flaw})" for name in known if (flaw := _flaw(official[name]))]
     if wrong:
         raise ValueError(
             f"{len(wrong)} weights are not of finite floating-point numbers, among them {', '.join(wrong[:5])}. The "
             f"checkpoint is damaged, quantised, or of a run that diverged; give another."
         )
+    _convert_vocabulary(official, vocabulary, result)
     return result
+
+
+def _flaw(value: torch.Tensor) -> str | None:
+    """Returns why a tensor is no weight of ours; `None` if it is one."""
+    if value.layout is not torch.strided or value.is_meta or value.dtype not in _FLOATS:
+        return f"{value.dtype}, {value.layout} on {value.device}"
+    bad = int((~value.isfinite()).sum())
+    return f"{value.dtype}, {bad} of {value.numel()} not finite" if bad else None
 
 
 def convert_names(official: dict[str, torch.Tensor]) -> Conversion:

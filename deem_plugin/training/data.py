@@ -70,11 +70,11 @@ def load_examples(recipe: Recipe) -> Examples:
 def check_data(name: str, overrides=()) -> Iterator[tuple[str, bool]]:
     """
     Yields what `deem data check` prints of the data of the recipe `name`, and whether it is wrong: each sample
-    that cannot be used, and for each data set what is left.
+    that cannot be used or opened, and for each data set what is left.
     """
     recipe = load_recipe(name, overrides)
     for listing in list_data(recipe):
-        checked = listing.check(recipe.data.cache_dir)
+        checked = listing.check(recipe.data.cache_dir).opened(listing.open)
         yield from ((problem, True) for problem in checked.problems)
         yield str(checked), False
 
@@ -116,7 +116,7 @@ class ExamplesTrainer(Trainer):
         return batches, num_items
 
     def log(self, logs, start_time=None):
-        """Adds how many samples and pictures were skipped so far, by reason."""
+        """Adds how many samples, ends of samples and pictures were skipped so far, by reason."""
         if "loss" in logs:
             logs |= {f"skipped_{reason.replace(' ', '_')}": count for reason, count in self.skipped.total().items()}
         super().log(logs, start_time)
@@ -138,8 +138,6 @@ class SkippedSamples(TrainerCallback):
 
     def total(self) -> Counter[str]:
         """Returns the counts by reason; all ranks must call."""
-        if self.examples.on_error == "raise":
-            return Counter()
         return sum(gather_object([self.here]), self.before)
 
     def on_train_begin(self, args, state, control, **kwargs):

@@ -220,6 +220,7 @@ def test_too_long_conversations_lose_their_end():
     assert batch["input_ids"].shape[1] == 100
     for name in ("input_ids", "labels"):
         assert torch.equal(batch[name][0], whole[name][0, :100])
+    assert (collator.cut, short.cut) == (0, 1)
 
 
 def test_an_image_is_never_cut_but_left_out_with_all_from_its_question_on():
@@ -228,11 +229,13 @@ def test_an_image_is_never_cut_but_left_out_with_all_from_its_question_on():
     last = int((whole["input_ids"][0] == processor.image_token_id).nonzero()[-1]) + 1
 
     kept = ConversationCollator(processor, max_length=last)(examples())
-    cut = ConversationCollator(processor, max_length=last - 1)(examples())
+    cutting = ConversationCollator(processor, max_length=last - 1)
+    cut = cutting(examples())
 
     assert torch.equal(kept["input_ids"][0], whole["input_ids"][0, :last]) and len(kept["pixel_values"]) == 3
     assert decode_labels(processor, cut["labels"][0]) == "A réd 🙂.<|im_end|>"
     assert torch.equal(cut["pixel_values"], kept["pixel_values"][[0, 2]])
+    assert cutting.cut == 1
 
 
 def test_no_room_for_the_image_of_a_first_question_is_an_error_that_says_how_much_is_needed():

@@ -88,6 +88,17 @@ def test_an_answer_that_the_task_begins_is_gone_on_with():
     )
 
 
+@pytest.mark.parametrize("begun", ["The answer is ", "\nAn <image> is", "It is</s>"])
+def test_what_the_task_begins_is_found_as_the_template_writes_it(begun):
+    messages = [*question("What?"), {"role": "assistant", "content": [{"type": "text", "text": begun}]}]
+    processor = tiny_processor()
+    processor.chat_template = processor.chat_template.replace("part['text']", "part['text'] | trim")
+
+    prompt = read_messages(messages, "task", 0).render(processor)
+
+    assert prompt.endswith(f"assistant\n{begun.strip().replace('<image', '< image')}")
+
+
 def test_a_document_to_draw_has_no_template():
     chat = read_messages([{"role": "system", "content": "Draw."}, *question("a red cat", [tiny_image(0)])], "task", 0)
 

@@ -144,6 +144,9 @@ def test_a_key_without_a_place_is_an_error_that_names_it(weights):
         ("soi_token", lambda v: v[0], r"`soi_token` is \(64,\); expected \(1, 64\)"),
         ("soi_token", lambda v: v * float("nan"), r"soi_token \(torch.float32, 64 of 64 not finite\)"),
         ("mm_decoder.norm.weight", lambda v: v.int(), r"mm_decoder.norm.weight \(torch.int32"),
+        ("mm_decoder.norm.weight", lambda v: v.to(torch.float8_e4m3fn), r"norm.weight \(torch.float8_e4m3fn"),
+        ("soi_token", lambda v: v.to_sparse(), r"soi_token \(torch.float32, torch.sparse_coo"),
+        ("text_decoder.head.bias", lambda v: v.to("meta"), r"head.bias \(torch.float32, .* on meta"),
     ],
 )
 def test_a_value_that_we_compute_share_or_add_up_must_be_as_expected(weights, name, change, message):
@@ -279,13 +282,35 @@ def test_a_tokenizer_of_another_length_is_refused_with_both_numbers(weights, tmp
         convert(weights, other, tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["text.bin", "junk.safetensors", "objects.bin", "list.bin", "nested.bin", "half.bin"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_size": 0}, r"Image size and heads .* are \(0, 4, 12\); they must be positive"),
+        ({"image_decoder_heads": 0}, r"are \(64, 0, 12\)"),
+        ({"language_model": "nowhere/at/all"}, "`language_model: nowhere/at/all` cannot be loaded"),
+        ({"out": "official.safetensors"}, "official.safetensors is a file; the converted model needs a folder"),
+    ],
+)
+def test_wrong_options_are_told_before_weights_are_read(language_model, tmp_path, options, message):
+    save_file({"no": torch.ones(1)}, tmp_path / "official.safetensors")
+    out = tmp_path / options.pop("out", "deem")
+    given = {"language_model": str(language_model), "image_size": 64, "image_decoder_heads": 4} | options
+
+    with pytest.raises(ValueError, match=message):
+        convert_official(tmp_path / "official.safetensors", out, **given)
+
+
+KINDS = ["text.bin", "junk.safetensors", "objects.bin", "list.bin", "nested.bin", "half.bin", "numbers.bin"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_file_without_weights_is_named(tmp_path, kind):
     file = tmp_path / kind
     if kind == "objects.bin":
         torch.save({"weights": START, "run": tmp_path}, file)
-    elif kind in ("list.bin", "nested.bin"):
-        torch.save([torch.ones(1)] if kind == "list.bin" else {"model": {"weight": torch.ones(1)}}, file)
+    elif kind in ("list.bin", "nested.bin", "numbers.bin"):
+        one = torch.ones(1)
+        torch.save({"list": [one], "nested": {"model": {"weight": one}}, "numbers": {1: one}}[file.stem], file)
     else:
         torch.save({"weight": torch.ones(1)}, file)
         file.write_bytes(file.read_bytes()[:300] if kind == "half.bin" else b"0123456789 no weights at all")

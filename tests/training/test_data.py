@@ -15,6 +15,8 @@ from deem_plugin.data.examples import Examples
 from deem_plugin.data.tables import BrokenSample
 from deem_plugin.training.data import ExamplesTrainer
 
+from ..tiny import tiny_image
+
 
 class Recorder(torch.nn.Module):
     """Keeps what it is given."""
@@ -28,8 +30,15 @@ class Recorder(torch.nn.Module):
         return {"loss": self.weight * values.float().mean()}
 
 
-def collate(rows):
-    return {"values": torch.tensor([row["value"] for row in rows])}
+class Collator:
+    """Cuts the sample of value 6."""
+
+    cut = 0
+
+    def __call__(self, rows):
+        values = torch.tensor([row["value"] for row in rows])
+        self.cut += int((values == 6).sum())
+        return {"values": values}
 
 
 def open_row(row, rng):
@@ -46,7 +55,7 @@ def run(folder, samples=7, **settings):
         remove_unused_columns=False, **settings,
     )  # fmt: skip
     examples = Examples([([{"value": value} for value in range(samples)], open_row)], seed=3, on_error="skip")
-    trainer = ExamplesTrainer(model=model, args=args, train_dataset=examples, data_collator=collate)
+    trainer = ExamplesTrainer(model=model, args=args, train_dataset=examples, data_collator=Collator())
     trainer.train(resume_from_checkpoint=settings.get("resume_from_checkpoint"))
     return model.seen, trainer.state.log_history
 
@@ -65,9 +74,10 @@ def test_a_trainer_reads_each_sample_once_an_epoch_and_goes_on_after_a_stop(tmp_
         assert set(values) == {0, 1, 2, 3, 5, 6} and len(values) == 7  # the broken one is stood in for
     assert seen[:7] != seen[7:14]
     assert again == seen[4 * 2 * steps :]
-    counts = [[entry["skipped_unreadable_image"] for entry in each if "skipped_unreadable_image" in entry]
-              for each in (log, resumed)]  # fmt: skip
-    assert counts[0][-1] == counts[1][-1] == 2 * steps and "Skipped in the run: " in caplog.text
+    for reason in ("unreadable_image", "end_over_max_length"):
+        counts = [[entry[f"skipped_{reason}"] for entry in each if f"skipped_{reason}" in entry]
+                  for each in (log, resumed)]  # fmt: skip
+        assert counts[0][-1] == counts[1][-1] == 2 * steps and "Skipped in the run: " in caplog.text
 
 
 @pytest.mark.slow
@@ -102,7 +112,11 @@ def test_a_check_lists_all_that_cannot_be_used(tmp_path, capsys):
         for name in range(3)
     ] + [{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}]
     (tmp_path / "data.json").write_text(json.dumps(records))
-    (tmp_path / "1.png").touch()
+    for name in range(3):
+        tiny_image(name).save(tmp_path / f"{name}.png")
+    whole = (tmp_path / "2.png").read_bytes()
+    (tmp_path / "0.png").unlink()
+    (tmp_path / "2.png").write_bytes(whole[: len(whole) // 2])
     command = ["data", "check", "llava-1.5-7b-feedback", f"data.path={tmp_path / 'data.json'}", "data.image_dir=null"]
     command += [
         f"data.cache_dir={tmp_path / 'cache'}",
@@ -114,10 +128,10 @@ def test_a_check_lists_all_that_cannot_be_used(tmp_path, capsys):
     assert main([*command, f"training.output_dir={tmp_path / 'out'}"]) == 1
 
     first, second, last = capsys.readouterr().out.strip().split("\n")
-    assert "0.png of record 0" in first and "2.png of record 2" in second
-    assert last.endswith("data.json: 2 of 4 samples; 2 without its picture.")
+    assert "0.png of record 0" in first and "2.png cannot be read" in second
+    assert last.endswith("data.json: 2 of 4 samples; 1 without its picture, 1 unreadable image.")
     for name in (0, 2):
-        (tmp_path / f"{name}.png").touch()
+        (tmp_path / f"{name}.png").write_bytes(whole)
     assert main(command) == 0
 
 
