@@ -357,6 +357,7 @@ def test_text_alone_may_stand_beside_images_where_these_are_counted_by_text(name
     ]
     if name == "mllama":
         assert batch["cross_attention_mask"][0].any() and not batch["cross_attention_mask"][1].any()
+        assert batch["aspect_ratio_mask"][..., 0].all()  # attention over no tile at all would not be finite
 
 
 def test_the_cross_attention_of_llama_follows_the_cut():

@@ -89,6 +89,8 @@ def test_a_group_counts_its_tasks_alike(tmp_path):
     assert group.difference.value == pytest.approx((0.5 + 0) / 2)
     assert (group.base, group.new, group.p_value) == (0.5, 0.75, None)
     assert "| robustvqa (mean of 2) | robustvqa_pair_acc | 12 |" in compare_report.to_markdown(comparisons)
+    other = write_run(tmp_path / "other", logs, groups={"robustvqa": ["robustvqa_a"]})
+    assert compare_runs(other, runs[1]).groups == []  # what the name means there is another mean
 
 
 def test_mmvp_is_compared_by_question_and_by_pair(tmp_path):
