@@ -128,6 +128,7 @@ def end_of_sequence(tokenizer) -> str:
 def per_token(inputs: dict[str, torch.Tensor]) -> list[str]:
     """Returns the names of inputs with a value for each token, `(texts, tokens, ...)`."""
     names = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask")
+    names += ("image_embeds_position_mask",)  # Kosmos-2's
     return [name for name in names if name in inputs]
 
 

@@ -1,6 +1,9 @@
 """What a request asks of the model: chat messages with their pictures, or regions of pictures."""
 
+import hashlib
+import pickle
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from PIL import Image
@@ -31,6 +34,16 @@ class Chat:
     def about_regions(self) -> bool:
         """Whether a region is meant of any image."""
         return any(region is not None for region in self.regions)
+
+    @cached_property
+    def pictures(self) -> bytes:
+        """A fingerprint of the images and their regions; of the prompt where there are none."""
+        content = hashlib.blake2b(digest_size=16)
+        for image, region in zip(self.images, self.regions, strict=True):
+            content.update(pickle.dumps((image.mode, image.size, region)) + image.tobytes())
+        if not self.images:
+            content.update(pickle.dumps(self.messages))
+        return content.digest()
 
     @property
     def question(self) -> str:

@@ -1,6 +1,7 @@
 """lmms-eval's model `deem`: any vision-language model of transformers, with ours among them, in real batches."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -11,14 +12,12 @@ from tqdm import tqdm
 
 from deem_plugin.evaluation.chats import Chat, read_messages
 from deem_plugin.evaluation.drawing import give_diffusion_model, keep_drawing, split_wish, with_drawing
-from deem_plugin.evaluation.feature_cache import FeatureCache
 from deem_plugin.evaluation.loading import load_vlm
 from deem_plugin.evaluation.model_args import read_model_args
 from deem_plugin.evaluation.vlm import Vlm
 
-# Batches that are sorted by length together. Questions about a picture stand near each other in a data set; sorted all
-# at once they would be torn apart, and the picture's features forgotten between them.
-_WINDOW = 8
+# Questions that are handed over together even where batches are smaller, so that those about a picture share it.
+_TOGETHER = 32
 
 
 class _Deem(lmms):
@@ -38,7 +37,7 @@ class _Deem(lmms):
         model, processor = load_vlm(self.args.pretrained, self.args.dtype, self.device)
         if self.args.diffusion_model is not None:
             give_diffusion_model(model, self.args.diffusion_model, str(model.dtype).removeprefix("torch."))
-        self.vlm = Vlm(model, processor, FeatureCache(self.args.feature_cache_mb * 2**20))
+        self.vlm = Vlm(model, processor, self.args.batch_size)
 
     def _messages(self, request: Instance) -> list[dict]:
         """Returns lmms-eval's chat messages of a request, the images in them as PIL images."""
@@ -80,21 +79,25 @@ class _Deem(lmms):
         description: str,
         kind: Callable[[Instance], str] = lambda request: "",
     ) -> list:
-        """Returns what `work` makes of each request, given to it in batches of one kind that go together."""
+        """Returns what `work` makes of each request, given to it with others of its kind and pictures."""
+
+        def read(index: int) -> Chat:
+            *_, doc_id, task, _ = requests[index].args
+            return read_messages(self._messages(requests[index]), task, doc_id)
+
+        def look(index: int) -> tuple:
+            # Processors take images for every prompt or for none; a prompt about regions has no template.
+            chat = read(index)
+            return (kind(requests[index]), bool(chat.images), chat.about_regions), chat.pictures
+
         results: list = [None] * len(requests)
+        with ThreadPoolExecutor() as pool:  # decoding takes most of it; what is decoded is not kept
+            seen = list(pool.map(look, range(len(requests))))
         with tqdm(total=len(requests), desc=description, disable=self.rank != 0) as progress:
-            for batch in _batches(requests, self.args.batch_size, kind):
-                chats = {}
-                for index in batch:
-                    *_, doc_id, task, _ = requests[index].args
-                    chats[index] = read_messages(self._messages(requests[index]), task, doc_id)
-                # Processors take images for every prompt or for none; a prompt about regions has no template.
-                forms = {index: (bool(chat.images), chat.about_regions) for index, chat in chats.items()}
-                for form in sorted(set(forms.values())):
-                    part = [index for index in batch if forms[index] == form]
-                    given = work([chats[index] for index in part], [requests[index] for index in part])
-                    for index, result in zip(part, given, strict=True):
-                        results[index] = result
+            for batch in _batches(requests, seen, max(self.args.batch_size, _TOGETHER)):
+                given = work([read(index) for index in batch], [requests[index] for index in batch])
+                for index, result in zip(batch, given, strict=True):
+                    results[index] = result
                 progress.update(len(batch))
         return results
 
@@ -160,20 +163,30 @@ class DeemSimple(_Deem):
         return target if isinstance(target, str) else target(self.task_dict[task][split][doc_id])
 
 
-def _batches(requests: list[Instance], size: int, kind: Callable[[Instance], str]) -> Iterator[list[int]]:
-    """Yields indices of requests of one kind, long prompts first: little padding, and memory runs out at once."""
+def _batches(requests: list[Instance], seen: list[tuple], size: int) -> Iterator[list[int]]:
+    """
+    Yields indices of requests of one kind, those about the same pictures together, and long prompts first: little
+    padding, and memory runs out at once.
 
-    def length(index: int) -> int:
-        return len(requests[index].args[0])
+    Args:
+        requests (`list[Instance]`): All requests.
+        seen (`list[tuple]`): Of each its kind and its pictures.
+        size (`int`): Most requests in a batch.
+    """
 
-    kinds: dict[str, list[int]] = {}
-    for index, request in enumerate(requests):
-        kinds.setdefault(kind(request), []).append(index)
-    for indices in kinds.values():
-        windows = _chunks(indices, _WINDOW * size)
-        for window in sorted(windows, key=lambda window: max(map(length, window)), reverse=True):
-            yield from _chunks(sorted(window, key=length, reverse=True), size)
+    def length(group: list[int]) -> int:
+        return max(len(requests[index].args[0]) for index in group)
 
-
-def _chunks(items: list[int], size: int) -> list[list[int]]:
-    return [items[start : start + size] for start in range(0, len(items), size)]
+    kinds: dict[Hashable, dict[Hashable, list[int]]] = {}
+    for index, (kind, pictures) in enumerate(seen):
+        kinds.setdefault(kind, {}).setdefault(pictures, []).append(index)
+    for groups in kinds.values():
+        batch: list[int] = []
+        for group in sorted(groups.values(), key=length, reverse=True):
+            for start in range(0, len(group), size):
+                part = group[start : start + size]
+                if len(batch) + len(part) > size:
+                    yield batch
+                    batch = []
+                batch += part
+        yield batch

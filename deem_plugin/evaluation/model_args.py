@@ -18,9 +18,6 @@ class ModelArgs:
         batch_size (`int` or `str`): Prompts answered at once. lmms-eval hands it over as text.
         device (`str`, *optional*): Device of this process; by default the one that accelerate gives it.
         dtype (`str`): `auto` (the checkpoint's), `float32`, `bfloat16` or `float16`.
-        feature_cache_mb (`int`):
-            Megabytes for image features that questions about one picture share, see `feature_cache`; 0 computes them
-            for each question.
         diffusion_model (`str`, *optional*):
             Folder or hub id of the diffusion model that the interleaved model draws with, for `image_dir` and for
             tasks that have a picture drawn before they ask (`generate_visual_cot`).
@@ -37,7 +34,6 @@ class ModelArgs:
     batch_size: int | str = 1
     device: str | None = None
     dtype: str = "auto"
-    feature_cache_mb: int = 512
     diffusion_model: str | None = None
     image_dir: str | Path | None = None
     steps: int = STEPS
@@ -48,10 +44,6 @@ class ModelArgs:
             raise ValueError("The model `deem` needs a checkpoint: `--model_args pretrained=FOLDER_OR_HUB_ID`.")
         if not str(self.batch_size).isdecimal() or int(self.batch_size) < 1:
             raise ValueError(f"batch_size is {self.batch_size!r}; the model `deem` needs a whole number from 1 up.")
-        if not str(self.feature_cache_mb).isdecimal():
-            raise ValueError(
-                f"feature_cache_mb is {self.feature_cache_mb!r}; give a whole number of megabytes, 0 for none."
-            )
         if not isinstance(self.steps, int) or self.steps < 1 or not isinstance(self.guidance, int | float):
             raise ValueError(
                 f"steps is {self.steps!r} and guidance is {self.guidance!r}; give a whole number from 1 up, and a "
@@ -63,7 +55,7 @@ class ModelArgs:
                 f"diffusion_model=FOLDER_OR_HUB_ID to draw with."
             )
         self.pretrained = str(self.pretrained)
-        self.batch_size, self.feature_cache_mb = int(self.batch_size), int(self.feature_cache_mb)
+        self.batch_size = int(self.batch_size)
         self.image_dir = None if self.image_dir is None else Path(self.image_dir).expanduser()
 
 

@@ -1,7 +1,8 @@
 """A vision-language model that answers chats in batches: by text, by likelihoods, by pictures."""
 
 import copy
-import inspect
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from PIL import Image
 from deem_plugin.data.chat import takes_suffix
 from deem_plugin.data.tokens import tokenize
 from deem_plugin.evaluation.chats import Chat, cut
-from deem_plugin.evaluation.feature_cache import FeatureCache
+from deem_plugin.evaluation.shared_prefix import SharedPrefix, forward
 from deem_plugin.models import DeemProcessor, generate_images
 from deem_plugin.models.processing import IMAGE_START_TOKEN
 
@@ -30,12 +31,15 @@ class Vlm:
     Args:
         model (`PreTrainedModel` or `PeftModel`): In eval mode.
         processor (`ProcessorMixin`): Of the model.
-        feature_cache (`FeatureCache`): For the pictures that chats share.
+        batch_size (`int`): Prompts that run at once; methods take any number.
     """
 
     model: Any
     processor: Any
-    feature_cache: FeatureCache
+    batch_size: int = 1
+
+    def __post_init__(self):
+        self.shared_prefix = SharedPrefix(self.model, self.processor)
 
     @torch.inference_mode()
     def generate(self, chats: list[Chat], settings: dict) -> list[str]:
@@ -48,11 +52,24 @@ class Vlm:
         """
         settings = dict(settings)
         until = settings.pop("until", None) or []
-        inputs, _ = self._encode([chat.render(self.processor) for chat in chats], chats, "left")
-        shared = self.feature_cache.share(self.model, inputs)
-        output = self.model.generate(**shared, generation_config=self._generation_config(settings))
-        new_tokens = output[:, inputs["input_ids"].shape[1] :]
-        answers = self.processor.batch_decode(new_tokens, skip_special_tokens=True)
+        config = self._generation_config(settings)
+        texts = [chat.render(self.processor) for chat in chats]
+
+        def answer(rows: list[int], inputs: dict) -> list[str]:
+            output = self.model.generate(**inputs, generation_config=config)
+            new_tokens = output[:, inputs["input_ids"].shape[1] :]
+            return self.processor.batch_decode(new_tokens, skip_special_tokens=True)
+
+        answers = self.shared_prefix.run(
+            lambda rows, side: self._encode(_at(rows, texts), _at(rows, chats), side)[0],
+            # What is drawn depends on the rows that are drawn together.
+            range(len(chats)) if config.do_sample else [chat.pictures for chat in chats],
+            answer,
+            self.batch_size,
+            beams=config.num_beams or 1,
+            # These read the prompt's tokens, and padding is one of them.
+            pad=config.repetition_penalty in (None, 1.0) and not config.no_repeat_ngram_size,
+        )
         return [cut(answer, [until] if isinstance(until, str) else until) for answer in answers]
 
     @torch.inference_mode()
@@ -71,47 +88,44 @@ class Vlm:
         texts = list(map(str.__add__, prompts, targets))
         spans = [[(len(prompt), len(text))] for prompt, text in zip(prompts, texts, strict=True)]
         inputs, tokens = self._encode(texts, chats, "right", spans)
-        scored = [(ids, places) for ids, [places] in zip(inputs["input_ids"], tokens, strict=True)]
-        sources = _sources([(chat.task, chat.doc_id) for chat in chats], scored)
-        rows = sorted(set(sources))
-        positions = {place for _, places in scored for place in places}
-        if len(rows) > 1 and len(rows) * len(positions) > _MAX_LOGITS:
-            half = len(chats) // 2
-            halves = (slice(half), slice(half, None))
-            return [score for part in halves for score in self.log_likelihoods(chats[part], targets[part])]
-        if len(rows) < len(chats):
-            texts, chats, spans = ([items[row] for row in rows] for items in (texts, chats, spans))
-            inputs, _ = self._encode(texts, chats, "right", spans)
-        return self._score(inputs, [(rows.index(source), *own) for source, own in zip(sources, scored, strict=True)])
+        answers = [ids[places].cpu() for ids, [places] in zip(inputs["input_ids"], tokens, strict=True)]
+        # Answers of one token to one prompt are told by one row: what stands before their last token is all it takes.
+        alike: dict[Any, list[int]] = {}
+        for row, (chat, ids, [places]) in enumerate(zip(chats, inputs["input_ids"], tokens, strict=True)):
+            if places:
+                alike.setdefault((chat.pictures, *ids[: places[-1]].tolist()), []).append(row)
+        unique = list(alike.values())
+        most = max(1, *map(len, answers))
 
-    def _score(self, inputs, scored: list[tuple[int, torch.Tensor, list[int]]]) -> list[tuple[float, bool]]:
-        """
-        Scores tokens in one forward.
+        def encode(places: Sequence[int], side: str):
+            rows = [unique[place][0] for place in places]
+            return self._encode(_at(rows, texts), _at(rows, chats), side, _at(rows, spans))[0]
 
-        Args:
-            inputs (`BatchFeature`): Of the model, padded on the right: causal attention hides that for all positions.
-            scored (`list`): Row of the inputs, token ids `(tokens,)` and the positions among them to score.
-        """
-        positions = sorted({place - 1 for _, _, places in scored for place in places})
-        # Of a long text with a large vocabulary all logits would take gigabytes.
-        forward = getattr(self.model, "get_base_model", lambda: self.model)().forward
-        some = "logits_to_keep" in inspect.signature(forward).parameters
-        kept = {"logits_to_keep": torch.tensor(positions, device=self.model.device)} if some else {}
-        logits = self.model(**self.feature_cache.share(self.model, inputs), **kept).logits  # (rows, kept, vocabulary)
-        results = []
-        for row, ids, places in scored:
-            at = [positions.index(place - 1) if some else place - 1 for place in places]
-            log_probs, chosen = logits[row, at].float().log_softmax(-1), ids[places].to(logits.device)
-            total = log_probs.gather(-1, chosen[:, None]).sum().item()
-            results.append((total, bool((log_probs.argmax(-1) == chosen).all())))
-        return results
+        def score(places: list[int], inputs: dict) -> list[list[tuple[float, bool]]]:
+            logits = forward(self.model, inputs, most).logits
+            return [
+                [_score(own[-len(answers[row]) :], answers[row]) for row in unique[place]]
+                for place, own in zip(places, logits, strict=True)
+            ]
+
+        pictures = [chats[rows[0]].pictures for rows in unique]
+        at_once = max(1, min(self.batch_size, _MAX_LOGITS // most))
+        needs = [max(len(answers[row]) for row in rows) for rows in unique]
+        scores = self.shared_prefix.run(encode, pictures, score, at_once, leave=1, needs=needs)
+        by_row = dict(zip(sum(unique, []), sum(scores, []), strict=True))
+        return [by_row.get(row, (0.0, True)) for row in range(len(chats))]  # to say nothing is certain
 
     @torch.inference_mode()
     def draw(self, chats: list[Chat], steps: int, guidance: float) -> list[Image.Image]:
         """Draws what the chats ask for; a picture's seed is the number of its document."""
-        texts = [chat.as_document(self.processor) + IMAGE_START_TOKEN for chat in chats]
-        inputs, _ = self._encode(texts, chats, "left")
-        return generate_images(self.model, inputs, [chat.doc_id for chat in chats], steps=steps, guidance=guidance)
+        pictures = []
+        for start in range(0, len(chats), self.batch_size):
+            own = chats[start : start + self.batch_size]
+            texts = [chat.as_document(self.processor) + IMAGE_START_TOKEN for chat in own]
+            inputs, _ = self._encode(texts, own, "left")
+            seeds = [chat.doc_id for chat in own]
+            pictures += generate_images(self.model, inputs, seeds, steps=steps, guidance=guidance)
+        return pictures
 
     def _encode(self, texts: list[str], chats: list[Chat], padding_side: str, spans=None):
         """Returns the model's inputs on its device, floats in its dtype, and what `tokenize` says of the spans."""
@@ -129,7 +143,8 @@ class Vlm:
         config = copy.deepcopy(self.model.generation_config)
         known = config.to_dict()
         settings = {"max_new_tokens": _MAX_NEW_TOKENS, **{key: settings[key] for key in settings if key in known}}
-        settings.setdefault("do_sample", bool(settings.get("temperature")))
+        sampled = bool(settings.get("temperature"))
+        settings["do_sample"] = settings.get("do_sample", sampled) and settings.get("temperature") != 0
         if not settings["do_sample"]:
             settings.update(dict.fromkeys(_SAMPLING))
         config.update(**settings)
@@ -140,18 +155,14 @@ class Vlm:
         return config
 
 
-def _sources(documents: list, scored: list[tuple[torch.Tensor, list[int]]]) -> list[int]:
-    """
-    Returns for each row the row whose forward gives its scores: one of the same document that begins with all that
-    stands before its last scored token. So answers of one token each after one prompt are one row.
-    """
-    sources: list[int] = []
-    for row, (document, (ids, places)) in enumerate(zip(documents, scored, strict=True)):
-        before = ids[: places[-1]]
-        alike = (
-            other
-            for other in sources
-            if documents[other] == document and torch.equal(scored[other][0][: places[-1]], before)
-        )
-        sources.append(next(alike, row))
-    return sources
+def _score(logits: torch.Tensor, chosen: torch.Tensor) -> tuple[float, bool]:
+    """Returns the log-probability of tokens `(tokens,)` by logits `(tokens, vocabulary)`, and if they are greedy."""
+    log_probs, chosen = logits.float().log_softmax(-1), chosen.to(logits.device)
+    total = log_probs.gather(-1, chosen[:, None]).sum().item()
+    if math.isnan(total):
+        raise ValueError("The model's logits are not finite. In half precision, give `dtype=bfloat16` or `float32`.")
+    return total, bool((log_probs.argmax(-1) == chosen).all())
+
+
+def _at(rows: Sequence[int], items: Sequence) -> list:
+    return [items[row] for row in rows]

@@ -159,7 +159,6 @@ def test_what_the_classes_cannot_do_is_refused_with_the_way_out(checkpoint, docs
         ),
         ({"dtype": "int8"}, "dtype is 'int8'; choose one of auto, float32, bfloat16, float16"),
         ({"image_dir": "out"}, "image_dir=out has every prompt answered by a picture, which needs diffusion_model="),
-        ({"feature_cache_mb": -1}, "feature_cache_mb is -1; give a whole number of megabytes"),
         ({"pretrained": None}, "needs a checkpoint"),
     ],
 )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from deem_plugin.evaluation.chats import read_messages
@@ -146,3 +147,24 @@ def test_wrong_settings_of_drawing_are_refused(checkpoint, wrong):
         ValueError, match="steps is .* and guidance is .*; give a whole number from 1 up, and a number"
     ):
         DeemChat(pretrained=checkpoint, **wrong)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_questions_about_a_picture_share_it_with_the_maps_beside_the_cache(checkpoint, tmp_path, beams):
+    model, processor = tiny_deem()
+    for name, parameter in model.named_parameters():
+        if "gate" in name:  # closed at first, and then no map is seen
+            torch.nn.init.constant_(parameter, 0.5)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    docs = [
+        {"images": [tiny_image(seed, (80, 64)) for seed in seeds], "question": f"What {'is ' * number}it?"}
+        for number, seeds in enumerate([[0], [1, 2], [0], [0], [1, 2]])
+    ]
+
+    alone, together = chat(str(tmp_path), docs, batch_size=1), chat(str(tmp_path), docs, batch_size=4)
+    alone.vlm.shared_prefix.shares = False
+
+    requests = chat_requests(docs, num_beams=beams)
+    assert together.generate_until(requests) == alone.generate_until(requests)
+    assert together.vlm.shared_prefix.shares

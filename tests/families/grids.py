@@ -275,7 +275,7 @@ GRIDS = {
         spatial_target_layers=[2, 3, 4, 5],
         vision_config={"hidden_size": 64},
         text_config={"num_hidden_layers": 6},
-        tokens=lambda pixels: [14, 24],
+        tokens=lambda pixels: [14 + 10 * (height == width) for height, width in pixels["image_sizes"].tolist()],
         projector_dropout=0.0,
     ),
     "idefics": grid(

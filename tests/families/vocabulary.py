@@ -98,8 +98,16 @@ def make(family: Family) -> Case:
         torch.manual_seed(0)
         model = _without_dropout(AutoModelForImageTextToText.from_config(family.config()).float())
     image_processor = family.processor()
-    images, sources = zip(*(picture(*size, seed) for seed, size in enumerate(family.sizes)), strict=True)
-    given = [[image] for image in images] if family.nested else list(images)
+    pictures = range(len(family.sizes))
+    batch = batch_of(family, model, image_processor, pictures, [WORDS] * len(pictures))
+    sources = [picture(*size, seed)[1] for seed, size in enumerate(family.sizes)]
+    return Case(model, image_processor, batch, sources if family.exact else [])
+
+
+def batch_of(family: Family, model, image_processor, pictures, words, padding_side="right") -> dict:
+    """Makes a batch of a family's pictures, by number, each with words behind it."""
+    images = [picture(*family.sizes[number], number)[0] for number in pictures]
+    given = [[image] for image in images] if family.nested else images
     pixels = image_processor(images=given, return_tensors="pt")
     pixels = {"pixel_values": pixels} if isinstance(pixels, torch.Tensor) else dict(pixels)
     pixels = {k: v for k, v in pixels.items() if isinstance(v, torch.Tensor) or k in LISTS}
@@ -108,12 +116,14 @@ def make(family: Family) -> Case:
         counts = family.tokens(pixels)
     else:
         counts = _counts(model, pixels, len(images)) if family.tokens is None else [family.tokens] * len(images)
-    batch = _texts(counts) | {k: v for k, v in pixels.items() if k not in PROCESSORS_OWN}
+    batch = _texts(counts, words, padding_side) | {k: v for k, v in pixels.items() if k not in PROCESSORS_OWN}
     if family.prepare is not None:
         family.prepare(model, batch)
-    return Case(model, image_processor, batch, list(sources) if family.exact else [])
+    return batch
 
 
+# Words to learn.
+WORDS = [10, 11, 12, 13]
 # Outputs of image processors that are lists.
 LISTS = ("num_local_patches", "patches_grid")
 # Outputs of image processors that their processors use and no model takes.
@@ -152,12 +162,16 @@ def _without_dropout(model):
     return model.eval()
 
 
-def _texts(counts):
-    """One conversation for each picture: its tokens and four words to learn, padded on the right."""
-    rows = [[1, START, *[IMAGE] * count, END, 10, 11, 12, 13] for count in counts]
+def _texts(counts, words, padding_side):
+    """One conversation for each picture: its tokens, and words behind them."""
+    rows = [[1, START, *[IMAGE] * count, END, *own] for count, own in zip(counts, words, strict=True)]
     longest = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    padding = [longest - len(row) for row in rows]
+    sides = [(0, count) if padding_side == "right" else (count, 0) for count in padding]
+    ids = torch.tensor([[0] * left + row + [0] * right for row, (left, right) in zip(rows, sides, strict=True)])
+    mask = torch.tensor(
+        [[0] * left + [1] * len(row) + [0] * right for row, (left, right) in zip(rows, sides, strict=True)]
+    )
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill((ids >= IMAGE) | (mask == 0), -100)}
 
 
@@ -173,7 +187,7 @@ def token_types(model, batch):
 def open_projector(model, batch):
     """Gemma 3's projector starts at zero, as no trained one is."""
     for name, parameter in model.named_parameters():
-        if name.endswith("mm_input_projection_weight"):
+        if name.endswith("mm_input_projection_weight") and not parameter.any():
             nn.init.normal_(parameter, std=0.1)
 
 
