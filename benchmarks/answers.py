@@ -2,8 +2,9 @@
 How many questions a second the lmms-eval model answers, plain and with each way to make it faster:
 `python -m benchmarks.answers`.
 
-Plain is a question at a time, its picture's features computed for it alone. Each option answers the same questions in
-turn with plain, pair by pair, so that whatever else runs on the machine slows both.
+Plain is a question at a time, each in full. Each option answers the same questions in turn with plain, pair by pair,
+so that whatever else runs on the machine slows both. The model that is made has LLaVA-1.5's proportions: nearly all of
+the work is the language model's, most of it on the tokens of pictures.
 """
 
 import tempfile
@@ -19,18 +20,25 @@ from tqdm.auto import tqdm
 
 from benchmarks.answers_model import CONFIGS, draw_picture, save_model
 from benchmarks.common import check_names, clock_of, make_parser, show
-from deem_plugin.evaluation.feature_cache import FeatureCache
+from deem_plugin.evaluation.loading import load_vlm
+from deem_plugin.vision.towers import find_tower
 
-# Arguments of the lmms-eval model.
-PLAIN = {"batch_size": 1, "feature_cache_mb": 0}
+# Arguments of the lmms-eval model, and whether prompts about a picture share their beginning; 16 is `deem eval`'s own.
+PLAIN = {"batch_size": 1, "shares": False}
 OPTIONS = {
-    "shared image features": {"batch_size": 1},
-    "batches of 8": {"batch_size": 8, "feature_cache_mb": 0},
-    "batches of 8, shared image features": {"batch_size": 8},
-    "batches of 8, shared image features, bfloat16": {"batch_size": 8, "dtype": "bfloat16"},
+    "shared prefix": {"batch_size": 1},
+    "batches of 16": {"batch_size": 16, "shares": False},
+    "batches of 16, shared prefix": {"batch_size": 16},
+    "batches of 16, shared prefix, bfloat16": {"batch_size": 16, "dtype": "bfloat16"},
 }
-# Benchmark to questions about one picture.
-QUESTION_SETS = {"RobustVQA": 2, "POPE": 6}
+# By name, how many questions about one picture there are, and what they begin with and end in; words between the two
+# make them differ in length. The last are as long as others are in a tokenizer of words.
+QUESTION_SETS = {
+    "RobustVQA": (2, "Is {}dog the main object in this image?"),
+    "POPE": (6, "Is there a {}dog in the image?"),
+    "short": (6, "Is {}it?"),
+}
+_WORDS = ("", "a ", "a big ", "no ", "one ", "not a ")
 GENERATION = {"max_new_tokens": 4, "do_sample": False, "temperature": 0}
 
 
@@ -63,6 +71,7 @@ class EvalBench:
 
     Args:
         model (`str`): Checkpoint, or name of the sizes.
+        proportion (`float`): Parameters of all but the tower, by those of the tower.
         device (`str`): Where it ran.
         threads (`int`): CPU threads.
         clock (`str`): What was counted.
@@ -71,6 +80,7 @@ class EvalBench:
     """
 
     model: str
+    proportion: float
     device: str
     threads: int
     clock: str
@@ -79,15 +89,19 @@ class EvalBench:
 
 
 class _Runner:
-    """A loaded model that answers a set of questions again and again, each time with an empty feature cache."""
+    """A loaded model that answers a set of questions again and again."""
 
     def __init__(self, checkpoint: str, device: torch.device, arguments: dict, docs: list[dict]):
+        arguments = dict(arguments)
+        shares = arguments.pop("shares", True)
         from deem_plugin.evaluation.lmms import DeemChat
 
         self.on_gpu = device.type == "cuda"
         self.before = torch.cuda.memory_allocated(device) if self.on_gpu else 0
         self.device, self.clock = device, clock_of(device)[0]
         self.model = DeemChat(pretrained=checkpoint, device=str(device), **arguments)
+        if not shares:
+            self.model.vlm.shared_prefix.shares = False
         self.model.task_dict = {"task": {"test": docs}}
         # The model reads nothing of lmms-eval's requests but their arguments.
         self.requests = [
@@ -97,7 +111,6 @@ class _Runner:
 
     def __call__(self) -> tuple[float, list[str]]:
         """Returns seconds and answers."""
-        self.model.vlm.feature_cache = FeatureCache(self.model.args.feature_cache_mb * 2**20)
         started = self.clock()
         answers = self.model.generate_until(self.requests)
         if self.on_gpu:
@@ -118,10 +131,11 @@ def _to_messages(doc: dict) -> list[dict]:
     return [{"role": "user", "content": parts}]
 
 
-def questions_about(pictures: int, each: int, size: int) -> list[dict]:
-    """Makes questions of different lengths, so that those about one picture fall into different batches, too."""
+def questions_about(pictures: int, name: str, size: int) -> list[dict]:
+    """Makes the questions of a set, of different lengths, about pictures of `size` pixels."""
+    each, text = QUESTION_SETS[name]
     return [
-        {"image": draw_picture(index, size), "question": f"Is there {'a big ' * number}dog in the image?"}
+        {"image": draw_picture(index, size), "question": text.format(_WORDS[number])}
         for index in range(pictures)
         for number in range(each)
     ]
@@ -129,7 +143,7 @@ def questions_about(pictures: int, each: int, size: int) -> list[dict]:
 
 def run_eval_bench(
     checkpoint: str | None = None,
-    config: str = "mid",
+    config: str = "llava",
     pairs: int = 3,
     device: str | None = None,
     options: Sequence[str] = tuple(OPTIONS),
@@ -152,14 +166,22 @@ def run_eval_bench(
     check_names("config", [config], CONFIGS)
     check_names("option", options, OPTIONS)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    bench = EvalBench(checkpoint or config, str(place), torch.get_num_threads(), clock_of(place)[1], pairs)
     with nullcontext(checkpoint) if checkpoint else tempfile.TemporaryDirectory() as folder:
         if checkpoint is None:
             save_model(config, folder)
-        for name, each in QUESTION_SETS.items():
-            docs = questions_about(questions // each, each, CONFIGS[config]["image_size"])
+        threads, clock = torch.get_num_threads(), clock_of(place)[1]
+        bench = EvalBench(checkpoint or config, _proportion(folder), str(place), threads, clock, pairs)
+        for name, (each, _) in QUESTION_SETS.items():
+            docs = questions_about(questions // each, name, CONFIGS[config]["image_size"])
             bench.timings += _time_set(name, docs, folder, place, pairs, options)
     return bench
+
+
+def _proportion(checkpoint: str) -> float:
+    """Returns how many times the parameters of its tower the rest of a model has."""
+    model, _ = load_vlm(checkpoint)
+    tower = sum(parameter.numel() for parameter in find_tower(model).parameters())
+    return sum(parameter.numel() for parameter in model.parameters()) / tower - 1
 
 
 def _time_set(questions, docs, checkpoint, device, pairs, options) -> list[EvalTiming]:
@@ -190,14 +212,15 @@ def table(bench: EvalBench) -> str:
     """Returns the benchmark as a Markdown table."""
     where = f"{bench.device}, {bench.threads} threads, {bench.clock}"
     lines = [
-        f"model {bench.model}, {where}, medians of {bench.pairs} pairs",
+        f"model {bench.model}, all but its tower {bench.proportion:.1f} times the tower's parameters, {where}, "
+        f"medians of {bench.pairs} pairs",
         "",
         "| questions | answering | times as fast | questions a second | other answers | peak memory |",
         "|---" * 6 + "|",
     ]
     for timing in bench.timings:
         memory = "–" if timing.peak_bytes is None else f"{timing.peak_bytes / 2**30:.2f} GiB"
-        set_of = f"{timing.questions}, {QUESTION_SETS[timing.questions]} a picture"
+        set_of = f"{timing.questions}, {QUESTION_SETS[timing.questions][0]} a picture"
         figures = f"{timing.ratio:.2f} | {timing.questions_per_second:.1f} | {timing.other_answers:.0%} | {memory}"
         lines.append(f"| {set_of} | {timing.name} | {figures} |")
     return "\n".join(lines)
@@ -220,7 +243,7 @@ def main(argv: Sequence[str] | None = None):
     """Times what the command line asks for."""
     parser = make_parser(__doc__)
     parser.add_argument("--model", help="checkpoint folder or hub id; by default one with new weights is made")
-    parser.add_argument("--config", default="mid", help="sizes of what is made: tiny or mid")
+    parser.add_argument("--config", default="llava", help=f"sizes of what is made: {', '.join(CONFIGS)}")
     parser.add_argument("--pairs", type=int, default=3, help="pairs of runs for each option")
     parser.add_argument("--questions", type=int, default=24, help="questions of each set, a multiple of 6")
     arguments = parser.parse_args(argv)

@@ -1,14 +1,17 @@
-"""A LLaVA with new weights, whose tower is most of the work as that of a real one is, for `benchmarks.answers`."""
+"""LLaVAs with new weights for `benchmarks.answers`, in the proportions of real ones and in others."""
 
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-# Sizes by name: width and layers of the CLIP, and its pictures in pixels.
+# Sizes by name: widths and layers of the CLIP and of the Llama, and pictures in pixels. LLaVA-1.5-7B's language model
+# has 22 times the parameters of its tower, and a picture 576 tokens.
 CONFIGS = {
-    "tiny": {"width": 32, "layers": 2, "image_size": 32, "patch_size": 8},
-    "mid": {"width": 384, "layers": 12, "image_size": 224, "patch_size": 16},
+    "tiny": {"tower": (32, 2), "language_model": (32, 2), "image_size": 32, "patch_size": 8},
+    "llava": {"tower": (192, 6), "language_model": (768, 12), "image_size": 224, "patch_size": 16},
+    "llava-576": {"tower": (256, 6), "language_model": (1024, 12), "image_size": 384, "patch_size": 16},
+    "tower-heavy": {"tower": (384, 12), "language_model": (32, 2), "image_size": 224, "patch_size": 16},
 }
 
 _IMAGE, _SPECIALS = "<image>", ["<pad>", "<s>", "</s>"]
@@ -47,21 +50,22 @@ def save_model(config: str, folder: str | Path):
         image_token=_IMAGE,
         chat_template=_TEMPLATE,
     )
-    width = sizes["width"]
+    width, layers = sizes["tower"]
     vision = CLIPVisionConfig(
         hidden_size=width,
         intermediate_size=4 * width,
-        num_hidden_layers=sizes["layers"],
+        num_hidden_layers=layers,
         num_attention_heads=max(2, width // 64),
         image_size=side,
         patch_size=sizes["patch_size"],
     )
+    width, layers = sizes["language_model"]
     text = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
+        hidden_size=width,
+        intermediate_size=8 * width // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=max(2, width // 64),
         max_position_embeddings=2048,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,

@@ -1,10 +1,12 @@
 """The benchmark of answering: every option gives plain's answers, and says how fast."""
 
 import json
+import tempfile
 
 import pytest
 
 from benchmarks.answers import OPTIONS, QUESTION_SETS, main, questions_about, run_eval_bench
+from benchmarks.answers_model import save_model
 
 
 def test_the_command_times_every_option_against_plain_answering(tmp_path, capsys):
@@ -21,30 +23,28 @@ def test_the_command_times_every_option_against_plain_answering(tmp_path, capsys
         if "bfloat16" not in timing["name"]:
             assert timing["other_answers"] == 0
     text = capsys.readouterr().out
-    assert "| POPE, 6 a picture | batches of 8, shared image features |" in text
+    assert "| POPE, 6 a picture | batches of 16, shared prefix |" in text
     assert (tmp_path / "bench.png").stat().st_size > 5000
 
 
-def test_shared_features_are_computed_once_a_picture(monkeypatch):
-    from deem_plugin.evaluation.feature_cache import FeatureCache
+def test_the_language_model_is_at_least_twenty_times_the_tower_where_the_name_says_so():
+    from benchmarks.answers import _proportion
 
-    kept = []
-    monkeypatch.setattr(FeatureCache, "_keep", lambda self, key, block: kept.append(key))
-
-    run_eval_bench(config="tiny", pairs=1, device="cpu", options=["batches of 8, shared image features"], questions=6)
-
-    # Three pictures twice asked, one picture six times; a batch asks for each picture once, in two runs of each set.
-    assert len(kept) == 2 * (3 + 1)
+    with tempfile.TemporaryDirectory() as folder:
+        save_model("llava", folder)
+        assert 20 < _proportion(folder) < 40
 
 
-def test_questions_of_a_picture_differ_in_length():
-    docs = questions_about(2, 3, 8)
-    assert len({len(doc["question"]) for doc in docs[:3]}) == 3
-    assert docs[0]["image"].tobytes() == docs[2]["image"].tobytes() != docs[3]["image"].tobytes()
+def test_questions_of_a_picture_differ_in_length_and_the_short_ones_have_twenty_tokens():
+    docs = questions_about(2, "POPE", 8)
+    assert len({len(doc["question"]) for doc in docs[:6]}) > 3
+    assert docs[0]["image"].tobytes() == docs[5]["image"].tobytes() != docs[6]["image"].tobytes()
+    behind = [len(f"{doc['question']}\nassistant:") for doc in questions_about(1, "short", 8)]
+    assert sum(behind) / len(behind) == pytest.approx(20, abs=2)
 
 
 def test_unknown_names_are_refused_with_the_choices():
-    with pytest.raises(ValueError, match="no config 'huge'; choose from tiny, mid"):
+    with pytest.raises(ValueError, match="no config 'huge'; choose from tiny, llava, llava-576, tower-heavy"):
         run_eval_bench(config="huge")
-    with pytest.raises(ValueError, match="no option 'faster'; choose from shared image features, "):
+    with pytest.raises(ValueError, match="no option 'faster'; choose from shared prefix, "):
         run_eval_bench(config="tiny", options=["faster"])
