@@ -39,7 +39,7 @@ class _Marked:
 def step(setting: Setting) -> tuple[dict[str, float], float, torch.Tensor]:
     """Runs one step; returns the seconds of its parts, the loss, and the tower's gradients as one vector."""
     from deem_plugin.feedback import ConditionConfig, DiffusionFeedback
-    from deem_plugin.feedback.loss import FeedbackLoss
+    from deem_plugin.feedback.loss import FeedbackLoss, with_targets
 
     parameters = [*setting.tower.parameters(), *setting.conditioner.parameters()]
     device, times = setting.pixel_values.device, []
@@ -58,8 +58,8 @@ def step(setting: Setting) -> tuple[dict[str, float], float, torch.Tensor]:
         posterior = setting.posterior or frozen.posterior(setting.pictures)
         latents = frozen.codec.draw(*posterior, generator=generator)
         mark()
-        views = setting.eyes.views(inputs, setting.tower(**inputs))
-        losses = feedback(views, setting.conditioner, generator, targets=setting.pictures, latents=latents)
+        views = with_targets(setting.eyes.views(inputs, setting.tower(**inputs)), setting.pictures)
+        losses = feedback(views, setting.conditioner, generator, latents=latents)
         mark()
     loss = losses.total / len(views)
     loss.backward()

@@ -1,14 +1,16 @@
 """Diffusion feedback for the Trainer you already have: one callback."""
 
 import logging
+import math
 import os
+import random
 
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..vision.towers import without_peft
-from .checkpoint import load_by_class, read_conditioner, save_conditioner
+from .checkpoint import load_by_class, read_balance, read_conditioner, save_conditioner
 from .config import FeedbackConfig, RossConfig
 from .factory import build_feedback
 from .optimizations import pin
@@ -19,7 +21,8 @@ logger = logging.getLogger(__name__)
 
 # The attribute of the model that holds the conditioner while it trains.
 CONDITIONER_NAME = "feedback_conditioner"
-SUMS = ("loss", "images", "views", "nonfinite", "blank", "anchor", "unseen")
+SUMS = ("loss", "images", "views", "nonfinite", "blank", "anchor", "anchored", "unseen")
+GRADIENT_SUMS = ("text", "feedback", "product", "steps")
 
 
 class DiffusionFeedbackCallback(TrainerCallback):
@@ -105,6 +108,8 @@ class DiffusionFeedbackCallback(TrainerCallback):
                 "This model has the feedback of another DiffusionFeedbackCallback already. Pass one callback only, or "
                 "call `detach()` on the other one first."
             )
+        if returns_loss and getattr(self.config, "balance", None) is not None:
+            raise ValueError("`balance` compares the feedback with text, and an encoder alone has none. Leave it out.")
         feedback = build_feedback(
             self.config, base, processing_class, self.diffusion_model, self.objective, lambda: self.conditioner
         )
@@ -137,7 +142,8 @@ class DiffusionFeedbackCallback(TrainerCallback):
 
     def start_from(self, folder):
         """
-        Starts a new run with the conditioner that an earlier one left in `folder`, such as its first stage.
+        Starts a new run with the conditioner (and, of [`Balance`], the norms) that an earlier one left in `folder`,
+        such as its first stage.
 
         Raises:
             FileNotFoundError: If `folder` holds no `feedback.safetensors`.
@@ -147,6 +153,8 @@ class DiffusionFeedbackCallback(TrainerCallback):
         # Also into the shards of FSDP, whose weights are distributed tensors.
         options = StateDictOptions(full_state_dict=True)
         set_model_state_dict(self.conditioner, weights, options=options)
+        if self.hook.balance is not None:
+            self.hook.balance.text, self.hook.balance.feedback = read_balance(folder)
 
     def on_init_end(self, args, state, control, model=None, processing_class=None, **kwargs):
         """Attaches to the Trainer's model."""
@@ -209,25 +217,35 @@ class DiffusionFeedbackCallback(TrainerCallback):
             scaler = getattr(optimizer, "scaler", None)
             # Under fp16 the gradients of the loss are scaled; those of the feedback must be scaled alike.
             loss_scale = scaler.get_scale() if scaler is not None else 1.0
-        scale = self.config.weight / conversations * loss_scale
-        self.hook.state = StepState(scale, step_seed(self.config.seed, state.global_step, args.process_index))
+        balance = self.hook.balance
+        weight = self.config.weight if balance is None else balance.weight
+        self.hook.state = StepState(
+            weight / conversations * loss_scale,
+            step_seed(self.config.seed, state.global_step, args.process_index),
+            loss_scale,
+            # Of no rank, so that all of them restore as many images.
+            offset=random.Random(step_seed(self.config.seed, state.global_step, 0)).random(),
+        )
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Checks that the feedback of this step reached the tower."""
+        """Checks that the feedback of this step reached the tower, and balances the next step's weight."""
         self.hook.check_injected()
+        self.hook.sums.add(steps=1)
+        if self.hook.balance is not None:
+            self.hook.balance.update(**self.hook.step_sums.take(("text", "feedback"), args.device))
 
     def add_to(self, logs, args):
         """
         Adds to `logs`, in place, what a training or an evaluation has summed up since the last log: `feedback_loss`
-        (mean per image over all ranks), `anchor_loss`, and, where there are any, the numbers of views that were left
-        out; returns it. All ranks must call.
+        (mean per image over all ranks), `anchor_loss`, the norms of both gradients at the tower's tokens and their
+        cosine, and, where there are any, the numbers of views that were left out; returns it. All ranks must call.
 
         Raises:
             RuntimeError: If more than a small share of the views had no finite loss or gradient.
         """
         values = {}
         if "loss" in logs and "feedback_loss" not in logs:
-            values = _training_values(self.hook, self.hook.sums.take(SUMS, args.device))
+            values = _training_values(self.hook, self.hook.sums.take((*SUMS, *GRADIENT_SUMS), args.device), args)
         evaluated = [name.removesuffix("_runtime") for name in logs if name.endswith("_runtime")]
         if self.config.in_eval and evaluated and evaluated != ["train"]:
             sums = self.hook.eval_sums.take(("loss", "images"), args.device)
@@ -254,7 +272,7 @@ class DiffusionFeedbackCallback(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         """Writes the conditioner beside the checkpoint that was just saved."""
         folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
-        save_conditioner(self.conditioner, self.config, folder, write=args.should_save)
+        save_conditioner(self.conditioner, self.config, folder, args.should_save, self.hook.balance)
 
     def on_train_end(self, args, state, control, **kwargs):
         """
@@ -266,7 +284,7 @@ class DiffusionFeedbackCallback(TrainerCallback):
             weights = os.path.join(state.best_model_checkpoint, "config.json")  # else an adapter, loaded by name
             if not args.fsdp and not args.deepspeed and os.path.isfile(weights):
                 load_by_class(self.model, state.best_model_checkpoint)
-        save_conditioner(self.conditioner, self.config, args.output_dir, write=args.should_save)
+        save_conditioner(self.conditioner, self.config, args.output_dir, args.should_save, self.hook.balance)
         self.hook.reset()
         self.detach()
 
@@ -283,13 +301,21 @@ def _check_optimizer(optimizer, conditioner):
         )
 
 
-def _training_values(hook, sums):
+def _training_values(hook, sums, args):
     """Returns what is logged of the sums since the last log, and warns of what was left out."""
     values = {}
     if sums["images"]:
         values["feedback_loss"] = sums["loss"] / sums["images"]
-        if hook.anchor is not None:
-            values["anchor_loss"] = sums["anchor"] / sums["images"]
+    if sums["anchored"]:
+        values["anchor_loss"] = sums["anchor"] / sums["anchored"]
+    if sums["text"] and sums["feedback"] and sums["steps"]:
+        # Per step, and of the gradients' mean over the ranks: that is what the optimizer gets.
+        parts = sums["steps"] * args.world_size
+        values["text_gradient_norm"] = math.sqrt(sums["text"] / parts)
+        values["feedback_gradient_norm"] = math.sqrt(sums["feedback"] / parts)
+        values["gradient_cosine"] = sums["product"] / math.sqrt(sums["text"] * sums["feedback"])
+    if hook.balance is not None:
+        values["feedback_weight"] = hook.balance.weight
     if sums["blank"]:
         values["feedback_blank"] = sums["blank"]
     if sums["nonfinite"]:

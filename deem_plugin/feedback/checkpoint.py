@@ -21,10 +21,11 @@ FILE_NAME = "feedback.safetensors"
 _KINDS = {"feedback": (FeedbackConfig, Conditioner), "ross": (RossConfig, TokenDenoiser)}
 
 
-def save_conditioner(conditioner, config, folder, write=True):
+def save_conditioner(conditioner, config, folder, write=True, balance=None):
     """
     Writes `feedback.safetensors` into an existing folder: the weights of a [`Conditioner`] or [`TokenDenoiser`], its
-    arguments and the feedback's settings. All ranks must call, since sharded weights are gathered; one may `write`.
+    arguments, the feedback's settings and what a [`Balance`] has measured. All ranks must call, since sharded weights
+    are gathered; one may `write`.
     """
     weights = {
         name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu().contiguous()
@@ -37,6 +38,8 @@ def save_conditioner(conditioner, config, folder, write=True):
         "conditioner": json.dumps(conditioner.arguments),
         "ross" if isinstance(config, RossConfig) else "feedback": json.dumps(asdict(config)),
     }
+    if balance is not None:
+        metadata["balance"] = json.dumps([balance.text, balance.feedback])
     write_whole(Path(folder) / FILE_NAME, save(weights, metadata=metadata))
 
 
@@ -97,6 +100,12 @@ def _most_layers(value, key=""):
     if isinstance(value, list):
         return max((_most_layers(inner, key) for inner in value), default=0)
     return value if "layers" in key else 0
+
+
+def read_balance(folder) -> tuple[float, float]:
+    """Returns the norms that a [`Balance`] left in a folder's `feedback.safetensors`; zeros where there was none."""
+    with safe_open(Path(folder) / FILE_NAME, framework="pt") as file:
+        return tuple(json.loads((file.metadata() or {}).get("balance", "[0.0, 0.0]")))
 
 
 def read_conditioner(folder, conditioner):

@@ -22,6 +22,8 @@ class DiffusionModelConfig:
             `vae`). Without a `vae` it is taken for a model that works on pixels.
         dtype (`str`, *optional*, defaults to `"float32"`):
             Precision in which the frozen denoiser is held: `float32`, `bfloat16` or `float16`.
+        autoencoder (`str`, *optional*): Folder or hub id of an `AutoencoderTiny` of the same family, which encodes
+            pictures in place of the `vae`, with a fraction of its operations: for pictures that no cache can hold.
         image_size (`int`, *optional*):
             Side in pixels of the pictures that are restored; by default that of those it was trained on.
         quantization (`str`, *optional*): Holds the weights of the denoiser's linear layers in fewer bits:
@@ -41,6 +43,7 @@ class DiffusionModelConfig:
 
     path: str | None = None
     dtype: str = "float32"
+    autoencoder: str | None = None
     image_size: int | None = None
     quantization: str | None = None
     gradient_checkpointing: bool = False
@@ -192,6 +195,10 @@ class FeedbackConfig(FeedbackSettings):
         max_views_per_image (`int`, *optional*):
             Tiles or frames of an image that are restored in a step, drawn at random; its thumbnail is always kept, and
             the loss is the mean over all of them in expectation. By default all are.
+        share (`float`, *optional*, defaults to `1.0`): Share of a step's images, in (0, 1], that are encoded and
+            restored, drawn at random; each counts 1 / `share` times, so that the expected gradient is that of all.
+        balance (`float`, *optional*): Moves `weight`, where it starts, so that the norm of the feedback's gradient at
+            the tower's tokens is `balance` times that of the text's. By default the weight stays as it is.
         anchor_weight (`float`, *optional*, defaults to `0.0`): Factor on the distance to the tower as it was when the
             run began, relative to the feedback loss (both are multiplied by `weight`). Holds a copy of the tower.
         conditioner_only (`bool`, *optional*, defaults to `False`):
@@ -209,6 +216,8 @@ class FeedbackConfig(FeedbackSettings):
     condition: ConditionConfig = field(default_factory=ConditionConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     max_views_per_image: int | None = None
+    share: float = 1.0
+    balance: float | None = None
     anchor_weight: float = 0.0
     conditioner_only: bool = False
     conditioner: str | None = None
@@ -220,10 +229,33 @@ class FeedbackConfig(FeedbackSettings):
         _check_class("objective", self.objective, ObjectiveConfig)
         _check_factor("anchor_weight", self.anchor_weight)
         _check_at_least_1("max_views_per_image", self.max_views_per_image)
+        if not 0 < self.share <= 1:
+            raise ValueError(f"`share` must be above 0 and at most 1 (all images), got {self.share}.")
+        if self.share < 1 and self.objective.kind == "contrastive":
+            raise ValueError(
+                "`objective.kind: contrastive` compares the images of a micro-batch, and `share` draws some of them. "
+                "Leave `share` out, or set `objective.kind: mse`."
+            )
+        if self.balance is not None:
+            self._check_balance()
         if self.conditioner_only and self.anchor_weight:
             raise ValueError("A frozen tower cannot drift: leave `anchor_weight` out where `conditioner_only` is set.")
         if self.condition.shows_maps:
             self._check_maps()
+
+    def _check_balance(self):
+        """Raises unless text and feedback meet at the tokens that the language model reads."""
+        if not (0 < self.balance < math.inf and self.weight > 0):
+            raise ValueError(
+                f"`balance` is the wanted ratio of two norms and starts at `weight`: both must be above 0 and finite, "
+                f"got {self.balance} and {self.weight}."
+            )
+        if self.conditioner_only or self.condition.reads_pooled or self.condition.shows_maps:
+            raise ValueError(
+                f"`balance` compares gradients at the tokens that the language model reads, and with `condition.kind: "
+                f"{self.condition.kind}`, `conditioner_only: {self.conditioner_only}` the feedback's passes them by. "
+                f"Leave `balance` out, or set `condition.kind` to queries or patches and train the tower."
+            )
 
     def _check_maps(self):
         """Raises on what does not go with a denoiser that sees the tower's maps while it runs."""
@@ -231,13 +263,14 @@ class FeedbackConfig(FeedbackSettings):
         others = {
             "objective.kind": objective.kind != "mse",
             "objective.draws_per_image": objective.draws_per_image > 1,
+            "share": self.share < 1,
         }
         others |= {name: getattr(model, name) for name in ("gradient_checkpointing", "cpu_offload", "compile")}
         if given := [name for name, is_given in others.items() if is_given]:
             raise ValueError(
                 f"`condition.kind: queries+dense` shows the maps of a picture in one run of the UNet, within which a "
-                f"synchroniser trains: {given} would repeat, move or compile it without that. Leave them out, or set "
-                f"`condition.kind: queries`."
+                f"synchroniser trains: {given} would repeat, move, compile or skip it without that. Leave them out or "
+                f"set `condition.kind: queries`."
             )
 
     def check_loadable(self):

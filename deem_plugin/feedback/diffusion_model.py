@@ -10,7 +10,7 @@ from ..files import naming_the_checkpoint
 from ..hub import at_revision
 from .denoisers import DENOISERS, Denoiser
 from .latent_cache import LatentCache
-from .latents import CODECS, PixelCodec, VaeCodec
+from .latents import CODECS, PixelCodec, TinyCodec, VaeCodec
 from .optimizations import onloaded
 from .pictures import fit
 from .quantization import quantization_config
@@ -92,6 +92,7 @@ def load_diffusion_model(
     dtype: str = "float32",
     *,
     weights: bool = True,
+    autoencoder: str | None = None,
     image_size: int | None = None,
     quantization: str | None = None,
 ) -> DiffusionModel:
@@ -105,11 +106,11 @@ def load_diffusion_model(
             half precision it overflows on some pictures.
         weights (`bool`, *optional*, defaults to `True`): `False` reads the configs alone and puts both networks on the
             meta device, to plan a run with.
-        image_size, quantization: As in [`DiffusionModelConfig`].
+        autoencoder, image_size, quantization: As in [`DiffusionModelConfig`].
 
     Raises:
         ValueError: If the package of a quantization is missing, the folder holds no known network, VAE or scheduler
-            (the message lists the known ones), or its latents have no such size.
+            (the message lists the known ones), its latents have no such size, or `autoencoder` makes others.
     """
     index = _load_index(path_or_id)
     folder = "unet" if "unet" in index else "transformer"
@@ -124,7 +125,10 @@ def load_diffusion_model(
             f"The diffusion model `{path_or_id}` is the refiner of Stable Diffusion XL, which also asks for an "
             f"aesthetic score. Give the base model."
         )
-    codec = _load_codec(path_or_id, index, weights)
+    if autoencoder is None:
+        codec = _load_codec(path_or_id, index, weights)
+    else:
+        codec = _load_tiny_codec(autoencoder, _load_codec(path_or_id, index, weights=False), path_or_id, weights)
     precision = getattr(torch, dtype)
     reduced = None if quantization is None else quantization_config(quantization, precision)
     network = _load_network(network_name, path_or_id, folder, precision, weights, reduced)
@@ -224,6 +228,32 @@ def _load_codec(path_or_id, index, weights=True):
             f"The diffusion model `{path_or_id}` has a {name}; expected one of {', '.join(CODECS)}, or no VAE at all."
         )
     return CODECS[name](_load_network(name, path_or_id, "vae", torch.float32, weights))
+
+
+def _load_tiny_codec(path_or_id, own, generator, weights):
+    """Loads the `AutoencoderTiny` that takes the place of `own`, the codec of the diffusion model `generator`."""
+    import diffusers
+
+    try:
+        config = diffusers.AutoencoderTiny.load_config(path_or_id)
+    except OSError as error:
+        raise ValueError(
+            f"`autoencoder: {path_or_id}` has no readable `config.json`. Expected a local folder or a hub id of an "
+            f"AutoencoderTiny, such as `madebyollin/taesd`."
+        ) from error
+    if config.get("_class_name") != "AutoencoderTiny":
+        raise ValueError(
+            f"`autoencoder: {path_or_id}` is a {config.get('_class_name')}; expected an AutoencoderTiny. The VAE of "
+            f"the diffusion model itself is used where `autoencoder` is left out."
+        )
+    codec = TinyCodec(_load_network("AutoencoderTiny", path_or_id, None, torch.float32, weights))
+    if (codec.channels, codec.downscale) != (own.channels, own.downscale):
+        raise ValueError(
+            f"`autoencoder: {path_or_id}` makes latents of {codec.channels} channels, one cell for {codec.downscale} "
+            f"pixels a side, and `{generator}` reads {own.channels} and {own.downscale}. Give the one of its family: "
+            f"TAESD for Stable Diffusion 1 and 2, TAESD-XL for SDXL, TAESD3 for SD 3, TAEF1 for FLUX.1."
+        )
+    return codec
 
 
 def _load_scheduler(path_or_id, index):

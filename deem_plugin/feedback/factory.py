@@ -8,6 +8,7 @@ from torch import nn
 from ..seeding import cpu_seed
 from ..vision.eyes import Eyes
 from .anchor import Anchor
+from .balance import Balance
 from .checkpoint import read_conditioner
 from .conditioner import Conditioner
 from .conditions import dense_maps
@@ -94,6 +95,8 @@ def build_feedback(
         checks=not config.conditioner_only,
         anchor=Anchor(eyes.tower) if config.anchor_weight else None,
         anchor_weight=config.anchor_weight,
+        share=config.share,
+        balance=None if config.balance is None else Balance(config.balance, config.weight),
     )
     return Feedback(conditioner, hook)
 
@@ -120,6 +123,7 @@ def load_configured(config: DiffusionModelConfig, *, weights=True):
         config.path,
         config.dtype,
         weights=weights,
+        autoencoder=config.autoencoder,
         image_size=config.image_size,
         quantization=config.quantization if weights else None,
     )

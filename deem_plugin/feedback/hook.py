@@ -2,8 +2,10 @@
 
 import torch
 
+from .balance import GradientMeter
 from .finite import FiniteTally, zero_unless_finite
 from .injection import Injection
+from .loss import with_targets
 from .state import StepState, Sums
 
 # How far an un-normalised picture may lie outside [0, 1], and how much of it, before its statistics must be wrong.
@@ -76,15 +78,28 @@ class FeedbackHook:
 
     Args:
         source (`TowerSource` or `DecoderSource`): Where views come from.
-        loss (`FeedbackLoss` or `RossLoss`): `(views, conditioner, generator, *, scale, targets) -> ImageLosses`.
+        loss (`FeedbackLoss` or `RossLoss`): `(views, conditioner, generator, *, scale) -> ImageLosses`.
         conditioner (`Callable`): Returns the conditioner; asked at each call, since wrappers may replace it.
         in_eval (`bool`): Whether evaluation computes it too.
         checks (`bool`): Whether the first views of each training are checked.
         anchor (`Anchor`, *optional*): What the tower should not move away from.
         anchor_weight (`float`): Factor on the distance to it.
+        share (`float`): Share of a training step's images that are restored.
+        balance (`Balance`, *optional*): Finds the weight.
     """
 
-    def __init__(self, source, loss, conditioner, in_eval=False, checks=True, anchor=None, anchor_weight=0.0):
+    def __init__(
+        self,
+        source,
+        loss,
+        conditioner,
+        in_eval=False,
+        checks=True,
+        anchor=None,
+        anchor_weight=0.0,
+        share=1.0,
+        balance=None,
+    ):
         self.source = source
         self.loss = loss
         self.conditioner = conditioner
@@ -93,6 +108,8 @@ class FeedbackHook:
         self.checked = False
         self.anchor = anchor
         self.anchor_weight = anchor_weight
+        self.share = share
+        self.balance = balance
         # Set by trainings that own their loop: the loss is put into the output and not injected.
         self.returns_loss = False
         self.reset()
@@ -100,7 +117,7 @@ class FeedbackHook:
     def reset(self):
         """Forgets all that an earlier training, however it ended, has left."""
         self.state, self.eval_state = StepState(), StepState()
-        self.sums, self.eval_sums = Sums(), Sums()
+        self.sums, self.eval_sums, self.step_sums = Sums(), Sums(), Sums()
         self.tally = FiniteTally()
         self.checked = False
 
@@ -146,31 +163,27 @@ class FeedbackHook:
         if not training and (module.training or not evaluates):
             return output
         targets, state.target_pixel_values = state.target_pixel_values, None
+        meter = None
+        if training and isinstance(self.source, TowerSource) and not self.returns_loss:
+            meter = GradientMeter(self._add_gradients)
+            output = self.source.inject(output, meter.branch)
         views = self.source.views(args, kwargs, output, state)
         if not views:
-            return output
+            return output if meter is None else self.source.inject(output, meter.own)
         if training and self.checks and not self.checked:
             self.source.check(views)
             self.checked = True
-        device = views[0].tokens.device
-        targets = None if targets is None else targets.to(device).float().clamp(-1, 1) / 2 + 0.5
-        with self.loss.diffusion_model.on_device(device):
-            losses = self.loss(
-                views,
-                self.conditioner(),
-                (state if training else self.eval_state).generator(device),
-                scale=state.scale if training else 1.0,
-                targets=targets,
-                on_nonfinite=lambda count: self.sums.add(nonfinite=count),
-            )
+        if targets is not None:
+            targets = targets.to(views[0].tokens.device).float().clamp(-1, 1) / 2 + 0.5
+            views = with_targets(views, targets)
         if not training:
+            losses = self._losses_of(views, self.eval_state, 1.0)
             self.eval_sums.add(loss=losses.per_image.sum(), images=losses.images)
             return output
-        self.sums.add(**losses.sums())
-        total = losses.total
+        total = self._total(views)
         if self.anchor is not None:
             distance = self.anchor.distance(views, args, kwargs, self.source, state)
-            self.sums.add(anchor=distance)
+            self.sums.add(anchor=distance, anchored=len({view.image for view in views}))
             total = total + self.anchor_weight * distance
         if self.returns_loss:
             output["feedback_loss"] = total * state.scale
@@ -178,7 +191,38 @@ class FeedbackHook:
         injection = Injection(total, state.scale)
         state.pending.append(injection)
         # The language model reads one of these; whichever its backward pass reaches first carries the gradient.
-        return self.source.inject(output, injection.through)
+        through = injection.through if meter is None else lambda tokens: injection.through(meter.own(tokens))
+        return self.source.inject(output, through)
+
+    def _total(self, views):
+        """Returns the sum over the images of a call, or over a share of them for all; their losses are summed up."""
+        state, device = self.state, views[0].tokens.device
+        drawn = views if self.share == 1.0 else state.draw(views, self.share)
+        if not drawn:
+            return self.loss.of_none(views, self.conditioner(), state.generator(device))
+        losses = self._losses_of(drawn, state, state.scale)
+        self.sums.add(**losses.sums())
+        return losses.total
+
+    def _losses_of(self, views, state, scale):
+        device = views[0].tokens.device
+        with self.loss.diffusion_model.on_device(device):
+            return self.loss(
+                views,
+                self.conditioner(),
+                state.generator(device),
+                scale=scale,
+                on_nonfinite=lambda count: self.sums.add(nonfinite=count),
+            )
+
+    def _add_gradients(self, text, feedback, product):
+        """Sums up what a [`GradientMeter`] has measured, without the loss scale of fp16."""
+        factor = self.state.loss_scale**-2
+        # Images that count 1 / share times make the squared norm that much larger than that of all images.
+        squares = {"text": text * factor, "feedback": feedback * factor * self.share}
+        self.sums.add(**squares, product=product * factor)
+        if self.balance is not None:
+            self.step_sums.add(**squares)
 
     def check_injected(self):
         """Raises a `RuntimeError` if feedback was computed whose gradient never entered a backward pass."""

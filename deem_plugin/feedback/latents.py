@@ -66,27 +66,36 @@ class VaeCodec:
         return pictures.float().clamp(-1, 1)
 
 
-class DeepCompressionCodec(VaeCodec):
-    """A frozen `AutoencoderDC` (Sana's, https://arxiv.org/abs/2410.10733), which has no posterior to draw from."""
+class TinyCodec(VaeCodec):
+    """
+    A frozen `AutoencoderTiny` (TAESD and its kin, https://github.com/madebyollin/taesd), which has no posterior to
+    draw from. It gives the scaled latents of its family at once: the factors in its own config are applied (1 and 0
+    in diffusers' defaults), never those of the VAE whose place it takes.
+    """
+
+    @torch.no_grad()
+    def posterior(self, pictures):
+        """Returns what it encodes pictures `(batch, 3, height, width)` in [-1, 1] to, and None: no deviation."""
+        with torch.autocast(pictures.device.type, enabled=False):
+            (latents,) = self.vae.encode(pictures.to(self.vae.dtype), return_dict=False)
+        return latents.float(), None
+
+    def draw(self, mean, std=None, *, noise=None, generator=None):
+        """Returns the scaled latents. Nothing is drawn."""
+        return ((mean - self.shift) * self.scale).contiguous()
+
+
+class DeepCompressionCodec(TinyCodec):
+    """A frozen `AutoencoderDC` (Sana's, https://arxiv.org/abs/2410.10733), which draws nothing either."""
 
     @property
     def downscale(self) -> int:
         """Pixels a latent cell spans along each side: 32 for Sana."""
         return self.vae.spatial_compression_ratio
 
-    @torch.no_grad()
-    def posterior(self, pictures):
-        """Returns the unscaled latents of pictures `(batch, 3, height, width)` in [-1, 1], and None: no deviation."""
-        with torch.autocast(pictures.device.type, enabled=False):
-            return self.vae.encode(pictures.to(self.vae.dtype)).latent.float(), None
-
-    def draw(self, mean, std=None, *, noise=None, generator=None):
-        """Returns the scaled latents. Nothing is drawn."""
-        return (mean * self.scale).contiguous()
-
 
 # The autoencoders we know, by the class name in `model_index.json`.
-CODECS = {"AutoencoderKL": VaeCodec, "AutoencoderDC": DeepCompressionCodec}
+CODECS = {"AutoencoderKL": VaeCodec, "AutoencoderDC": DeepCompressionCodec, "AutoencoderTiny": TinyCodec}
 
 
 class PixelCodec:

@@ -93,7 +93,6 @@ class FeedbackLoss:
         generator,
         *,
         scale=1.0,
-        targets=None,
         latents=None,
         on_nonfinite=None,
         **drawn,
@@ -107,8 +106,6 @@ class FeedbackLoss:
             generator (`torch.Generator`): Draws views, latents, noise and timesteps; on the tokens' device. None draws
                 from the global one.
             scale (`float`, *optional*, defaults to 1): As in [`early_gradient`], of `total`.
-            targets (`torch.Tensor`, *optional*): What must be restored in place of the pictures, `(views, 3, h, w)` in
-                [0, 1].
             latents (`torch.Tensor`, *optional*): Of what must be restored, where it is encoded already, `(views,
                 channels, h, w)`.
             on_nonfinite (`Callable`, *optional*): Is given, in the backward pass, the number of views whose gradient
@@ -116,10 +113,8 @@ class FeedbackLoss:
             drawn: What the objective need not draw, such as the `noise` and `timesteps` of a [`DiffusionFeedback`].
 
         Raises:
-            ValueError: If there is not one target a view, or latents are given for views that are drawn.
+            ValueError: If latents are given for views that are drawn.
         """
-        if targets is not None:
-            views = with_targets(views, targets)
         given = len(views)
         views = sample_views(views, self.max_views_per_image, generator)
         if latents is not None and not given == len(views) == len(latents):
@@ -152,6 +147,14 @@ class FeedbackLoss:
             total = (torch.where(finite, errors, 0.0) * weights).sum()
         return summarise(views, total, errors.detach(), finite | blank, blank, weights)
 
+    def of_none(self, views: list[View], conditioner, generator) -> torch.Tensor:
+        """
+        Returns 0 with the graph of a call whose images were not drawn, a scalar: the conditioner gets a gradient, for
+        which ranks that drew some would wait (DDP, FSDP).
+        """
+        conditions = condition_of(views[:1], self.condition, conditioner, generator)
+        return sum(0.0 * value.float().sum() for value in conditions if value is not None)
+
     @torch.no_grad()
     def encode(self, views: list[View], generator=None, latents=None):
         """
@@ -180,7 +183,10 @@ def _shows_nothing(view):
 
 
 def with_targets(views, targets):
-    """Gives views other pictures to be restored, on their device."""
+    """
+    Gives views other pictures to be restored, `(views, 3, height, width)` in [0, 1]; raises a `ValueError` if there is
+    not one for each.
+    """
     if len(targets) != len(views):
         raise ValueError(
             f"The batch holds {len(targets)} `target_pixel_values` for {len(views)} pictures; expected one target a "

@@ -10,7 +10,7 @@ from ..vision.patches import deal_out
 from ..vision.views import View, sample_views
 from .finite import FiniteGate
 from .hook import check_range
-from .loss import ImageLosses, summarise, with_targets
+from .loss import ImageLosses, summarise
 
 # How much wider than high, or higher than wide, a token's block of a picture may be.
 MOST_UNEVEN = 2.5
@@ -101,11 +101,9 @@ class RossLoss:
     # The denoiser trains with the model, so its activations are needed in the backward pass.
     is_frozen = False
 
-    def __call__(
-        self, views: list[View], denoiser, generator, *, scale=1.0, targets=None, on_nonfinite=None
-    ) -> ImageLosses:
+    def __call__(self, views: list[View], denoiser, generator, *, scale=1.0, on_nonfinite=None) -> ImageLosses:
         """As [`FeedbackLoss`]; `denoiser` is the [`TokenDenoiser`]. Pictures of one size are restored together."""
-        views = sample_views(views if targets is None else with_targets(views, targets), None)
+        views = sample_views(views, None)
         groups: dict[tuple[int, int], list[int]] = {}
         for index, view in enumerate(views):
             groups.setdefault(grid_of(view), []).append(index)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..vision.views import View, sample_images
 from .injection import Injection
 
 
@@ -15,6 +16,9 @@ class StepState:
     Args:
         scale (`float`): Factor on the gradient of an image's loss; 0 computes nothing.
         seed (`int`): Of the noise of the step's first call; each further call adds 1.
+        loss_scale (`float`): Factor on all gradients under fp16, in `scale` too.
+        offset (`float`): Of [`sample_images`], in [0, 1), the same on all ranks.
+        images (`int`): Images of the step's calls so far.
         model_inputs (`dict`): What the model is called with at the moment.
         target_pixel_values (`torch.Tensor`, *optional*): Of the batch, to be restored in place of its pictures.
         awaits_tower (`bool`): Whether the model was given pictures and has not called its tower yet.
@@ -23,10 +27,19 @@ class StepState:
 
     scale: float = 0.0
     seed: int = 0
+    loss_scale: float = 1.0
+    offset: float = 0.0
+    images: int = 0
     model_inputs: dict = field(default_factory=dict)
     target_pixel_values: torch.Tensor | None = None
     awaits_tower: bool = False
     pending: list[Injection] = field(default_factory=list)
+
+    def draw(self, views: list[View], share: float) -> list[View]:
+        """Returns the views of a `share` of the images of the next call."""
+        drawn = sample_images(views, share, self.images, self.offset, self.seed)
+        self.images += len({view.image for view in views})
+        return drawn
 
     def generator(self, device) -> torch.Generator:
         """Returns the source of the next call's noise."""

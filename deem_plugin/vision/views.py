@@ -1,5 +1,7 @@
 """A view: one picture as a vision tower saw it, and the tokens that the language model reads of it."""
 
+import math
+import random
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +24,8 @@ class View:
         maps (`dict[str, torch.Tensor]`, *optional*): The tower's multi-scale maps, each `(dim, height, width)`.
         mask (`torch.Tensor`, *optional*): True where the picture counts: no letterbox bar, or the region that is
             meant; `(height, width)` of any grid over the whole picture.
-        weight (`float`): Share of the view in the loss of its image; those of one image sum to 1.
+        weight (`float`): Share of the view in the loss of its image; those of one image sum to 1, or to more where
+            it stands for others that were not drawn.
         elsewhere (`int`): Views of its image that are in another call of the tower.
     """
 
@@ -38,9 +41,30 @@ class View:
     elsewhere: int = 0
 
 
+def sample_images(views: list[View], share: float, before: int, offset: float, seed: int) -> list[View]:
+    """
+    Keeps the views of a share of the images, drawn at random, each counted 1 / `share` times.
+
+    Each image is drawn with probability `share` where `offset` is uniform in [0, 1), and of the images of a whole step
+    as near to that share as a whole number can be: systematic sampling (Madow 1949).
+
+    Args:
+        views (`list[View]`): Of one call.
+        share (`float`): In (0, 1].
+        before (`int`): Images of the step's earlier calls.
+        offset (`float`): Rounds the number up or down, the same in all calls of a step.
+        seed (`int`): Draws which images.
+    """
+    images = list(dict.fromkeys(view.image for view in views))
+    count = math.floor(share * (before + len(images)) + offset) - math.floor(share * before + offset)
+    drawn = set(random.Random(seed).sample(images, count))
+    return [replace(view, weight=view.weight / share) for view in views if view.image in drawn]
+
+
 def sample_views(views: list[View], limit: int | None, generator=None) -> list[View]:
     """
-    Gives each view its weight in its image, and keeps at most `limit` views an image, drawn at random by `generator`.
+    Gives each view its share of its image's weight, and keeps at most `limit` views an image, drawn at random by
+    `generator`.
 
     A thumbnail is always kept. The others are drawn without replacement and weighted so that the expectation of the
     weighted sum is the mean over all views. Views in another call count for the limit, and of each call one view
@@ -64,8 +88,8 @@ def sample_views(views: list[View], limit: int | None, generator=None) -> list[V
             order = torch.randperm(len(others), generator=generator, device=device)[:count].sort().values
             drawn = [others[index] for index in order.tolist()]
         share = len(others) / (total * max(count, 1))
-        chosen += [replace(view, weight=1 / total) for view in kept]
-        chosen += [replace(view, weight=share) for view in drawn]
+        chosen += [replace(view, weight=view.weight / total) for view in kept]
+        chosen += [replace(view, weight=view.weight * share) for view in drawn]
     return chosen
 
 

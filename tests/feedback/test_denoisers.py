@@ -107,7 +107,7 @@ def save_pixart(path):
     [
         ({"transformer": ["diffusers", "DiTTransformer2DModel"]}, "network is DiTTransformer2DModel.*UNet2D.*Flux"),
         ({"scheduler": ["diffusers", "EDMEulerScheduler"]}, "EDM's preconditioning"),
-        ({"vae": ["diffusers", "AutoencoderTiny"]}, "AutoencoderTiny; expected one of AutoencoderKL, AutoencoderDC"),
+        ({"vae": ["diffusers", "VQModel"]}, "VQModel; expected one of AutoencoderKL, AutoencoderDC, AutoencoderTiny"),
     ],
     ids=["network", "scheduler", "vae"],
 )
