@@ -202,7 +202,7 @@ def _load_network(name, path_or_id, subfolder, dtype, weights, quantization=None
     network_class = getattr(diffusers, name)
     if weights:
         options = {} if quantization is None else {"quantization_config": quantization}
-        files = [file.name for file in (Path(path_or_id) / subfolder).glob("*.safetensors")]
+        files = [file.name for file in (Path(path_or_id) / (subfolder or "")).glob("*.safetensors")]
         if files and all(".fp16." in name for name in files):
             options["variant"] = "fp16"
         with naming_the_checkpoint("diffusion model", path_or_id):
