@@ -27,7 +27,7 @@ def naming_the_checkpoint(setting: str, path: str) -> Iterator[None]:
     Turns what a library says of a checkpoint that is missing or damaged into a `ValueError` that names the setting.
 
     Args:
-        setting (`str`): Dotted name of the setting that `path` stands in.
+        setting (`str`): Dotted name of the setting that `path` stands in, or what it is.
         path (`str`): Folder or hub id that is loaded.
 
     Raises:

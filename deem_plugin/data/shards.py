@@ -190,7 +190,7 @@ def _interleaved(name, key, sample: Sample, min_similarity, max_images, keep_sin
     notes: list[str] = []
     chosen = []
     for info in sorted(record["image_info"], key=lambda info: info["matched_text_index"]):
-        if not 0 <= info["matched_text_index"] < len(texts):
+        if type(info["matched_text_index"]) is not int or not 0 <= info["matched_text_index"] < len(texts):
             raise ValueError(f"an image belongs to text {info['matched_text_index']} of {len(texts)}")
         image = sample.get(info["image_name"].lower())
         if not info["matched_sim"] >= min_similarity:  # NaN is unlike, too

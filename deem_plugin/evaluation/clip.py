@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from deem_plugin.files import naming_the_checkpoint
 from deem_plugin.hub import at_revision
 
 
@@ -122,11 +123,13 @@ def _hugging_face(name: str, device: torch.device) -> Clip:
             raise ValueError(
                 f"{name} is a model of type {config.model_type!r}; expected a whole CLIP ('clip' or 'siglip')."
             )
-        model, info = AutoModel.from_pretrained(**at_revision(name), dtype=torch.float32, output_loading_info=True)
-        tokenizer, processor = (
-            AutoTokenizer.from_pretrained(**at_revision(name)),
-            AutoImageProcessor.from_pretrained(**at_revision(name)),
-        )
+        source = at_revision(name)
+        with naming_the_checkpoint("model", name):
+            model, info = AutoModel.from_pretrained(**source, dtype=torch.float32, output_loading_info=True)
+            tokenizer, processor = (
+                AutoTokenizer.from_pretrained(**source),
+                AutoImageProcessor.from_pretrained(**source),
+            )
     except OSError as error:
         raise ValueError(
             f"Found no whole CLIP at {name!r} ({error}). Give a folder or hub id of a Hugging Face CLIP with its "

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from deem_plugin.files import naming_the_checkpoint
 from deem_plugin.hub import at_revision, split_revision
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -32,9 +33,10 @@ def load_vlm(pretrained: str, dtype: str = "auto", device: str | torch.device = 
     pretrained = local_or_hub(pretrained)
     is_adapter = (Path(pretrained) / "adapter_config.json").is_file()
     base = base_of_adapter(pretrained) if is_adapter else pretrained
-    model, report = AutoModelForImageTextToText.from_pretrained(
-        **at_revision(base), dtype=DTYPES[dtype], output_loading_info=True
-    )
+    with naming_the_checkpoint("checkpoint", base):
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            **at_revision(base), dtype=DTYPES[dtype], output_loading_info=True
+        )
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
             f"{base} lacks {len(missing)} weights of {type(model).__name__}, among them {', '.join(missing[:3])}. "

@@ -11,6 +11,7 @@ from deem_plugin.feedback.checkpoint import load_conditioner
 from deem_plugin.feedback.conditions import attached_maps, condition_of
 from deem_plugin.feedback.config import FeedbackConfig, ObjectiveConfig, RossConfig
 from deem_plugin.feedback.diffusion_model import DiffusionModel, load_diffusion_model
+from deem_plugin.files import naming_the_checkpoint
 from deem_plugin.hub import at_revision
 from deem_plugin.vision.eyes import Eyes
 from deem_plugin.vision.normalization import process_image
@@ -101,7 +102,8 @@ def _load(checkpoint: str):
     from deem_plugin.training.encoder import vision_part
 
     is_adapter = (Path(checkpoint) / "adapter_config.json").is_file()
-    kind = None if is_adapter else AutoConfig.from_pretrained(**at_revision(checkpoint))
+    with naming_the_checkpoint("checkpoint", checkpoint):
+        kind = None if is_adapter else AutoConfig.from_pretrained(**at_revision(checkpoint))
     if isinstance(kind, DeemConfig):
         model, processor = load_vlm(checkpoint)
         if model.denoising is None:
@@ -120,6 +122,7 @@ def _load(checkpoint: str):
     if is_adapter or type(kind) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         model, processor = load_vlm(checkpoint)
         return model, processor.image_processor, conditioner, config
-    whole = AutoModel.from_pretrained(**at_revision(checkpoint))
-    tower = vision_part(whole, config.condition.reads_pooled)
-    return tower, AutoImageProcessor.from_pretrained(**at_revision(checkpoint)), conditioner, config
+    with naming_the_checkpoint("checkpoint", checkpoint):
+        whole = AutoModel.from_pretrained(**at_revision(checkpoint))
+        image_processor = AutoImageProcessor.from_pretrained(**at_revision(checkpoint))
+    return vision_part(whole, config.condition.reads_pooled), image_processor, conditioner, config

@@ -242,7 +242,7 @@ def _from_config(auto_class, path: str, setting: str, arguments: ModelArguments)
 def _config(path: str, setting: str):
     try:
         return AutoConfig.from_pretrained(**at_revision(path))
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"The config of `{setting}: {path}` cannot be read: it is neither a folder with a config.json nor a hub "
             f"id that can be reached from here. A plan needs no weights: give a folder that holds the config.json "

@@ -7,6 +7,7 @@ from pathlib import Path
 import open_clip
 from transformers import AutoConfig, AutoModel, CLIPImageProcessor, PreTrainedConfig
 
+from ..files import naming_the_checkpoint
 from ..hub import at_revision, split_revision
 from .configuration import DeemVisionConfig
 from .tower import DeemVisionTower
@@ -142,7 +143,8 @@ def _saved_tower(path, config, pretrained, image_size) -> DeemVisionTower:
         )
     if pretrained is False:
         return DeemVisionTower(config)
-    tower, info = DeemVisionTower.from_pretrained(**at_revision(path), output_loading_info=True)
+    with naming_the_checkpoint("vision_tower", path):
+        tower, info = DeemVisionTower.from_pretrained(**at_revision(path), output_loading_info=True)
     _refuse_bad_keys(path, info["missing_keys"], info["unexpected_keys"])
     return tower.train()
 
@@ -162,7 +164,8 @@ def _normalisation(path: str, vision_config: PreTrainedConfig, needed: bool) -> 
 
 
 def _load_encoder(tower: DeemVisionTower, path: str):
-    source, info = AutoModel.from_pretrained(**at_revision(path), output_loading_info=True)
+    with naming_the_checkpoint("vision_tower", path):
+        source, info = AutoModel.from_pretrained(**at_revision(path), output_loading_info=True)
     model = tower.encoder.model
     parts = [name for name, part in source.named_modules() if isinstance(part, type(model))]
     if not parts:

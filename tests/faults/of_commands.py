@@ -340,16 +340,106 @@ CACHES = [
 ]  # fmt: skip
 
 
+CPU = [f"training.{setting}" for setting in ("use_cpu=true", "bf16=false", "disable_tqdm=true")]
+
+
 def denoiser(name, path, says, slow=False):
     def argv(place):
         images, out = path(place), f"training.output_dir={place.folder / 'out'}"
         base = ["train-denoiser", "tiny-denoiser", f"model.encoder={place.parts / 'clip'}", "training.max_steps=1"]
-        return [*base, "training.use_cpu=true", "training.bf16=false", out, f"data.path={images}"]
+        return [*base, *CPU, out, f"data.path={images}"]
 
     return Row(name, argv, says, slow=slow)
 
 
+def model_of(folder):
+    halved(next(folder.glob("*.safetensors")))
+
+
+def _cut_final(place):
+    folder = place.trained(place.folder / "run") / "final"
+    halved(folder / "model.safetensors")
+    return folder
+
+
 OTHERS = [
+    Row(
+        "a CLIP cut in half",
+        lambda place: ["eval-encoder", place.changed("clip", model_of), *_two_classes(place)],
+        "changed-clip",
+    ),
+    Row(
+        "a language model nowhere",
+        lambda place: [
+            "convert-official",
+            place.parts / "llava/model.safetensors",
+            place.folder / "out",
+            "--language-model",
+            "/nowhere",
+        ],
+        "/nowhere|lacks",
+    ),
+    Row(
+        "a model cut in half to reconstruct from",
+        lambda place: ["reconstruct", _cut_final(place), *_picture(place)],
+        "run/final",
+        slow=True,
+    ),
+    Row(
+        "a model cut in half to rank pictures by",
+        lambda place: ["mismatch", _cut_final(place), place.parts / "images"],
+        "run/final",
+        slow=True,
+    ),
+    Row("no pictures to rank", lambda place: ["mismatch", place.parts / "llava", place.empty()], "llava|empty"),
+    Row(
+        "scores of before that are none",
+        lambda place: [
+            "eval-encoder",
+            place.parts / "clip",
+            *_two_classes(place),
+            "--before",
+            place.file("a.json", "[]"),
+        ],
+        "a.json|b.png",
+    ),
+    Row(
+        "an adapter for an encoder",
+        lambda place: [
+            "train",
+            "deem",
+            *place.train(
+                model__model="null", model__encoder=place.changed("clip", model_of), data__path=place.parts / "images"
+            )[2:],
+        ],
+        "changed-clip",
+    ),
+    Row(
+        "a tower cut in half",
+        lambda place: place.train(model__vision_tower=f"deem:{place.changed('clip', model_of)}"),
+        "changed-clip",
+    ),
+    Row(
+        "a diffusion model without text encoder",
+        lambda place: place.train(
+            feedback__condition__prompt="a photo",
+            feedback__diffusion_model__path=place.changed(
+                "sd", lambda folder: __import__("shutil").rmtree(folder / "text_encoder")
+            ),
+        ),
+        "changed-sd",
+        slow=True,
+    ),
+    Row(
+        "a plan of a broken config",
+        lambda place: [
+            "plan",
+            *place.train(
+                model__model=place.changed("llava", lambda folder: (folder / "config.json").write_text("[]"))
+            )[1:],
+        ],
+        "changed-llava",
+    ),
     denoiser("an empty folder of pictures", lambda place: place.empty(), "empty holds no picture"),
     denoiser("no folder of pictures", lambda place: "/nowhere", "/nowhere does not exist"),
     denoiser("a folder of texts", lambda place: place.file("p/a.png", "x").parent, "a.png cannot be read", slow=True),
