@@ -11,7 +11,10 @@ FLOOR_TESTS := $(addprefix tests/feedback/test_,callback.py frameworks.py)
 # Of `make fuzz`, for each reader.
 MINUTES ?= 10
 
-.PHONY: demo test test-slow test-floors fuzz lint clean
+# All that the tests need, at the newest releases of the day.
+NEWEST := .venv-newest
+
+.PHONY: demo test test-slow test-floors test-newest fuzz lint clean
 
 # Remade when the requirements change.
 $(VENV)/.installed: pyproject.toml
@@ -44,6 +47,11 @@ $(FLOORS)/.installed: pyproject.toml tests/floors.txt
 test-floors: $(FLOORS)/.installed  ## the callback's tests at the lowest versions of its requirements
 	HF_HUB_OFFLINE=1 $(FLOORS)/bin/python -m pytest -m "not slow and not gpu" $(FLOOR_TESTS) \
 	    -k "not sft_trainer and not label_smoothing" $(TEST_ARGS)
+
+test-newest:  ## the tests at the newest releases of all requirements, asked for anew each time
+	@test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable ".[test]"
+	HF_HUB_OFFLINE=1 $(NEWEST)/bin/python -m pytest -m "not slow and not gpu" $(TEST_ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
