@@ -235,7 +235,7 @@ def _load_tiny_codec(path_or_id, own, generator, weights):
     import diffusers
 
     try:
-        config = diffusers.AutoencoderTiny.load_config(path_or_id)
+        config = diffusers.AutoencoderTiny.load_config(**at_revision(path_or_id))
     except OSError as error:
         raise ValueError(
             f"`autoencoder: {path_or_id}` has no readable `config.json`. Expected a local folder or a hub id of an "

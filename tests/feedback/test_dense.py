@@ -98,7 +98,9 @@ def test_a_diffusion_model_without_a_unet_and_several_runs_of_it_are_errors(tmp_
     with pytest.raises(ValueError, match="this denoiser is a SD3Transformer2DModel. Set `feedback.condition.kind`"):
         DiffusionFeedbackCallback(config).attach(*tiny_llava())
     for other in ({"draws_per_image": 2}, {"kind": "contrastive"}):
-        with pytest.raises(ValueError, match=rf"\['objective.{next(iter(other))}'\] would repeat, move, compile or skip"):
+        with pytest.raises(
+            ValueError, match=rf"\['objective.{next(iter(other))}'\] would repeat, move, compile or skip"
+        ):
             feedback_config(objective=other, **DENSE)
     for other in ("gradient_checkpointing", "cpu_offload", "compile"):
         with pytest.raises(ValueError, match=rf"\['{other}'\] would repeat, move, compile or skip"):
