@@ -34,6 +34,7 @@ OPTIONS = {
     "CPU offload": Option({"cpu_offload": True}),
     "cached latents, compiled denoiser": Option({"compile": True}, cached=True),
     "bfloat16": Option({"dtype": "bfloat16"}, exact=False),
+    "float16": Option({"dtype": "float16"}, exact=False),
     "torchao_int8": Option({"quantization": "torchao_int8"}, exact=False),
     "bnb_8bit": Option({"dtype": "float16", "quantization": "bnb_8bit"}, exact=False),
     "bnb_4bit": Option({"dtype": "bfloat16", "quantization": "bnb_4bit"}, exact=False),
