@@ -7,6 +7,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from deem_plugin.evaluation import imagenet
+from deem_plugin.feedback.checkpoint import save_conditioner
+from deem_plugin.feedback.conditioner import Conditioner
+from deem_plugin.feedback.config import FeedbackConfig
 
 from ..evaluation.helpers import robustvqa_rows, write_pope_files
 from ..evaluation.mining_clip import save_mining_clip, write_pictures
@@ -56,11 +59,13 @@ def of_conditioner(name, change, says):
     """A checkpoint whose `feedback.safetensors` was changed."""
 
     def argv(place):
-        out = place.trained(place.folder / "out") / "final"
-        change(out)
-        return ["reconstruct", out, place.parts / "images/1.png", "--out", place.folder / "a.png"]
+        folder = place.changed("llava", lambda folder: None)
+        conditioner = Conditioner(32, 16, num_queries=4, resampler_dim=16, resampler_layers=1, resampler_heads=2)
+        save_conditioner(conditioner, FeedbackConfig(), folder)
+        change(folder)
+        return ["reconstruct", folder, place.parts / "images/1.png", "--out", place.folder / "a.png"]
 
-    return Row(name, argv, says, slow=True)
+    return Row(name, argv, says)
 
 
 def _conditioner(change):
@@ -81,11 +86,11 @@ CONDITIONERS = [
                    "feedback.safetensors"),
     of_conditioner("a conditioner of texts", with_metadata(conditioner={"input_dim": "a"}), "feedback.safetensors"),
     of_conditioner("a conditioner of 400 GB", with_metadata(conditioner={"context_dim": 10**11}),
-                   "feedback.safetensors"),
+                   "feedback.safetensors.*it asks for"),
     of_conditioner("a conditioner of a million layers", with_metadata(conditioner={"resampler_layers": 10**6}),
-                   "feedback.safetensors"),
+                   "feedback.safetensors.*it asks for"),
     of_conditioner("a conditioner of many queries", with_metadata(conditioner={"num_queries": 10**10}),
-                   "feedback.safetensors"),
+                   "feedback.safetensors.*it asks for"),
     of_conditioner("a conditioner of other settings", with_metadata(feedback="[]"), "feedback.safetensors"),
     of_conditioner("a conditioner that lacks a weight", without_a_weight, "feedback.safetensors"),
 ]  # fmt: skip
