@@ -93,6 +93,13 @@ def test_a_group_counts_its_tasks_alike(tmp_path):
     assert compare_runs(other, runs[1]).groups == []  # what the name means there is another mean
 
 
+def test_half_a_pair_does_not_count(tmp_path):
+    """As a limit on the number of samples may leave one; here the one that the new run gets wrong."""
+    pairs = compare_runs(*write_pair(tmp_path, rows=robustvqa_rows()[:5])).tasks[1]
+
+    assert (pairs.metric, pairs.questions, pairs.new) == ("robustvqa_pair_acc", 2, 1.0)
+
+
 def test_mmvp_is_compared_by_question_and_by_pair(tmp_path):
     """Three pairs, right with A and B: the base gets one pair, the new run all but the last question."""
     answers = {"base": "ABAAAA", "new": "ABABAA"}
