@@ -212,6 +212,8 @@ def test_paligemma_puts_a_line_break_between_prompt_and_answer(kind, end):
     assert prompt["input_ids"][0].tolist() == ids[0, : tokens[0][0][0]].tolist()
     with pytest.raises(ValueError, match="takes a prompt and one answer at its end"):
         tokenize(processor, texts[:1], images[:1], [[(9, 12)]])
+    with pytest.raises(ValueError, match="but of '.*cat.yes.*' other parts are asked for"):
+        tokenize(processor, texts[:1], images[:1], [[spans[0][0], (9, 12)]])
 
 
 def test_a_processor_that_adds_to_the_text_unasked_is_an_error():

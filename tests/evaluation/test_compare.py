@@ -53,10 +53,11 @@ def test_numbers_are_those_counted_by_hand(tmp_path):
 def test_order_of_the_lines_does_not_matter(tmp_path):
     base, new = write_pair(tmp_path)
     expected = compare_runs(base, new).tasks[0]
-    log = next(new.rglob("*.jsonl"))
-    lines = log.read_text().splitlines()
-    random.Random(0).shuffle(lines)
-    log.write_text("\n".join(lines))
+    for seed, run in enumerate((base, new)):
+        log = next(run.rglob("*.jsonl"))
+        lines = log.read_text().splitlines()
+        random.Random(seed).shuffle(lines)
+        log.write_text("\n".join(lines))
 
     result = compare_runs(base, new).tasks[0]
 
@@ -78,7 +79,9 @@ def test_a_group_counts_its_tasks_alike(tmp_path):
             "robustvqa_a": robustvqa_log(robustvqa_rows("a", images=10), answers),
             "robustvqa_r": robustvqa_log(robustvqa_rows("r", images=2), yes),
         }
-        runs.append(write_run(tmp_path / name, logs, groups={"robustvqa": ["robustvqa_a", "robustvqa_r"]}))
+        known = {"robustvqa_a": {"metadata": {"data": "one"}}}
+        groups = {"robustvqa": ["robustvqa_a", "robustvqa_r"]}
+        runs.append(write_run(tmp_path / name, logs, known, groups))
 
     comparisons = compare_runs(*runs)
 
@@ -88,6 +91,7 @@ def test_a_group_counts_its_tasks_alike(tmp_path):
     assert (group.questions, group.images, len(group.gained)) == (24, 12, 10)
     assert group.difference.value == pytest.approx((0.5 + 0) / 2)
     assert (group.base, group.new, group.p_value) == (0.5, 0.75, None)
+    assert comparisons.tasks[0].same_data and not group.same_data
     assert "| robustvqa (mean of 2) | robustvqa_pair_acc | 12 |" in compare_report.to_markdown(comparisons)
     other = write_run(tmp_path / "other", logs, groups={"robustvqa": ["robustvqa_a"]})
     assert compare_runs(other, runs[1]).groups == []  # what the name means there is another mean
