@@ -104,7 +104,10 @@ class SharedPrefix:
             return torch.cat(output.logits).float()
 
         def difference(padding: int) -> float:
-            return ((logits(prefix.behind(row, padding=padding)) - expected).norm() / size).item()
+            given = logits(prefix.behind(row, padding=padding))
+            # In half precision a near tie may fall otherwise, and the second token is behind another one then.
+            steps = 1 + int(given[0].argmax() == expected[0].argmax())
+            return ((given - expected)[:steps].norm() / size).item()
 
         expected = logits(_without_last(encode(row, "left"), leave))
         size = (expected - expected.mean(-1, keepdim=True)).norm()

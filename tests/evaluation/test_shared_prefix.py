@@ -152,6 +152,25 @@ def test_in_half_precision_scores_are_equal_but_for_rounding(checkpoint, dtype):
     assert [score for score, _ in shared] == pytest.approx([score for score, _ in plain], rel=0.02)
 
 
+def test_pictures_behind_the_question_are_not_shared(checkpoint):
+    """The prompts' common beginning has to hold all pictures."""
+
+    def behind(doc):
+        parts = [{"type": "image", "url": image} for image in doc["images"]]
+        return [{"role": "user", "content": [{"type": "text", "text": doc["question"]}, *parts]}]
+
+    docs = documents()
+    requests = [request("", behind, GREEDY, index, "task", "test") for index in range(len(docs))]
+    alone = loaded(DeemChat, checkpoint, docs, shares=False).generate_until(requests)
+    assert loaded(DeemChat, checkpoint, docs, batch_size=4).generate_until(requests) == alone
+
+
+def test_to_say_nothing_is_certain(checkpoint):
+    docs = documents()[:3]
+    given = scores(loaded(DeemSimple, checkpoint, docs), docs, ["", "yes"])
+    assert given[::2] == [(-0.0, True)] * 3 and all(score > 0 for score, _ in given[1::2])
+
+
 def test_what_would_come_out_otherwise_is_computed_in_full_and_said_once(checkpoint, caplog):
     docs = documents()
     model = loaded(DeemChat, checkpoint, docs, batch_size=2)
