@@ -90,18 +90,21 @@ class StepCounter:
         self.autocast_dtype = autocast_dtype
         self.mode = skeleton.mode
         self._modules = [skeleton.model, *skeleton.frozen.values()]
+        self._share = 1.0 if skeleton.hook is None else skeleton.hook.share
 
     def count_flops(self, pictures: int, tokens: int, feedback: bool) -> int:
         """
         Returns the floating-point operations of one micro-batch, forward and backward, recomputation included.
 
-        Counted are matrix products, convolutions and attention.
+        Of all pictures, whatever share of them the feedback draws. Counted are matrix products, convolutions and
+        attention.
 
         Args:
             pictures (`int`): Conversations of the micro-batch, each with one picture.
             tokens (`int`): Length of a conversation, those of its picture among them.
             feedback (`bool`): Whether the feedback is computed.
         """
+        self._draw(1.0)
         with self.mode, flop_counter() as counter:
             self._step(pictures, tokens, feedback)
         return counter.get_total_flops()
@@ -111,6 +114,7 @@ class StepCounter:
         Returns the most bytes that the same micro-batch holds beside the model's and the diffusion model's weights and
         all gradients: what the backward pass needs, weights cast by autocast, and what comes and goes.
         """
+        self._draw(self._share)
         weights = [parameter for module in self._modules for parameter in module.parameters()]
         with self.mode:
             for weight in weights:
@@ -131,10 +135,16 @@ class StepCounter:
         if hook is not None:
             hook.check_injected()
 
+    def _draw(self, share: float):
+        """Has the feedback draw a share of the pictures."""
+        if self.skeleton.hook is not None:
+            self.skeleton.hook.share = share
+
     def _switch(self, feedback: bool):
         """Switches the feedback on or off."""
         if self.skeleton.hook is not None:
-            self.skeleton.hook.state = StepState(1.0 if feedback else 0.0)
+            # The offset at which a micro-batch draws the most pictures.
+            self.skeleton.hook.state = StepState(1.0 if feedback else 0.0, offset=1 - 1e-6)
 
     def count_encoding(self, pictures: int) -> int:
         """Returns the FLOPs of encoding pictures to latents, a part of the feedback that never changes."""

@@ -37,7 +37,7 @@ ON_ANY_MACHINE = ("training.use_cpu=true", "training.tf32=null")
 @dataclass
 class Flops:
     """
-    Floating-point operations of one micro-batch on one GPU.
+    Floating-point operations of one micro-batch on one GPU; with `feedback.share` the mean over micro-batches.
 
     Args:
         without_feedback (`int`, *optional*): Of the model alone; None for an encoder that learns from feedback only.
@@ -145,8 +145,10 @@ def make_plan(
     alone = counter.count_flops(pictures, tokens, feedback=False) if skeleton.image_tokens else None
     flops = Flops(alone)
     if feedback:
-        flops.encoding = counter.count_encoding(pictures)
-        flops.denoising = counter.count_flops(pictures, tokens, feedback=True) - (alone or 0) - flops.encoding
+        encoding = counter.count_encoding(pictures)
+        denoising = counter.count_flops(pictures, tokens, feedback=True) - (alone or 0) - encoding
+        share = recipe.feedback.share if isinstance(recipe.feedback, FeedbackConfig) else 1.0
+        flops.encoding, flops.denoising = round(share * encoding), round(share * denoising)
     return Plan(
         recipe=recipe.name,
         pictures=pictures,

@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from PIL import Image
 from transformers import AutoImageProcessor, TrainerCallback
 
@@ -384,6 +385,34 @@ def test_the_time_of_a_step_is_its_flops_at_the_stated_utilisation(parts, tmp_pa
     assert deem([*command, "--gpu-memory", "80"]) == 0 and "Estimated:" not in capsys.readouterr().out
     assert deem([*command, "--picture-size", "0", "4"]) == 1
     assert "`--picture-size` is width and height in pixels" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_share_of_the_pictures_costs_its_share_of_the_feedback(parts, tmp_path):
+    whole, quarter = (
+        make_plan(recipe_of("full", parts, tmp_path, feedback__share=share), gpus=[1]) for share in (1.0, 0.25)
+    )
+
+    assert quarter.flops.without_feedback == whole.flops.without_feedback
+    assert quarter.flops.encoding == pytest.approx(whole.flops.encoding / 4)
+    assert quarter.flops.denoising == pytest.approx(whole.flops.denoising / 4)
+    assert quarter.rows[0].memory.activations < whole.rows[0].memory.activations
+
+
+@pytest.mark.slow
+def test_a_quarter_of_the_pictures_and_a_tiny_autoencoder_add_little_to_the_7b_recipe(tmp_path):
+    """At 704 tokens, where all pictures and the generator's own autoencoder add 7.6 %."""
+    write_configs(tmp_path)
+    tiny = tmp_path / "taesd"
+    with torch.device("meta"):
+        AutoencoderTiny().save_config(tiny)
+    overrides = [f"model.model={tmp_path / 'llava-1.5-7b'}", "training.use_cpu=true", "training.tf32=null"]
+    overrides += [f"feedback.diffusion_model.path={tmp_path / 'stable-diffusion-2-1-base'}"]
+    overrides += [f"feedback.diffusion_model.autoencoder={tiny}", "feedback.share=0.25"]
+
+    flops = make_plan(load_recipe("llava-1.5-7b-feedback", overrides), gpus=[1], tokens=704).flops
+
+    assert 0.01 < flops.total / flops.without_feedback - 1 < 0.03
 
 
 def test_without_an_image_processor_the_tokens_of_a_picture_are_not_known(parts, tmp_path):
