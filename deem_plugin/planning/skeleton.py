@@ -159,7 +159,7 @@ def _deem_skeleton(recipe: Recipe, mode: FakeWeightsMode) -> Skeleton:
     picture = {"pixel_values": torch.zeros(1, 3, size, size)}
     if deem.target_size is not None:
         picture["target_pixel_values"] = torch.zeros(1, 3, deem.target_size, deem.target_size)
-    notes.append("Supposed is one picture in the middle of each row; a row of packed documents may hold more.")
+    notes.append("One picture in the middle of each row; a row of packed documents may hold more.")
     # And the token that says that a picture begins.
     image_tokens = 1 + without_peft(model).config.vision_config.num_image_tokens
     return Skeleton(
