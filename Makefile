@@ -14,7 +14,7 @@ MINUTES ?= 10
 # All that the tests need, at the newest releases of the day.
 NEWEST := .venv-newest
 
-.PHONY: demo test test-slow test-floors test-newest fuzz lint clean
+.PHONY: demo test test-slow test-floors test-newest fuzz lint docs clean
 
 # Remade when the requirements change.
 $(VENV)/.installed: pyproject.toml
@@ -56,6 +56,10 @@ test-newest:  ## the tests at the newest releases of all requirements, asked for
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: $(VENV)/.installed  ## the documentation site, built strictly: out/site/index.html
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf out dist build .pytest_cache .ruff_cache

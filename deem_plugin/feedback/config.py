@@ -19,7 +19,7 @@ class DiffusionModelConfig:
 
     Args:
         path (`str`): Folder or hub id in diffusers' layout (`model_index.json`, `unet` or `transformer`, `scheduler`,
-            `vae`). Without a `vae` it is taken for a model that works on pixels.
+            `vae`), or `deem-tiny`, the toy that ships with the package. Without a `vae` it works on pixels.
         dtype (`str`, *optional*, defaults to `"float32"`):
             Precision in which the frozen denoiser is held: `float32`, `bfloat16` or `float16`.
         autoencoder (`str`, *optional*): Folder or hub id of an `AutoencoderTiny` of the same family, which encodes

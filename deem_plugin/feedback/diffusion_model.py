@@ -15,6 +15,9 @@ from .optimizations import onloaded
 from .pictures import fit
 from .quantization import quantization_config
 
+# Name -> folder of what ships with the package: a toy, for trials without a hub.
+SHIPPED = {"deem-tiny": str(Path(__file__).parents[1] / "demo/pretrained_diffusion_model")}
+
 
 @dataclass
 class DiffusionModel:
@@ -100,8 +103,8 @@ def load_diffusion_model(
     Loads the frozen diffusion model that gives the feedback.
 
     Args:
-        path_or_id (`str`): A folder or hub id in diffusers' layout. Known networks are those of `DENOISERS`, with an
-            autoencoder of `CODECS`, or without one for a pixel-space diffusion model.
+        path_or_id (`str`): A folder or hub id in diffusers' layout, or a name of `SHIPPED`. Known networks are those
+            of `DENOISERS`, with an autoencoder of `CODECS`, or without one for a pixel-space diffusion model.
         dtype (`str`, *optional*, defaults to `"float32"`): Precision of the denoiser. The VAE stays in float32: in
             half precision it overflows on some pictures.
         weights (`bool`, *optional*, defaults to `True`): `False` reads the configs alone and puts both networks on the
@@ -112,6 +115,7 @@ def load_diffusion_model(
         ValueError: If the package of a quantization is missing, the folder holds no known network, VAE or scheduler
             (the message lists the known ones), its latents have no such size, or `autoencoder` makes others.
     """
+    path_or_id = SHIPPED.get(path_or_id, path_or_id)
     index = _load_index(path_or_id)
     folder = "unet" if "unet" in index else "transformer"
     network_name = _class_of(index, folder, path_or_id)
