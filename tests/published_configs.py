@@ -4,8 +4,8 @@ Writes the configs of the published models that the 7B recipes name, without wei
     python -m tests.published_configs FOLDER
 
 The values are those of the files on the hub (llava-hf/llava-1.5-7b-hf, lmsys/vicuna-7b-v1.5,
-openai/clip-vit-large-patch14 and -336, stabilityai/stable-diffusion-2-1-base, stabilityai/stable-diffusion-xl-base-1.0,
-stabilityai/stable-diffusion-3-medium-diffusers).
+openai/clip-vit-large-patch14 and -336, stabilityai/stable-diffusion-2-1-base,
+stabilityai/stable-diffusion-xl-base-1.0, stabilityai/stable-diffusion-3-medium-diffusers).
 """
 
 import json
@@ -124,7 +124,9 @@ def stable_diffusion_3() -> tuple[dict, FlowMatchEulerDiscreteScheduler]:
     }
     own = {"latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609}
     codec = vae(1024, **own, use_quant_conv=False, use_post_quant_conv=False)
-    return {"transformer": (SD3Transformer2DModel, transformer), "vae": codec}, FlowMatchEulerDiscreteScheduler(shift=3)
+    return {"transformer": (SD3Transformer2DModel, transformer), "vae": codec}, FlowMatchEulerDiscreteScheduler(
+        shift=3
+    )
 
 
 def scaled_linear() -> DDPMScheduler:

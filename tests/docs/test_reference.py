@@ -16,7 +16,9 @@ LISTED = [
 ]
 
 
-@pytest.mark.parametrize("package", ["deem_plugin", "deem_plugin.feedback", "deem_plugin.vision", "deem_plugin.models"])
+@pytest.mark.parametrize(
+    "package", ["deem_plugin", "deem_plugin.feedback", "deem_plugin.vision", "deem_plugin.models"]
+)
 def test_every_exported_class_and_function_is_in_the_reference(package):
     exported = import_module(package)
     names = {name for name in exported.__all__ if callable(getattr(exported, name))}
