@@ -212,7 +212,7 @@ def table(bench: EvalBench) -> str:
     """Returns the benchmark as a Markdown table."""
     where = f"{bench.device}, {bench.threads} threads, {bench.clock}"
     lines = [
-        f"model {bench.model}, all but its tower {bench.proportion:.1f} times the tower's parameters, {where}, "
+        f"model {bench.model}, all but its tower {bench.proportion:.2g} times the tower's parameters, {where}, "
         f"medians of {bench.pairs} pairs",
         "",
         "| questions | answering | times as fast | questions a second | other answers | peak memory |",

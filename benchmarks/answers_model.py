@@ -9,8 +9,8 @@ from PIL import Image
 # has 22 times the parameters of its tower, and a picture 576 tokens.
 CONFIGS = {
     "tiny": {"tower": (32, 2), "language_model": (32, 2), "image_size": 32, "patch_size": 8},
-    "llava": {"tower": (192, 6), "language_model": (768, 12), "image_size": 224, "patch_size": 16},
-    "llava-576": {"tower": (256, 6), "language_model": (1024, 12), "image_size": 384, "patch_size": 16},
+    "llava": {"tower": (128, 6), "language_model": (512, 12), "image_size": 224, "patch_size": 16},
+    "llava-576": {"tower": (192, 6), "language_model": (768, 12), "image_size": 384, "patch_size": 16},
     "tower-heavy": {"tower": (384, 12), "language_model": (32, 2), "image_size": 224, "patch_size": 16},
 }
 
