@@ -209,6 +209,25 @@ def test_with_cache_equals_without_and_a_batch_equals_one_at_a_time(maps, beams)
     assert (model(**batch).logits[:, -1] - logits).abs().max() > 0.02
 
 
+def test_a_micro_batch_weighs_by_its_share_of_tokens_and_its_own_counts(diffusion_model):
+    """As under the stock Trainer, which gives `num_items_in_batch` and no `step_totals`."""
+    model, processor = tiny_deem()
+    model.attach_diffusion_model(diffusion_model)
+    inputs = inputs_of(processor, TEXTS, 3) | {"image_loss_mask": torch.tensor([1, 0, 1])}
+    tokens = (inputs["labels"][:, 1:] != -100).sum()
+
+    def losses(**options):
+        torch.manual_seed(0)
+        return model.train()(**inputs, generator=torch.Generator().manual_seed(0), **options)
+
+    whole, half = losses(num_items_in_batch=tokens), losses(num_items_in_batch=2 * tokens)
+    counted = losses(step_totals=model.totals_of(inputs))
+
+    torch.testing.assert_close(half.loss, whole.loss / 2)
+    torch.testing.assert_close(half.image_loss, whole.image_loss / 2)
+    torch.testing.assert_close(whole.image_loss, counted.image_loss)
+
+
 def test_generation_counts_the_new_tokens():
     """Its methods take the width of the logits from the config."""
     model, processor = tiny_deem(**WITH_MAPS)
