@@ -14,6 +14,7 @@ from deem_plugin.training.checkpoint import (
     train_and_keep,
 )
 from deem_plugin.training.recipes import Recipe, load_recipe
+from deem_plugin.training.sharding import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ def train(recipe: Recipe, make_feedback: Callable | None = None) -> Path:
     set_seed(args.seed)
     prepare = _prepare_encoder if recipe.model.encoder else _prepare_vlm
     trainer, save = prepare(recipe, make_feedback)
+    _say_whether_sharded(args, trainer.accelerator.distributed_type)
     check_room(args.output_dir, trainer.model)
     train_and_keep(trainer)
     final = Path(args.output_dir) / FINAL_NAME
@@ -104,6 +106,18 @@ def _check(recipe: Recipe):
     # Batches of text alone, and steps without feedback, leave the tower or the conditioner without a gradient.
     if args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = True
+
+
+def _say_whether_sharded(args, distributed_type):
+    """Warns where FSDP was asked for and accelerate, which shards over GPUs only, does something else."""
+    from accelerate import DistributedType
+
+    if is_sharded(args) and distributed_type != DistributedType.FSDP:
+        logger.warning(
+            "FSDP shards over several GPUs, and this run has none or is one process (%s): each process holds the "
+            "whole model, as with `training.fsdp=null`.",
+            distributed_type.value,
+        )
 
 
 def _feedback_callback(recipe: Recipe, make_feedback, model, processing_class, *, returns_loss=False):

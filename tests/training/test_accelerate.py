@@ -1,0 +1,66 @@
+"""The configurations for `accelerate launch` that ship beside the recipes, and FSDP where there is nothing to shard."""
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+
+from deem_plugin.resources import recipes_dir
+from deem_plugin.training.recipes import load_recipe
+from deem_plugin.training.run import train
+
+from .helpers import tiny_overrides
+
+FILES = sorted((recipes_dir() / "accelerate").glob("*.yaml"))
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_accelerate_reads_each_file_and_knows_what_it_says(path):
+    config = load_config_from_file(str(path))
+
+    kind = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}[path.stem.split("-")[0]]
+    assert config.distributed_type == kind and config.num_processes == 8 * config.num_machines
+    assert config.mixed_precision == "no"  # the recipe says it
+    assert ("2-nodes" in path.stem) == (config.num_machines == 2)
+    if kind == "FSDP":
+        assert config.fsdp_config["fsdp_version"] == 2
+    if kind == "DEEPSPEED":
+        assert config.deepspeed_config["zero_stage"] == int(path.stem[-1])
+
+
+def test_there_is_one_for_each_way():
+    assert sorted(path.stem for path in FILES) == ["ddp", "ddp-2-nodes", "fsdp2", "fsdp2-2-nodes", "zero2", "zero3"]
+
+
+def test_sharding_without_gpus_says_what_it_does(parts, tmp_path, caplog):
+    settings = {"model__model": parts / "llava", "training__fsdp": "true", "training__max_steps": 1}
+    recipe = load_recipe("tiny-tune", tiny_overrides(parts, tmp_path, **settings))
+
+    with caplog.at_level(logging.WARNING):
+        train(recipe)
+
+    assert "each process holds the whole model" in caplog.text
+
+
+@pytest.mark.slow
+def test_accelerate_launch_trains_by_the_shipped_ddp_file(parts, tmp_path):
+    """On two processes of a CPU, which the file is told by options as another number of GPUs would be."""
+    config = yaml.safe_load((recipes_dir() / "accelerate" / "ddp.yaml").read_text())
+    config |= {"distributed_type": "MULTI_CPU", "use_cpu": True, "num_processes": 2, "main_process_port": 0}
+    (tmp_path / "cpu.yaml").write_text(yaml.safe_dump(config))
+    overrides = tiny_overrides(parts, tmp_path / "run", model__model=parts / "llava")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "cpu.yaml")]
+    command += ["-m", "deem_plugin", "train", "tiny-tune", *overrides]
+
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "run" / "final" / "model.safetensors").is_file() and "MULTI" not in done.stderr
