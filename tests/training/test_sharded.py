@@ -1,5 +1,6 @@
-"""Recipes whose model is sharded (FSDP2) over gloo ranks, by the Trainer's own wrapping, saving and resuming."""
+"""Recipes over gloo ranks, by DDP and sharded by FSDP2: the Trainer's own wrapping, saving and resuming."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -46,7 +47,7 @@ def run(parts, certain, tmp_path):
         given |= {"training__optim": "sgd", "training__learning_rate": 0.05, "training__max_steps": 4}
         settings = {**given, "data__cache_dir": tmp_path / "cache", "feedback__weight": 1.0, **settings}
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-        command += ["-m", "tests.training.run_sharded", *tiny_overrides(parts, tmp_path / out, **settings)]
+        command += ["-m", "tests.training.run_ranks", *tiny_overrides(parts, tmp_path / out, **settings)]
         environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-4000:]
@@ -56,11 +57,10 @@ def run(parts, certain, tmp_path):
 
 
 def assert_close(one, two):
-    for name in ("model.safetensors", "feedback.safetensors"):
-        expected, given = load_file(one / name), load_file(two / name)
-        assert expected.keys() == given.keys()
-        for key, value in expected.items():
-            torch.testing.assert_close(given[key], value, atol=1e-5, rtol=1e-5, msg=key)
+    expected, given = load_file(one), load_file(two)
+    assert expected.keys() == given.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(given[key], value, atol=1e-5, rtol=1e-5, msg=key)
 
 
 def moved(parts, folder):
@@ -68,16 +68,32 @@ def moved(parts, folder):
     return max((end[name] - value).abs().max().item() for name, value in start.items() if "vision" in name)
 
 
+def logged(folder):
+    names = ("loss", "feedback_loss", "grad_norm")
+    steps = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [torch.tensor([step[name] for name in names]) for step in steps if "loss" in step]
+
+
+FSDP = {"training__fsdp": "true"}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "micro", "lora"), [(2, 2, {}), (4, 1, {}), (2, 2, LORA)])
-def test_shards_end_where_one_process_does(run, parts, ranks, micro, lora):
+@pytest.mark.parametrize(
+    ("ranks", "micro", "settings"),
+    [(2, 2, FSDP), (4, 1, FSDP), (2, 2, FSDP | LORA), (2, 2, {}), (4, 1, {}), (2, 2, LORA)],
+)
+def test_ranks_end_where_one_process_does(run, parts, ranks, micro, settings):
+    lora = {name: value for name, value in settings.items() if name in LORA}
     one = run(1, "one", training__per_device_train_batch_size=4, **lora)
-    shards = {"training__fsdp": "true", "training__per_device_train_batch_size": 1}
-    sharded = run(ranks, "sharded", training__gradient_accumulation_steps=micro, **shards, **lora)
+    cut = {"training__per_device_train_batch_size": 1, "training__gradient_accumulation_steps": micro}
+    several = run(ranks, "several", **cut, **settings)
 
     assert moved(parts, one) > 1e-3
-    assert_close(one / "final", sharded / "final")
-    assert (sharded / "final/adapter").is_dir() == bool(lora)
+    for name in ("gradients", "final/model", "final/feedback"):
+        assert_close(one / f"{name}.safetensors", several / f"{name}.safetensors")
+    assert len(logged(one)) == 4
+    torch.testing.assert_close(logged(several), logged(one), atol=1e-5, rtol=1e-5)
+    assert (several / "final/adapter").is_dir() == bool(lora)
 
 
 @pytest.mark.slow
@@ -89,7 +105,8 @@ def test_a_sharded_run_resumes(run):
 
     resumed = run(2, "parts", training__resume_from_checkpoint="last", **settings)
 
-    assert_close(whole / "final", resumed / "final")
+    for name in ("model", "feedback"):
+        assert_close(whole / f"final/{name}.safetensors", resumed / f"final/{name}.safetensors")
 
 
 def test_a_batch_of_text_alone_gets_a_picture_of_which_nothing_is_learned():
