@@ -5,6 +5,7 @@ import math
 import os
 import random
 
+from accelerate.utils import parse_flag_from_env
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -177,7 +178,7 @@ class DiffusionFeedbackCallback(TrainerCallback):
         self.attachment.attach()
         self.attachment.began = True
         self.hook.reset()
-        if not args.deepspeed and not args.fsdp:
+        if not is_sharded(args):
             _check_optimizer(optimizer, self.conditioner)
         self.diffusion_model.to(args.device)
         if self.diffusion_model.cpu_offload and args.device.type == "cuda":
@@ -282,11 +283,16 @@ class DiffusionFeedbackCallback(TrainerCallback):
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self.start_from(state.best_model_checkpoint)
             weights = os.path.join(state.best_model_checkpoint, "config.json")  # else an adapter, loaded by name
-            if not args.fsdp and not args.deepspeed and os.path.isfile(weights):
+            if not is_sharded(args) and os.path.isfile(weights):
                 load_by_class(self.model, state.best_model_checkpoint)
         save_conditioner(self.conditioner, self.config, args.output_dir, args.should_save, self.hook.balance)
         self.hook.reset()
         self.detach()
+
+
+def is_sharded(args) -> bool:
+    """Tells whether a run is cut over ranks by FSDP or DeepSpeed, by its arguments or those of `accelerate launch`."""
+    return bool(args.fsdp) or args.deepspeed_plugin is not None or parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
 def _check_optimizer(optimizer, conditioner):
@@ -400,7 +406,7 @@ def _check_run(args):
         )
     if is_deepspeed_zero3_enabled():
         raise ValueError("The feedback does not support DeepSpeed ZeRO-3. Use ZeRO-2, FSDP or DDP.")
-    if args.deepspeed and args.fp16:
+    if args.deepspeed_plugin is not None and args.fp16:
         raise ValueError("The feedback cannot see DeepSpeed's loss scale for fp16. Set `bf16: true`.")
 
 

@@ -14,7 +14,7 @@ from deem_plugin.training.checkpoint import (
     train_and_keep,
 )
 from deem_plugin.training.recipes import Recipe, load_recipe
-from deem_plugin.training.sharding import is_sharded
+from deem_plugin.training.sharding import uses_fsdp
 
 logger = logging.getLogger(__name__)
 
@@ -82,11 +82,17 @@ def train(recipe: Recipe, make_feedback: Callable | None = None) -> Path:
 
 def _check(recipe: Recipe):
     """Raises on settings that would fail only after hours."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
     args = recipe.training
     if recipe.model.encoder and args.fsdp:
         raise ValueError(
             "`training.fsdp` is for VLMs: an encoder alone fits on each GPU. Leave it out (`training.fsdp=null`), and "
             "several processes train by DDP."
+        )
+    if recipe.feedback is not None and is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "The feedback does not support DeepSpeed ZeRO-3. Use ZeRO-2, FSDP (`training.fsdp=true`) or DDP."
         )
     if recipe.data.kind != "conversations" and recipe.deem is None:
         raise ValueError(
@@ -109,15 +115,17 @@ def _check(recipe: Recipe):
 
 
 def _say_whether_sharded(args, distributed_type):
-    """Warns where FSDP was asked for and accelerate, which shards over GPUs only, does something else."""
+    """Warns where sharding was asked for and accelerate, which shards over GPUs only, does something else."""
     from accelerate import DistributedType
 
-    if is_sharded(args) and distributed_type != DistributedType.FSDP:
-        logger.warning(
-            "FSDP shards over several GPUs, and this run has none or is one process (%s): each process holds the "
-            "whole model, as with `training.fsdp=null`.",
-            distributed_type.value,
-        )
+    for name, asked in (("FSDP", uses_fsdp(args)), ("DEEPSPEED", args.deepspeed_plugin is not None)):
+        if asked and distributed_type != DistributedType[name]:
+            logger.warning(
+                "%s was asked for, and accelerate shards over GPUs only; this run has none (%s). Each process holds "
+                "the whole model, as with `training.fsdp=null training.deepspeed=null`.",
+                name,
+                distributed_type.value,
+            )
 
 
 def _feedback_callback(recipe: Recipe, make_feedback, model, processing_class, *, returns_loss=False):

@@ -1,5 +1,7 @@
 """What FSDP asks of a run: layers that it can find, and the same collectives on every rank."""
 
+import os
+
 from accelerate.utils import parse_flag_from_env
 from PIL import Image
 
@@ -9,7 +11,7 @@ from deem_plugin.data.collator import IGNORE_INDEX, ConversationCollator
 _SIDE = 64
 
 
-def is_sharded(args) -> bool:
+def uses_fsdp(args) -> bool:
     """Tells whether a run shards its model by FSDP, by its arguments or by those of `accelerate launch`."""
     return bool(args.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
 
@@ -21,11 +23,12 @@ def name_sharded_layers(model, args):
     By itself accelerate takes the whole list and fails on what is not there; transformers' holds the layers of all
     models in a tower's module, such as CLIP's text embeddings in a LLaVA (seen with transformers 5.24).
     """
-    options = args.fsdp_plugin_args
-    if options and "transformer_cls_names_to_wrap" not in options:
-        present = {type(module).__name__ for module in model.modules()}
-        names = sorted(present & set(getattr(model, "_no_split_modules", None) or ()))
-        options["transformer_cls_names_to_wrap"] = ",".join(names)
+    present = {type(module).__name__ for module in model.modules()}
+    names = ",".join(sorted(present & set(getattr(model, "_no_split_modules", None) or ())))
+    if args.fsdp_plugin_args:
+        args.fsdp_plugin_args.setdefault("transformer_cls_names_to_wrap", names)
+    else:  # of `accelerate launch`, which hands its configuration on by the environment
+        os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", names)
 
 
 class PictureInEachBatch:

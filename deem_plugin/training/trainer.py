@@ -10,7 +10,7 @@ from deem_plugin.feedback.finite import FiniteTally
 from deem_plugin.feedback.state import Sums
 from deem_plugin.training.data import ExamplesTrainer
 from deem_plugin.training.parts import find, matches, resolve
-from deem_plugin.training.sharding import PictureInEachBatch, is_sharded, name_sharded_layers
+from deem_plugin.training.sharding import PictureInEachBatch, name_sharded_layers, uses_fsdp
 from deem_plugin.training.training_arguments import naming_training
 
 # What the interleaved model returns beside its loss, as shares of an optimizer step's mean; logged by these names.
@@ -28,7 +28,7 @@ class RecipeTrainer(ExamplesTrainer):
     """
 
     def __init__(self, model, args, data_collator=None, *, learning_rates: dict[str, float] | None = None, **kwargs):
-        if is_sharded(args):
+        if uses_fsdp(args):
             name_sharded_layers(model, args)
             if isinstance(data_collator, ConversationCollator):
                 data_collator = PictureInEachBatch(data_collator)

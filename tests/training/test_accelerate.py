@@ -1,19 +1,23 @@
-"""The configurations for `accelerate launch` that ship beside the recipes, and FSDP where there is nothing to shard."""
+"""The configurations for `accelerate launch` that ship beside the recipes, and sharding where there are no GPUs."""
 
 import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from accelerate import DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
 
+from deem_plugin.feedback.callback import is_sharded
 from deem_plugin.resources import recipes_dir
-from deem_plugin.training.recipes import load_recipe
-from deem_plugin.training.run import train
+from deem_plugin.training.run import _say_whether_sharded
+from deem_plugin.training.sharding import name_sharded_layers, uses_fsdp
 
+from ..tiny import tiny_llava
 from .helpers import tiny_overrides
 
 FILES = sorted((recipes_dir() / "accelerate").glob("*.yaml"))
@@ -38,14 +42,35 @@ def test_there_is_one_for_each_way():
     assert sorted(path.stem for path in FILES) == ["ddp", "ddp-2-nodes", "fsdp2", "fsdp2-2-nodes", "zero2", "zero3"]
 
 
-def test_sharding_without_gpus_says_what_it_does(parts, tmp_path, caplog):
-    settings = {"model__model": parts / "llava", "training__fsdp": "true", "training__max_steps": 1}
-    recipe = load_recipe("tiny-tune", tiny_overrides(parts, tmp_path, **settings))
+@pytest.mark.parametrize(
+    ("asked", "kind", "said"),
+    [
+        ({"fsdp": True}, "MULTI_CPU", "FSDP was asked for"),
+        ({"deepspeed_plugin": object()}, "MULTI_CPU", "DEEPSPEED was asked for"),
+        ({"fsdp": True}, "FSDP", ""),
+        ({}, "MULTI_CPU", ""),
+    ],
+)
+def test_sharding_without_gpus_says_what_it_does(asked, kind, said, caplog):
+    args = SimpleNamespace(**{"fsdp": None, "deepspeed_plugin": None, **asked})
 
     with caplog.at_level(logging.WARNING):
-        train(recipe)
+        _say_whether_sharded(args, DistributedType[kind])
 
-    assert "each process holds the whole model" in caplog.text
+    assert said in caplog.text and bool(said) == ("Each process holds the whole model" in caplog.text)
+
+
+def test_layers_to_shard_are_told_to_accelerate_launch_too(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "")
+    monkeypatch.delenv("FSDP_TRANSFORMER_CLS_TO_WRAP")
+    args = SimpleNamespace(fsdp=None, fsdp_plugin_args=None, deepspeed_plugin=None)
+
+    name_sharded_layers(tiny_llava()[0], args)
+
+    named = os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"].split(",")
+    assert "LlamaDecoderLayer" in named and "CLIPTextEmbeddings" not in named
+    assert uses_fsdp(args) and is_sharded(args)
 
 
 @pytest.mark.slow
