@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOMS = ("vision", "feedback", "training")
-MOST_LINES, MOST_METHODS, MOST_FIELDS = 10150, 10, 15
+MOST_LINES, MOST_METHODS, MOST_FIELDS = 10250, 10, 15
 FILES = [path for room in ROOMS for path in sorted((Path(__file__).parents[1] / "deem_plugin" / room).rglob("*.py"))]
 
 
