@@ -1,5 +1,6 @@
 """The configurations for `accelerate launch` that ship beside the recipes, and sharding where there are no GPUs."""
 
+import json
 import logging
 import os
 import subprocess
@@ -8,9 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from accelerate import DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
+from safetensors.torch import load_file
 
 from deem_plugin.feedback.callback import is_sharded
 from deem_plugin.resources import recipes_dir
@@ -89,3 +92,26 @@ def test_accelerate_launch_trains_by_the_shipped_ddp_file(parts, tmp_path):
 
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "run" / "final" / "model.safetensors").is_file() and "MULTI" not in done.stderr
+
+
+@pytest.mark.slow
+def test_zero_2_ends_where_ddp_does(parts, tmp_path):
+    pytest.importorskip("deepspeed")
+    auto = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps", "gradient_clipping")
+    options = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    config = {**dict.fromkeys(auto, "auto"), "zero_optimization": {"stage": 2}, **options}
+    (tmp_path / "zero2.json").write_text(json.dumps(config))
+    settings = {"model__model": parts / "llava", "training__optim": "sgd", "training__learning_rate": 0.05}
+    settings |= {"training__max_steps": 3, "data__cache_dir": tmp_path / "cache", "feedback__weight": 1.0}
+    for name, given in (("ddp", {}), ("zero2", {"training__deepspeed": tmp_path / "zero2.json"})):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        command += ["-m", "deem_plugin", "train", "tiny-tune"]
+        command += tiny_overrides(parts, tmp_path / name, **settings, **given)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0 and ("DeepSpeed" in done.stdout + done.stderr) == (name == "zero2"), done.stderr
+
+    for file in ("model.safetensors", "feedback.safetensors"):
+        one, two = (load_file(tmp_path / name / "final" / file) for name in ("ddp", "zero2"))
+        for key, value in one.items():
+            torch.testing.assert_close(two[key], value, rtol=1e-5, atol=1e-6)
