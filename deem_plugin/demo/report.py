@@ -124,7 +124,7 @@ def _verdicts(metrics: list[dict[str, dict[str, Metric]]], arms: dict[str, Arm])
             ours, others = ([seed[key][metric] for seed in metrics] for key in (MAIN_ARM, name))
             differences = [a.value - b.value for a, b in zip(ours, others, strict=True)]
             wins = sum(difference > 0 for difference in differences)
-            holds = "every seed" if wins == len(differences) else f"{wins} of {len(differences)} seeds"
+            holds = f"{wins} of {len(differences)} seeds" if len(differences) > 1 else ("yes" if wins else "no")
             by_seed = ", ".join(f"{difference:+.3f}" for difference in differences)
             rows.append([metric, f"feedback - {arm.title}", difference_cell(ours, others), by_seed, holds])
     return table(["score", "comparison", "difference", "by seed", "feedback ahead on"], rows)
