@@ -71,6 +71,7 @@ def test_a_folder_is_ranked_by_planted_damage(folder, seen):
     assert roc_auc_score([1] * 10 + [0] * 90, scores) >= 0.9
 
 
+@pytest.mark.slow
 def test_a_map_shows_where_a_tower_has_become_blind(folder, seen):
     damaged = measure_mismatch(feedback(blurred_left), find_pictures(folder), draws=32)
 
@@ -87,6 +88,7 @@ def test_tokens_of_another_picture_tell_nothing(folder):
     assert [entry.mismatch for entry in blind] == pytest.approx([1.0] * 20)
 
 
+@pytest.mark.slow
 def test_the_standard_error_is_that_of_other_draws(folder):
     paths = find_pictures(folder)[:20]
     runs = [measure_mismatch(feedback(), paths, seed=seed) for seed in range(12)]
