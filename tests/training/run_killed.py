@@ -1,6 +1,6 @@
 """
 Kills a run of a recipe again and again and resumes it, until it ends:
-`python -m tests.training.run_killed FOLDER KILLS [overrides]`.
+`python -m tests.training.run_killed FOLDER KILLS RANKS [overrides]`. All ranks are killed at once, as by a power cut.
 
 A process of its own, which does nothing but import before it forks: each attempt costs no import, and no thread of a
 test is lost in the fork.
@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -23,17 +24,41 @@ import deem_plugin.training.trainer  # noqa: F401  # what `train` imports when i
 from deem_plugin.training.recipes import load_recipe
 from deem_plugin.training.run import train
 
+from .run_ranks import shard_on_cpus
 
-def start(overrides):
-    """Forks a process that trains; returns its id."""
-    if child := os.fork():
-        return child
-    try:
-        train(load_recipe("tiny-tune", overrides))
-        os._exit(0)
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
+
+def start(overrides, ranks):
+    """Forks processes that train, one a rank; returns their ids."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    children = []
+    for rank in range(ranks):
+        if child := os.fork():
+            children.append(child)
+            continue
+        try:
+            if ranks > 1:
+                names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+                os.environ |= {name: str(value) for name, value in names.items()}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+                shard_on_cpus()
+            train(load_recipe("tiny-tune", overrides))
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    return children
+
+
+def all_ended(children):
+    """Tells whether all processes have ended; raises if one of them failed."""
+    for child in list(children):
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            children.remove(child)
+            assert status == 0, f"the run ended with status {status}"
+    return not children
 
 
 def in_a_save(folder):
@@ -43,7 +68,7 @@ def in_a_save(folder):
     )
 
 
-def main(folder, kills, overrides):
+def main(folder, kills, ranks, overrides):
     """Every second kill comes in the middle of a save, the others at random moments."""
     draw = random.Random(0)
     folder.mkdir()
@@ -51,21 +76,19 @@ def main(folder, kills, overrides):
     while True:
         attempts += 1
         assert attempts <= 4 * kills + 1
-        child = start(overrides)
-        begun, patience = time.monotonic(), draw.uniform(0.5, 3.0)
-        while True:
-            ended, status = os.waitpid(child, os.WNOHANG)
-            if ended:
-                break
+        children = start(overrides, ranks)
+        begun, patience = time.monotonic(), draw.uniform(0.5, 3.0) * ranks
+        while not (ended := all_ended(children)):
             saving = in_a_save(folder)
             if killed < kills and (saving if killed % 2 else time.monotonic() - begun > patience):
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
+                for child in children:
+                    os.kill(child, signal.SIGKILL)
+                for child in children:
+                    os.waitpid(child, 0)
                 killed, during = killed + 1, during + in_a_save(folder)
                 break
             time.sleep(draw.uniform(0, 0.003))
         if ended:
-            assert status == 0, f"the run ended with status {status}"
             if killed >= kills:
                 break
             # It was done before it could be killed: once more from the beginning.
@@ -75,4 +98,4 @@ def main(folder, kills, overrides):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])

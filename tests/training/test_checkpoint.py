@@ -245,13 +245,23 @@ def test_a_run_whose_result_finds_no_room_does_not_begin(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_again_and_again_ends_where_the_uninterrupted_one_does(parts, tmp_path):
-    """40 kills, every second one in the middle of a save."""
-    settings = {"model__model": parts / "llava", "training__max_steps": 60, "training__save_total_limit": 2}
-    settings |= {"training__resume_from_checkpoint": "last", **EVERY_STEP}
+@pytest.mark.parametrize(
+    ("ranks", "kills", "steps", "more"),
+    [
+        pytest.param(1, 40, 60, {}, id="one process"),
+        pytest.param(2, 6, 12, {"training__dataloader_num_workers": 1}, id="two ranks"),
+        pytest.param(2, 6, 12, {"training__fsdp": "true"}, id="two ranks with shards"),
+    ],
+)
+def test_a_run_that_is_killed_again_and_again_ends_where_the_uninterrupted_one_does(
+    ranks, kills, steps, more, parts, tmp_path
+):
+    """Every second kill comes in the middle of a save."""
+    settings = {"model__model": parts / "llava", "training__max_steps": steps, "training__save_total_limit": 2}
+    settings |= {"training__resume_from_checkpoint": "last", **EVERY_STEP, **more}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name, kills in (("whole", "0"), ("killed", "40")):
-        command = [sys.executable, "-m", "tests.training.run_killed", tmp_path / name, kills]
+    for name, number in (("whole", 0), ("killed", kills)):
+        command = [sys.executable, "-m", "tests.training.run_killed", tmp_path / name, str(number), str(ranks)]
         command += tiny_overrides(parts, tmp_path / name, **settings)
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr[-4000:]
