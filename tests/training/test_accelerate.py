@@ -115,3 +115,24 @@ def test_zero_2_ends_where_ddp_does(parts, tmp_path):
         one, two = (load_file(tmp_path / name / "final" / file) for name in ("ddp", "zero2"))
         for key, value in one.items():
             torch.testing.assert_close(two[key], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_all_ranks_end_with_the_first_error_of_one(parts, tmp_path):
+    """One of eight pictures of a step is missing, so that one rank fails while the other waits for its gradients."""
+    records = [
+        record if index else {**record, "image": "gone.png"}
+        for index, record in enumerate(
+            entry for entry in json.loads((parts / "data.json").read_text()) if "image" in entry
+        )
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    settings = {"model__model": parts / "llava", "data__path": tmp_path / "data.json", "training__num_train_epochs": 9}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "deem_plugin", "train", "tiny-tune", *tiny_overrides(parts, tmp_path / "run", **settings)]
+
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240
+    )
+
+    assert done.returncode != 0 and "gone.png" in done.stderr, done.stderr[-6000:]
