@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -203,13 +203,32 @@ def check_room(folder: str | os.PathLike, model: torch.nn.Module):
     Raises:
         ValueError: If less is free than the model takes.
     """
-    need = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    need = _size(model)
     free = shutil.disk_usage(folder).free
     if free < need:
         raise ValueError(
             f"The disk of {folder} has {free / 2**30:.1f} GiB free, and the trained model alone takes "
             f"{need / 2**30:.1f} GiB. Free space, or set `training.output_dir` to another disk."
         )
+
+
+@contextmanager
+def kept_room(folder: str | os.PathLike, model: torch.nn.Module) -> Iterator[Callable[[], None]]:
+    """
+    A context in which as much of the disk as a trained model takes is set aside in a file, until the function that it
+    gives is called: a run without checkpoints would lose all it has learned on a disk that others have filled.
+    """
+    path = Path(folder) / "room-for-final"
+    with open(path, "wb") as file, suppress(OSError, AttributeError):  # not on every file system, not on macOS
+        os.posix_fallocate(file.fileno(), 0, _size(model))
+    try:
+        yield lambda: path.unlink(missing_ok=True)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _size(model) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def check_finite(model):

@@ -3,12 +3,14 @@
 import logging
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from deem_plugin.training.checkpoint import (
     FINAL_NAME,
     check_room,
     check_writable,
+    kept_room,
     resolve_resume,
     save_in_one_piece,
     train_and_keep,
@@ -54,6 +56,7 @@ def train(recipe: Recipe, make_feedback: Callable | None = None) -> Path:
     """
     from transformers import set_seed
     from transformers.trainer import TRAINING_ARGS_NAME
+    from transformers.trainer_utils import SaveStrategy
 
     from deem_plugin.training.card import write_card
 
@@ -67,17 +70,20 @@ def train(recipe: Recipe, make_feedback: Callable | None = None) -> Path:
     trainer, save = prepare(recipe, make_feedback)
     _say_whether_sharded(args, trainer.accelerator.distributed_type)
     check_room(args.output_dir, trainer.model)
-    train_and_keep(trainer)
     final = Path(args.output_dir) / FINAL_NAME
+    without_checkpoints = args.should_save and args.save_strategy == SaveStrategy.NO
 
     def save_with_card(folder: str):
+        give_room_back()
         save(folder)
         if args.should_save:
             # A pickle, which may run any code when it is opened; the card tells all settings that are not defaults.
             (Path(folder) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
             write_card(folder, recipe, trainer.state.log_history)
 
-    return save_in_one_piece(final, save_with_card, args.should_save, trainer.accelerator.wait_for_everyone)
+    with kept_room(args.output_dir, trainer.model) if without_checkpoints else nullcontext(int) as give_room_back:
+        train_and_keep(trainer)
+        return save_in_one_piece(final, save_with_card, args.should_save, trainer.accelerator.wait_for_everyone)
 
 
 def _check(recipe: Recipe):

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,12 +13,14 @@ import torch
 from safetensors.torch import load_file
 
 from deem_plugin.training import checkpoint as checkpoints
+from deem_plugin.training import run as runs
 from deem_plugin.training.checkpoint import (
     check_room,
     check_writable,
     find_damage,
     naming_a_full_disk,
     save_in_one_piece,
+    train_and_keep,
     write_manifest,
 )
 from deem_plugin.training.recipes import load_recipe
@@ -242,6 +245,26 @@ def test_a_run_whose_result_finds_no_room_does_not_begin(tmp_path, monkeypatch):
 
     with pytest.raises(ValueError, match="the trained model alone takes"):
         check_room(tmp_path, torch.nn.Linear(4, 4))  # 20 parameters of 4 bytes
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_without_checkpoints_keeps_the_room_that_its_result_takes(fails, parts, tmp_path, monkeypatch):
+    room, sizes = tmp_path / "room-for-final", []
+
+    def look(trainer):
+        sizes.append(room.stat().st_size)
+        if fails:
+            raise RuntimeError("no more")
+        train_and_keep(trainer)
+
+    monkeypatch.setattr(runs, "train_and_keep", look)
+    with pytest.raises(RuntimeError, match="no more") if fails else nullcontext():
+        train(recipe(parts, tmp_path, training__max_steps=1, training__save_strategy="'no'"))
+
+    assert not room.exists()
+    assert (tmp_path / "final" / "model.safetensors").is_file() != fails
+    if not fails and sizes[0]:  # not every file system sets room aside
+        assert sizes[0] >= (tmp_path / "final" / "model.safetensors").stat().st_size * 0.9
 
 
 @pytest.mark.slow
