@@ -110,8 +110,8 @@ def tensors_of(model):
 
 
 def quick(case):
-    """Marks all but a few cases as slow."""
-    return case if case in ("full", "lora") else pytest.param(case, marks=pytest.mark.slow)
+    """Marks all but one case as slow."""
+    return case if case == "full" else pytest.param(case, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("case", map(quick, RECIPES))
@@ -145,6 +145,7 @@ def test_the_share_of_the_feedback_is_what_it_adds_to_a_step_without(parts, pict
     assert flops.encoding > 0 and flops.denoising > 0
 
 
+@pytest.mark.slow
 def test_the_diffusion_model_is_counted_as_it_is_loaded(parts, tmp_path):
     from deem_plugin.feedback.diffusion_model import load_diffusion_model
 
@@ -371,6 +372,7 @@ def test_a_larger_picture_takes_more_tokens_where_the_model_reads_it_at_its_own_
     assert large.notes == ["Supposed are pictures of 224 x 112 pixels."]
 
 
+@pytest.mark.slow
 def test_the_time_of_a_step_is_its_flops_at_the_stated_utilisation(parts, tmp_path, capsys):
     from deem_plugin.cli import main as deem
 
