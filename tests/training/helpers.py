@@ -8,6 +8,7 @@ TINY_FEEDBACK = {
         "feedback.diffusion_model.path={sd}",
         "feedback.diffusion_model.dtype=float32",
         "feedback.diffusion_model.image_size=null",
+        "feedback.diffusion_model.autoencoder=null",
         "feedback.condition.num_queries=4",
         "feedback.condition.resampler_dim=16",
         "feedback.condition.resampler_heads=2",
