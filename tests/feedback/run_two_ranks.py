@@ -41,10 +41,10 @@ def train_by_ddp(folder, kind):
     return {"gradients": gradients, "feedback_loss": logged(trainer, "feedback_loss")[0]}
 
 
-def attached(shard=True):
+def attached(shard=True, **settings):
     """Returns a model with feedback, its callback and its processor; sharded over both ranks layer by layer."""
     model, processor = tiny_llava()
-    callback = undrawn_callback()
+    callback = undrawn_callback(**settings)
     callback.attach(model, processor)
     if shard:
         mesh = init_device_mesh("cpu", (2,))
@@ -86,6 +86,24 @@ def train_by_fsdp(folder):
         "still_sharded": still_sharded,
         "left": left,
     }
+
+
+def gradients_of_a_share(rank, shard):
+    """
+    The gradients of a call in which half of the images are restored, rounded down: one of the two of rank 0, none of
+    the one of rank 1.
+    """
+    model, callback, processor = attached(shard, share=0.5)
+    callback.hook.state.scale = callback.config.weight
+    model(**collate(samples(processor)[2:] if rank == 0 else samples(processor)[:1])).loss.backward()
+    callback.hook.check_injected()
+    return {name: whole(value.grad) for name, value in model.named_parameters() if value.grad is not None}
+
+
+def share_by_fsdp(folder):
+    """The gradients of [`gradients_of_a_share`] on both ranks, averaged by FSDP."""
+    dist.init_process_group("gloo")
+    return gradients_of_a_share(dist.get_rank(), shard=True)
 
 
 def train_by_events(folder, start=0, shard=True):
@@ -142,6 +160,8 @@ def main(folder, mode):
     """Runs a mode and lets rank 0 write what it gave."""
     if mode == "fsdp":
         result = train_by_fsdp(folder)
+    elif mode == "fsdp share":
+        result = share_by_fsdp(folder)
     elif mode == "fsdp resume":
         result = resume_by_fsdp(folder)
     else:

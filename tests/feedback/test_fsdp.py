@@ -5,7 +5,7 @@ import torch
 
 from ..tiny import tiny_llava
 from .helpers import relative_difference, samples
-from .run_two_ranks import train_by_events
+from .run_two_ranks import gradients_of_a_share, train_by_events
 from .runs import by_hand, run_two_ranks
 
 pytestmark = pytest.mark.slow
@@ -43,6 +43,17 @@ def test_a_sharded_conditioner_is_resumed(shards):
 
 def test_a_sharded_model_is_left_without_feedback(shards):
     assert shards["left"] == []
+
+
+def test_a_rank_that_draws_no_picture_does_not_hold_up_one_that_does(tmp_path):
+    one, none = (gradients_of_a_share(rank, shard=False) for rank in range(2))
+    assert one["feedback_conditioner.head.weight"].any() and not none["feedback_conditioner.head.weight"].any()
+
+    gradients = run_two_ranks(tmp_path, "fsdp share")
+
+    expected = {name: (one[name] + none[name]) / 2 for name in one}
+    assert relative_difference(expected, gradients) < EXACT
+    assert relative_difference(expected, gradients, "feedback_conditioner") < EXACT
 
 
 def test_a_run_on_shards_trains_and_resumes_like_one_process(tmp_path):
