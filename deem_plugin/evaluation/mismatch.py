@@ -169,14 +169,14 @@ def _denoised(feedback, paths, timesteps, generator, batch_size, without=False):
     chosen = torch.randperm(len(paths), generator=generator)[:NUM_REFERENCES].tolist()
     references = {index: _view(feedback, paths[index]) for index in tqdm(chosen, desc="references")}
     # Which one stands in for each picture's own at each draw; one place further where it would be itself.
-    lent = torch.randint(len(chosen), (len(timesteps), len(paths)), generator=generator).tolist()
+    stand_ins = torch.randint(len(chosen), (len(timesteps), len(paths)), generator=generator).tolist()
     seeds = torch.randint(2**31, (len(timesteps),), generator=generator).tolist()
     for start in tqdm(range(0, len(paths), batch_size), desc="denoising"):
         indices = range(start, min(start + batch_size, len(paths)))
         views = [_view(feedback, paths[index]) for index in indices]
         pictures, latents, mask = _latents(feedback, views)
         errors = []
-        for timestep, row, noise_seed in zip(timesteps, lent, seeds, strict=True):
+        for timestep, row, noise_seed in zip(timesteps, stand_ins, seeds, strict=True):
             others = [_other(references, chosen, index, row[index]) for index in indices]
             noise = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(noise_seed))
             drawn = latents, noise.to(latents), timestep.to(latents.device)
